@@ -1,0 +1,219 @@
+"""Files that are written whole or not at all, and that say what they are.
+
+One artefact is one safetensors file whose header carries a JSON record
+``{kind, version, fingerprint, sha256, ...}``. A file of another kind, of another model, or with a changed byte is refused.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ppf.errors import DamagedError, InputError, ResourceError
+
+FORMAT_VERSION = 1
+_MAX_HEADER = 16 * 2**20
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader sees the old bytes or the new ones, never a part.
+
+    Raises:
+        ResourceError: The file cannot be written (disk full, read-only, a folder in the way).
+    """
+    path = Path(path)
+    handle, name = -1, ""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise ResourceError(f"{path} must be writable; {error.strerror}; free the disk or choose another place") from error
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Writes strict JSON (no NaN) atomically."""
+    write_bytes(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        DamagedError: The file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedError(f"{path} must exist; it does not; is this the right folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DamagedError(f"{path} must hold JSON; {error}; restore or remove it") from error
+    except OSError as error:
+        raise ResourceError(f"{path} must be readable; {error.strerror}; check its permissions") from error
+
+
+def save_artifact(path: Path, kind: str, fingerprint: str, tensors: Mapping[str, np.ndarray], **header: Any) -> None:
+    """Saves arrays with a header that says what they are.
+
+    Args:
+        path: Where to; replaced atomically.
+        kind: What it is, such as ``"importance"``.
+        fingerprint: Of the layout that it belongs to.
+        tensors: The arrays, by name.
+        **header: Further JSON values: config, seed, method.
+    """
+    arrays = {name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}
+    record = {"kind": kind, "version": FORMAT_VERSION, "fingerprint": fingerprint, "sha256": _digest(arrays), **header}
+    write_bytes(path, save(arrays, metadata={"ppf": json.dumps(record, allow_nan=False)}))
+
+
+def load_artifact(path: Path, kind: str, fingerprint: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Loads what ``save_artifact`` wrote.
+
+    Args:
+        path: The file.
+        kind: What it must be.
+        fingerprint: The layout that it must belong to; None accepts any.
+
+    Returns:
+        The arrays by name, and the header.
+
+    Raises:
+        DamagedError: Missing, cut, altered, of another kind, version or model.
+    """
+    arrays, header = _read(Path(path))
+    if header.get("kind") != kind or header.get("version") != FORMAT_VERSION:
+        found = f"{header.get('kind')!r} version {header.get('version')!r}"
+        raise DamagedError(f"{path} must be a {kind!r} artefact of version {FORMAT_VERSION}; it is {found}; fit again")
+    if fingerprint is not None and header.get("fingerprint") != fingerprint:
+        raise DamagedError(f"{path} must belong to this model's layout; it was made for another one; use its own study")
+    if header.get("sha256") != _digest(arrays):
+        raise DamagedError(f"{path} must be unaltered; its checksum differs; restore it or fit again")
+    return arrays, header
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
+    """A folder that appears under its name only when the block ended without an error.
+
+    Args:
+        path: The name that it gets at the end.
+        force: Replace a folder of that name; a file or a link is never replaced.
+
+    Yields:
+        A temporary folder beside it to fill.
+
+    Raises:
+        InputError: Something of that name exists (and ``force`` is off).
+        ResourceError: The place cannot be written.
+    """
+    path = Path(os.path.abspath(path))
+    check_new_folder(path, force)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise ResourceError(f"{path.parent} must be a writable folder; {error.strerror}; choose another place") from error
+    try:
+        yield work
+        for file in work.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
+                _sync(file)
+        work.chmod(0o777 & ~_umask())
+        _sync_folder(work)
+        _swap_in(work, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise ResourceError(f"{path} must be writable; {error.strerror}; free the disk or choose another place") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_new_folder(path: Path, force: bool = False) -> None:
+    """Refuses a place where a folder would overwrite something.
+
+    Raises:
+        InputError: A file or link of that name exists, or a folder while ``force`` is off.
+    """
+    path = Path(path)
+    if "\n" in str(path) or "\0" in str(path):
+        raise InputError(f"an output folder must have a plain name; {str(path)!r} came; choose another")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"{path} must be a new folder; a file or link is there; choose another name")
+    if path.exists() and any(path.iterdir()) and not force:
+        raise InputError(f"{path} must be a new folder; it exists and is not empty; choose another name or add --force")
+
+
+def _swap_in(work: Path, path: Path) -> None:
+    if path.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+        os.rename(path, old / path.name)
+        try:
+            os.rename(work, path)
+        except OSError:
+            os.rename(old / path.name, path)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(work, path)
+    _sync_folder(path.parent)
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    try:
+        with open(path, "rb") as file:
+            if int.from_bytes(file.read(8), "little") > _MAX_HEADER:
+                raise DamagedError(f"{path} must have a header under 16 MB; a larger one is announced; restore it")
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get("ppf", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise DamagedError(f"{path} must exist; it does not; fit the study again to make it") from None
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{path} must be a whole ppf artefact; {error}; restore it or fit again") from error
+    except OSError as error:
+        raise ResourceError(f"{path} must be readable; {error.strerror}; check its permissions") from error
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_sync_folder = _sync

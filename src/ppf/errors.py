@@ -1,0 +1,44 @@
+"""What can go wrong, as types: each names the exit code of the command line and is also a builtin.
+
+Every message is one line: what must hold, what came, what to do.
+"""
+
+
+class PPFError(Exception):
+    """Base of every error that ppf raises on purpose.
+
+    Attributes:
+        exit_code: Exit status of the command line for this kind of error.
+    """
+
+    exit_code = 1
+
+
+class InputError(PPFError, ValueError):
+    """A value, an option or a text that cannot be used as it is."""
+
+    exit_code = 2
+
+
+class UnsupportedError(PPFError, NotImplementedError):
+    """A model, a format or a combination that ppf does not handle."""
+
+    exit_code = 3
+
+
+class DamagedError(PPFError, ValueError):
+    """A file that is incomplete, altered, or belongs to something else."""
+
+    exit_code = 4
+
+
+class ResourceError(PPFError, OSError):
+    """The surroundings fail: disk, memory, network, or an optional package that is not installed."""
+
+    exit_code = 5
+
+
+class InUseError(PPFError, OSError):
+    """Another process holds what is asked for."""
+
+    exit_code = 6

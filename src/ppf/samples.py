@@ -1,0 +1,216 @@
+"""Sample and SampleStore: what was measured of which mask, kept so that nothing measured is ever lost.
+
+SQLite in WAL mode with full synchronisation, one transaction a sample, a CRC a row. A row whose CRC does not match is
+treated as not measured. The store has one writer; readers may come and go.
+"""
+
+import json
+import math
+import sqlite3
+import zlib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from ppf.errors import DamagedError, InUseError, ResourceError
+from ppf.space.layout import Layout
+from ppf.space.mask import Mask
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS samples (
+    context TEXT NOT NULL, digest TEXT NOT NULL, purpose TEXT NOT NULL, ratio REAL NOT NULL, kept TEXT NOT NULL,
+    mask BLOB NOT NULL, status TEXT NOT NULL, reason TEXT NOT NULL, log_ppl REAL, kl REAL, tokens INTEGER NOT NULL,
+    seconds REAL NOT NULL, round INTEGER NOT NULL, crc INTEGER NOT NULL, UNIQUE (context, digest))
+"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One mask and what measuring it gave.
+
+    Attributes:
+        context: Hash of model, text and settings; samples of different contexts never mix.
+        digest: The mask's hash.
+        purpose: ``"probe"``, ``"spread"``, ``"search"``, ``"heldout"`` or ``"refine"``.
+        ratio: Nominal pruning ratio of its group; masks of one group have one size.
+        kept: Units kept per site.
+        mask: Packed bits.
+        status: ``"done"`` or ``"failed"``.
+        reason: Why it failed; empty when done.
+        log_ppl: Log-perplexity of the masked model, nats/token.
+        kl: KL divergence of the dense model from the masked one, nats/token.
+        tokens: Tokens run through the model.
+        seconds: Time that it took.
+        round: In which round of sampling it was chosen; 0 is before any predictor.
+    """
+
+    context: str
+    digest: str
+    purpose: str
+    ratio: float
+    kept: tuple[int, ...]
+    mask: bytes
+    status: str
+    reason: str
+    log_ppl: float
+    kl: float
+    tokens: int
+    seconds: float
+    round: int = 0
+
+    @classmethod
+    def of(cls, mask: Mask, context: str, purpose: str, ratio: float, round: int, result: "Measurement") -> "Sample":
+        """A finished measurement of a mask; a non-finite one becomes a failed sample with its reason."""
+        done = not result.reason and math.isfinite(result.log_ppl) and math.isfinite(result.kl)
+        return cls(
+            context,
+            mask.digest,
+            purpose,
+            float(ratio),
+            tuple(int(kept) for kept in mask.allocation.kept),
+            mask.pack(),
+            "done" if done else "failed",
+            "" if done else result.reason or f"not finite: log-perplexity {result.log_ppl}, KL {result.kl}",
+            result.log_ppl if done else 0.0,
+            result.kl if done else 0.0,
+            result.tokens,
+            result.seconds,
+            round,
+        )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one run of a masked model gives.
+
+    Attributes:
+        log_ppl: Nats/token.
+        kl: Nats/token; 0 for the dense model.
+        tokens: Tokens run through the model.
+        seconds: Wall time.
+        reason: Why there is no number; empty when there is one.
+    """
+
+    log_ppl: float
+    kl: float
+    tokens: int
+    seconds: float
+    reason: str = ""
+
+
+_FIELDS = tuple(field.name for field in fields(Sample))
+
+
+class SampleStore:
+    """Append-only samples of one context in one file.
+
+    Args:
+        path: The SQLite file.
+        context: Which samples are meant; others in the file are not seen.
+        write: Open for writing; readers never create or change the file.
+    """
+
+    def __init__(self, path: Path, context: str, write: bool = False) -> None:
+        self.path, self.context, self.damaged = Path(path), context, 0
+        if not write and not self.path.exists():
+            raise DamagedError(f"{path} must exist; it does not; fit the study first")
+        with _translated(self.path):
+            mode = "rwc" if write else "ro"
+            self._db = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode={mode}", uri=True, timeout=1.0, isolation_level=None)
+            if write:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=FULL")
+                self._db.execute(_SCHEMA)
+            self._db.execute("SELECT 1 FROM samples LIMIT 1")
+
+    def add(self, sample: Sample) -> None:
+        """Commits one sample; an earlier one of the same mask is replaced.
+
+        Raises:
+            ResourceError: It could not be written.
+            InUseError: Another process is writing.
+        """
+        row = {**dict(zip(_FIELDS, astuple(sample), strict=True)), "kept": json.dumps(sample.kept)}
+        names = (*_FIELDS, "crc")
+        values = [*row.values(), _crc(sample)]
+        with _translated(self.path):
+            marks = ", ".join("?" * len(names))
+            self._db.execute(f"INSERT OR REPLACE INTO samples ({', '.join(names)}) VALUES ({marks})", values)  # noqa: S608
+
+    def get(self, digest: str) -> Sample | None:
+        """The sample of one mask, or None if it was not measured."""
+        return next(self._rows("AND digest = ?", digest), None)
+
+    def all(self, *purposes: str) -> list[Sample]:
+        """Finished samples in the order in which they were measured.
+
+        Args:
+            *purposes: Only these; none means all.
+        """
+        return [sample for sample in self._rows("") if sample.status == "done" and (not purposes or sample.purpose in purposes)]
+
+    def failed(self) -> list[Sample]:
+        """Samples that gave no number, with their reasons."""
+        return [sample for sample in self._rows("") if sample.status == "failed"]
+
+    def close(self) -> None:
+        """Gives the file back."""
+        self._db.close()
+
+    def _rows(self, where: str, *values: str) -> Iterator[Sample]:
+        query = f"SELECT {', '.join(_FIELDS)}, crc FROM samples WHERE context = ? {where} ORDER BY rowid"  # noqa: S608
+        with _translated(self.path), closing(self._db.execute(query, (self.context, *values))) as cursor:
+            rows = cursor.fetchall()
+        self.damaged = 0
+        for *row, crc in rows:
+            sample = _sample(row)
+            if sample is None or _crc(sample) != crc:
+                self.damaged += 1
+            else:
+                yield sample
+
+
+def kept_matrix(samples: list[Sample], layout: Layout) -> np.ndarray:
+    """Int[N, S]: kept units of many samples.
+
+    Raises:
+        DamagedError: A sample of another model.
+    """
+    if any(len(sample.kept) != len(layout.sites) for sample in samples):
+        raise DamagedError("samples must have the sites of this model; some have others; fit again in a new study")
+    return np.array([sample.kept for sample in samples], dtype=np.int64).reshape(len(samples), len(layout.sites))
+
+
+def _sample(row: list[object]) -> Sample | None:
+    try:
+        record = dict(zip(_FIELDS, row, strict=True))
+        return Sample(**{**record, "kept": tuple(json.loads(record["kept"]))})
+    except (TypeError, ValueError):
+        return None
+
+
+def _crc(sample: Sample) -> int:
+    return zlib.crc32(repr(astuple(sample)).encode())
+
+
+class _translated:
+    """Turns SQLite's errors into ours."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+            raise DamagedError(f"{self.path} must be a whole SQLite file; {error}; restore it or start a new study") from error
+        if isinstance(error, sqlite3.OperationalError):
+            if "locked" in str(error):
+                raise InUseError(f"{self.path} must have one writer; another process holds it; wait for it") from error
+            if "no such" in str(error):
+                raise DamagedError(f"{self.path} must be a sample store; {error}; start a new study") from error
+            raise ResourceError(f"{self.path} must be writable; {error}; free the disk or check permissions") from error

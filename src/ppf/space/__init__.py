@@ -1,0 +1,1 @@
+"""What a pruned model is, in plain numbers: sites, budgets, policies, allocations, importance, masks. numpy only."""

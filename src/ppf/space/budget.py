@@ -1,0 +1,118 @@
+"""Budget: how many parameters must go, in whichever words the wish was said."""
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from ppf.errors import InputError
+from ppf.space.layout import Layout
+
+_DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Parameters to remove.
+
+    Attributes:
+        remove: At least so many go; an allocation removes less than one channel more.
+    """
+
+    remove: int
+
+    @classmethod
+    def from_ratio(cls, ratio: float, layout: Layout, align: int = 1) -> "Budget":
+        """Removes a share of the prunable parameters.
+
+        Args:
+            ratio: In [0, 1).
+            layout: Of the dense model.
+            align: FFN channels stay in multiples of this, which raises the floor.
+
+        Raises:
+            InputError: Not a number in [0, 1), or more than the floors allow.
+        """
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float, np.floating)) or not math.isfinite(ratio):
+            raise InputError(f"a pruning ratio must be a number in [0, 1); {ratio!r} came; try 0.3")
+        if not 0 <= ratio < 1:
+            raise InputError(f"a pruning ratio must lie in [0, 1); {ratio:g} came; 0.3 removes 30 % of the prunable parameters")
+        return cls(math.ceil(ratio * layout.prunable - 1e-6))._feasible(layout, align, f"ratio {ratio:g}")
+
+    @classmethod
+    def from_params(cls, params: int, layout: Layout, align: int = 1) -> "Budget":
+        """Leaves at most ``params`` parameters in the whole model.
+
+        Raises:
+            InputError: Below what the floors leave.
+        """
+        return cls(max(0, layout.total - params))._feasible(layout, align, f"{params:,} parameters")
+
+    @classmethod
+    def from_memory(cls, size: int, layout: Layout, bytes_per_param: float, align: int = 1) -> "Budget":
+        """Leaves weights of at most ``size`` bytes at ``bytes_per_param``.
+
+        Raises:
+            InputError: Below what the floors leave.
+        """
+        budget = cls(max(0, layout.total - math.floor(size / bytes_per_param)))
+        return budget._feasible(layout, align, f"{size:,} bytes")
+
+    def ratio(self, layout: Layout) -> float:
+        """The share of the prunable parameters that this budget removes."""
+        return self.remove / layout.prunable
+
+    def _feasible(self, layout: Layout, align: int, wish: str) -> "Budget":
+        most = int((layout.units - aligned_floors(layout, align)) @ layout.costs)
+        if self.remove > most:
+            reach = most / layout.prunable
+            smallest = layout.total - most
+            raise InputError(
+                f"at most ratio {math.floor(reach * 1e4) / 1e4:g} of this model can go ({smallest:,} parameters stay); "
+                f"{wish} asks for ratio {self.ratio(layout):.4g}; ask for less"
+            )
+        return self
+
+
+def aligned_floors(layout: Layout, align: int) -> np.ndarray:
+    """Int[S]: floors, raised to a whole multiple of ``align`` channels at every FFN (or all of a narrower one)."""
+    steps = unit_steps(layout, align)
+    return np.minimum(-(-layout.floors // steps) * steps, layout.units)
+
+
+def unit_steps(layout: Layout, align: int) -> np.ndarray:
+    """Int[S]: units are kept in multiples of this: ``align`` for channels, 1 for KV groups.
+
+    Raises:
+        InputError: ``align`` is not a positive whole number.
+    """
+    if not isinstance(align, (int, np.integer)) or isinstance(align, bool) or align < 1:
+        raise InputError(f"the alignment must be a positive number of channels; {align!r} came; use 1, 32, 64, 128 or 256")
+    return np.array([1 if site.kind == "attn" else align for site in layout.sites], dtype=np.int64)
+
+
+def parse_count(text: str) -> int:
+    """Reads a number of parameters such as ``3M``, ``1.5B`` or ``2000000``.
+
+    Raises:
+        InputError: Not such a number.
+    """
+    return _parse(text, _DECIMAL, "a number of parameters such as 3M or 1.5B")
+
+
+def parse_size(text: str) -> int:
+    """Reads a size in bytes such as ``500MiB``, ``8GB`` or ``1000000B``.
+
+    Raises:
+        InputError: Not such a size.
+    """
+    return _parse(text, _BYTES, "a size such as 500MiB or 8GB")
+
+
+def _parse(text: str, units: dict[str, int], wanted: str) -> int:
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in units or float(match[1]) <= 0:
+        raise InputError(f"{wanted} must be given; {text!r} came; its units are {', '.join(filter(None, units))}")
+    return int(float(match[1]) * units[match[2].upper()])

@@ -1,0 +1,144 @@
+"""Site and Layout: the removable places of a model, in order, with what each unit costs.
+
+    a layer            site "attn": units = KV groups         site "ffn": units = channels
+    ┌───────────────┐    q q │ q q │ q q   <- writers: rows      gate ▮▮▮▮▮▮▮▮  <- writers: rows
+    │ attn ─► ffn   │     k  │  k  │  k       of q, k, v         up   ▮▮▮▮▮▮▮▮     of gate, up
+    └───────────────┘     v  │  v  │  v                          down ▮▮▮▮▮▮▮▮  <- reader: columns
+                         o columns         <- reader
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ppf.errors import DamagedError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Output rows of one linear module that belong to the units of a site.
+
+    Unit ``u`` owns rows ``offset + u * width`` to ``offset + (u + 1) * width``.
+    """
+
+    module: str
+    offset: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place of one layer where units can be removed.
+
+    Attributes:
+        layer: Index of the decoder layer.
+        kind: ``"attn"`` (a unit is a KV group: one key and value head with all query heads that read it) or
+            ``"ffn"`` (a unit is one channel).
+        units: How many units the dense model has here.
+        cost: Parameters that one unit holds.
+        writers: The rows that produce the units.
+        reader: The linear module whose input columns the units feed.
+        columns: Input columns of the reader per unit.
+        shapes: Per-layer config fields, each as (name, value per kept unit).
+        cache: KV-cache elements per token and unit.
+        floor: The fewest units that may stay.
+    """
+
+    layer: int
+    kind: str
+    units: int
+    cost: int
+    writers: tuple[Rows, ...]
+    reader: str
+    columns: int
+    shapes: tuple[tuple[str, int], ...]
+    cache: int = 0
+    floor: int = 1
+
+    @property
+    def label(self) -> str:
+        """Short name for people, such as ``"L03 attn"``."""
+        return f"L{self.layer:02d} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All sites of a model in the order in which data meets them.
+
+    Attributes:
+        model_type: Family name as transformers has it, such as ``"llama"``.
+        layers: Number of decoder layers.
+        sites: The removable places.
+        total: Parameters of the whole dense model, shared ones counted once.
+    """
+
+    model_type: str
+    layers: int
+    sites: tuple[Site, ...]
+    total: int
+
+    @cached_property
+    def units(self) -> np.ndarray:
+        """Int[S]: units of each site."""
+        return _frozen([site.units for site in self.sites])
+
+    @cached_property
+    def costs(self) -> np.ndarray:
+        """Int[S]: parameters per unit of each site."""
+        return _frozen([site.cost for site in self.sites])
+
+    @cached_property
+    def floors(self) -> np.ndarray:
+        """Int[S]: the fewest units that may stay at each site."""
+        return _frozen([site.floor for site in self.sites])
+
+    @cached_property
+    def prunable(self) -> int:
+        """Parameters in removable units; a ratio is a share of these."""
+        return int(self.units @ self.costs)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything above; every artefact of a model carries it."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:32]
+
+    def kept_params(self, kept: np.ndarray) -> np.ndarray | int:
+        """Parameters of the whole model when ``kept`` (Int[..., S]) units stay."""
+        return self.total - (self.units - np.asarray(kept)) @ self.costs
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready record; ``from_json`` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Layout":
+        """Rebuilds a layout.
+
+        Raises:
+            DamagedError: The record is not one that ``to_json`` made.
+        """
+        try:
+            sites = tuple(
+                Site(
+                    **{
+                        **site,
+                        "writers": tuple(Rows(**rows) for rows in site["writers"]),
+                        "shapes": tuple((name, per_unit) for name, per_unit in site["shapes"]),
+                    }
+                )
+                for site in record["sites"]
+            )
+            return cls(record["model_type"], record["layers"], sites, record["total"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"a layout record must be whole; {error!r} came; fit the study again") from error
+
+
+def _frozen(values: list[int]) -> np.ndarray:
+    array = np.array(values, dtype=np.int64)
+    array.flags.writeable = False
+    return array

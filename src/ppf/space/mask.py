@@ -1,0 +1,111 @@
+"""Mask: which units stay, as bits; and the mask matrix, the picture of a mask that a predictor reads."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ppf.errors import DamagedError
+from ppf.space.allocation import Allocation
+from ppf.space.importance import Importance, check_units
+from ppf.space.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Kept units of every site.
+
+    Attributes:
+        bits: Per site Bool[U]; True stays.
+    """
+
+    bits: tuple[np.ndarray, ...]
+
+    def __post_init__(self) -> None:
+        bits = tuple(np.array(site, dtype=bool) for site in self.bits)
+        for site in bits:
+            site.flags.writeable = False
+        object.__setattr__(self, "bits", bits)
+
+    @cached_property
+    def allocation(self) -> Allocation:
+        """How many units stay at each site."""
+        return Allocation(np.array([site.sum() for site in self.bits]))
+
+    def pack(self) -> bytes:
+        """All bits in site order, eight to a byte."""
+        return np.packbits(np.concatenate(self.bits)).tobytes()
+
+    @classmethod
+    def unpack(cls, data: bytes, layout: Layout) -> "Mask":
+        """The inverse of ``pack``.
+
+        Raises:
+            DamagedError: Another number of bits than the layout has units.
+        """
+        total = int(layout.units.sum())
+        if len(data) != -(-total // 8):
+            raise DamagedError(f"a mask of this model must be {-(-total // 8)} bytes; {len(data)} came; it is of another model")
+        flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8))[:total].astype(bool)
+        return cls(tuple(np.split(flat, np.cumsum(layout.units)[:-1])))
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the packed bits: the mask's name in the sample store."""
+        return hashlib.sha256(self.pack()).hexdigest()[:32]
+
+    def matrix(self, importance: Importance, width: int) -> np.ndarray:
+        """The mask matrix: one row a site, units from most to least important, pooled into ``width`` columns.
+
+        Args:
+            importance: Gives the order of the units.
+            width: Columns.
+
+        Returns:
+            Float[S, width], the share of kept units in each column, in [0, 1]. For a mask made by ``select`` it equals
+            ``mask_matrices`` of its allocation.
+        """
+        check_units(importance.scores, [len(site) for site in self.bits], "the importance of a mask")
+        rows = []
+        for bits, order in zip(self.bits, importance.order, strict=True):
+            edges = np.concatenate([[0.0], np.cumsum(bits[order])])
+            at = np.interp(np.linspace(0, len(bits), width + 1), np.arange(len(bits) + 1), edges)
+            rows.append(np.diff(at) * width / len(bits))
+        return np.array(rows)
+
+
+def select(allocation: Allocation, importance: Importance, layout: Layout) -> Mask:
+    """Keeps the most important units of each site.
+
+    Args:
+        allocation: Int[S] how many stay.
+        importance: The order inside each site.
+        layout: Of the dense model.
+
+    Returns:
+        A mask whose allocation is the one given. Smaller allocations give subsets of larger ones.
+    """
+    check_units(importance.scores, layout.units, "importance")
+    bits = []
+    for kept, order in zip(allocation.kept, importance.order, strict=True):
+        site = np.zeros(len(order), dtype=bool)
+        site[order[:kept]] = True
+        bits.append(site)
+    return Mask(tuple(bits))
+
+
+def mask_matrices(kept: np.ndarray, units: np.ndarray, width: int) -> np.ndarray:
+    """Mask matrices of allocations under importance order.
+
+    Args:
+        kept: Int[N, S] units that stay.
+        units: Int[S] units of the dense model.
+        width: Columns.
+
+    Returns:
+        Float[N, S, width]: columns filled from the left; column ``j`` is the share kept of the units whose rank lies
+        in [j, j + 1) * U / width.
+    """
+    share = np.asarray(kept) / units
+    return np.clip(share[..., None] * width - np.arange(width), 0.0, 1.0)
