@@ -1,0 +1,167 @@
+"""What each command can be told. A default lives here once; its docstring is the `--help`."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from ppf.errors import InputError
+from ppf.space.budget import parse_count, parse_size
+
+ScoreName = Literal["taylor", "flap", "wanda_sp", "magnitude", "random"]
+PredictorName = Literal["auto", "corrected", "additive", "cnn"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _check_count(flag: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise InputError(f"{flag} must be at least {least}; {value} came; raise it")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Learn how to prune a model: importance, samples, predictor, agent. Stop it and start it again at any time."""
+
+    model: Positional[str]
+    """A folder, a hub id, or ref-a, the small model that comes with ppf."""
+    study: str
+    """The study folder; a started one is continued."""
+    text: str = "pydocs"
+    """Text to calibrate and search on: pydocs, self, wikitext2, c4, ptb, or a .txt, .jsonl or .parquet file."""
+    test_text: str | None = None
+    """Another text for the reported figures; by default a part of TEXT that is used for nothing else."""
+    samples: int = 600
+    """Masks to measure, the held-out ones included."""
+    score: ScoreName = "taylor"
+    """Importance criterion: the order in which units go inside a layer."""
+    predictor: PredictorName = "auto"
+    """Which predictor decides; auto takes the one that ranked best within a ratio before it was fitted."""
+    max_ratio: float = 0.65
+    """The agent learns ratios up to this one."""
+    seq_len: int | None = None
+    """Tokens a block; by default half of the model's context, 2048 at most."""
+    calibration_tokens: int = 16_384
+    """Tokens for importance."""
+    search_tokens: int = 4096
+    """Tokens for each measured mask."""
+    test_tokens: int = 32_768
+    """Tokens for each reported perplexity."""
+    rounds: int = 3
+    """Rounds of search, measuring and refitting after the first samples."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes an accelerator if there is one."""
+    dtype: DtypeName = "auto"
+    """Precision to measure in; auto is float32 on a CPU and the checkpoint's own elsewhere."""
+    workers: int | None = None
+    """Measuring processes on a CPU, one thread each; by default one a core."""
+    seed: int = 0
+    """Of everything random."""
+
+    def __post_init__(self) -> None:
+        _check_count("--samples", self.samples, 20)
+        _check_count("--seq-len", self.seq_len, 8)
+        _check_count("--calibration-tokens", self.calibration_tokens, 1)
+        _check_count("--search-tokens", self.search_tokens, 1)
+        _check_count("--test-tokens", self.test_tokens, 1)
+        _check_count("--rounds", self.rounds, 0)
+        _check_count("--workers", self.workers, 1)
+        _check_count("--seed", self.seed, 0)
+        if not (math.isfinite(self.max_ratio) and 0.05 < self.max_ratio < 1):
+            raise InputError(f"--max-ratio must lie in (0.05, 1); {self.max_ratio:g} came; 0.65 is usual")
+
+
+@dataclass(frozen=True)
+class Target:
+    """How small, in one of three wordings."""
+
+    ratio: float | None = None
+    """Share of the prunable parameters to remove, in [0, 1)."""
+    params: str | None = None
+    """Or: parameters that the whole model may keep, such as 3M or 6.5B."""
+    memory: str | None = None
+    """Or: size that the weights may have in the checkpoint's dtype, such as 500MiB or 8GB."""
+    align: int = 1
+    """Keep FFN channels in multiples of this (32, 64, 128, 256 suit hardware and quantisation)."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("ratio", "params", "memory") if getattr(self, name) is not None]
+        if len(given) != 1:
+            came = " and ".join(f"--{name}" for name in given) or "none"
+            raise InputError(f"exactly one of --ratio, --params and --memory must be given; {came} came; give one")
+        _check_count("--align", self.align, 1)
+        if self.params is not None:
+            parse_count(self.params)
+        if self.memory is not None:
+            parse_size(self.memory)
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Decide alone, in milliseconds: what stays at each layer. No model is loaded."""
+
+    study: Positional[str]
+    """The study folder."""
+    target: Annotated[Target, arg(name="")]
+    json: bool = False
+    """Print strict JSON."""
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Cut a smaller checkpoint that loads in transformers, checked before it gets its name."""
+
+    study: Positional[str]
+    """The study folder."""
+    out: str
+    """The new folder."""
+    target: Annotated[Target, arg(name="")]
+    refine: bool = False
+    """Static pruning: search on the predictor at this ratio and measure the best few truly."""
+    candidates: int = 16
+    """How many policies --refine measures."""
+    force: bool = False
+    """Replace OUT if it exists."""
+    device: str = "auto"
+    """As in fit."""
+    json: bool = False
+    """Print strict JSON."""
+
+    def __post_init__(self) -> None:
+        _check_count("--candidates", self.candidates, 1)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Perplexity of a model or an exported folder, with its protocol and a 95 % interval."""
+
+    model: Positional[str]
+    """A folder (dense or exported), a hub id, or ref-a."""
+    text: str = "pydocs"
+    """Text: the test part of pydocs, wikitext2, c4 or ptb, or a whole .txt, .jsonl or .parquet file."""
+    seq_len: int | None = None
+    """Tokens a block; by default half of the model's context, 2048 at most."""
+    tokens: int | None = None
+    """Use only so many tokens, spread evenly; by default all."""
+    device: str = "auto"
+    """As in fit."""
+    dtype: DtypeName = "auto"
+    """As in fit."""
+    json: bool = False
+    """Print strict JSON."""
+
+    def __post_init__(self) -> None:
+        _check_count("--seq-len", self.seq_len, 8)
+        _check_count("--tokens", self.tokens, 1)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The main job on the embedded model and text: fit, prune at 20, 30 and 50 %, one table."""
+
+    out: str = "runs/demo"
+    """The study folder; checkpoints go into it."""
+    samples: int = 600
+    """As in fit."""
+    seed: int = 0
+    """As in fit."""

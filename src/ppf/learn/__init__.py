@@ -1,0 +1,1 @@
+"""Everything that learns about masks: predictors, objectives, baselines, the agent. Never a language model."""

@@ -1,0 +1,1 @@
+"""Everything that touches a language model: layouts, text, scores, measuring, surgery, export."""

@@ -1,0 +1,124 @@
+"""Which units each model family has. A family is data: one short generator of sites, one entry in ``FAMILIES``."""
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ppf.errors import UnsupportedError
+from ppf.llm import pruned_model
+from ppf.space.layout import Layout, Rows, Site
+
+
+def _llama_like(config: PreTrainedConfig) -> Iterator[Site]:
+    """Separate q, k, v, o and gate, up, down projections; grouped-query or multi-head attention; biases or none."""
+    for layer in range(config.num_hidden_layers):
+        own = config.per_layer_config[layer]
+        head = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+        groups, per_group = own.num_key_value_heads, own.num_attention_heads // own.num_key_value_heads
+        attn, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
+        yield Site(
+            layer,
+            "attn",
+            groups,
+            0,
+            (Rows(attn + "q_proj", 0, per_group * head), Rows(attn + "k_proj", 0, head), Rows(attn + "v_proj", 0, head)),
+            attn + "o_proj",
+            per_group * head,
+            (("num_attention_heads", per_group), ("num_key_value_heads", 1)),
+            cache=2 * head,
+        )
+        yield Site(
+            layer,
+            "ffn",
+            own.intermediate_size,
+            0,
+            (Rows(mlp + "gate_proj", 0, 1), Rows(mlp + "up_proj", 0, 1)),
+            mlp + "down_proj",
+            1,
+            (("intermediate_size", 1),),
+        )
+
+
+FAMILIES: dict[str, Callable[[PreTrainedConfig], Iterator[Site]]] = {
+    "llama": _llama_like,
+    "mistral": _llama_like,
+    "qwen2": _llama_like,
+    "qwen3": _llama_like,
+}
+
+PRUNED: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]] = {
+    "llama": (pruned_model.PPFLlamaConfig, pruned_model.PPFLlamaModel, pruned_model.PPFLlamaForCausalLM),
+    "mistral": (pruned_model.PPFMistralConfig, pruned_model.PPFMistralModel, pruned_model.PPFMistralForCausalLM),
+    "qwen2": (pruned_model.PPFQwen2Config, pruned_model.PPFQwen2Model, pruned_model.PPFQwen2ForCausalLM),
+    "qwen3": (pruned_model.PPFQwen3Config, pruned_model.PPFQwen3Model, pruned_model.PPFQwen3ForCausalLM),
+}
+"""Per family the config, model and causal LM whose layers differ in width."""
+
+
+def family_of(config: PreTrainedConfig) -> str:
+    """The family's name; a pruned model belongs to the family that it was cut from.
+
+    Raises:
+        UnsupportedError: Not a known family.
+    """
+    name = str(config.model_type).removeprefix("ppf_")
+    if name not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedError(f"the model family must be one of {known}; {config.model_type!r} came; use such a model")
+    return name
+
+
+def layout_of(config: PreTrainedConfig) -> Layout:
+    """The removable places of a model, known from its config alone; no weight is read.
+
+    Costs are counted on the modules themselves, built without memory, so biases and tied embeddings are exact.
+
+    Raises:
+        UnsupportedError: Not a known family.
+    """
+    return layout_of_model(skeleton(config))
+
+
+def layout_of_model(model: PreTrainedModel) -> Layout:
+    """``layout_of`` for a model that exists."""
+    family = family_of(model.config)
+    modules = dict(model.named_modules())
+
+    def row(name: str) -> int:
+        linear = modules[name]
+        return linear.in_features + (linear.bias is not None)
+
+    sites = []
+    for site in FAMILIES[family](model.config):
+        cost = sum(rows.width * row(rows.module) for rows in site.writers) + site.columns * modules[site.reader].out_features
+        sites.append(Site(**{**vars(site), "cost": cost}))
+    return Layout(family, model.config.num_hidden_layers, tuple(sites), sum(param.numel() for param in model.parameters()))
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: shapes without memory.
+
+    Raises:
+        UnsupportedError: Not a known family, or a config that its family cannot build.
+    """
+    family_of(config)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(config)
+            model.tie_weights()
+    except (ValueError, TypeError, ZeroDivisionError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnsupportedError(f"config.json must describe a {config.model_type} model; it does not: {reason}; mend it") from error
+    return model
+
+
+def linear(model: PreTrainedModel, name: str) -> nn.Linear:
+    """A linear module by its path."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise UnsupportedError(f"{name} must be a plain linear layer; it is {type(module).__name__}; load the model unquantised")
+    return module

@@ -1,0 +1,233 @@
+"""Where masks are measured: in this process, or in a pool of one-thread processes. Same function, same results.
+
+A worker is a plain `python -m ppf.llm.engines` that speaks one JSON line a mask over its pipes: nothing is pickled, a
+script needs no main guard, a worker that dies is replaced and its mask measured again, and none outlives its parent.
+"""
+
+import base64
+import collections
+import json
+import math
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ppf.errors import ResourceError
+from ppf.llm.load import load_model
+from ppf.llm.masking import masked
+from ppf.llm.perplexity import Reference, measure, reference_of
+from ppf.llm.text import Text
+from ppf.samples import Measurement
+from ppf.space.layout import Layout
+from ppf.space.mask import Mask
+
+_TRIES = 3
+_MALLOC = str(2**32 - 1)
+
+
+class Engine(Protocol):
+    """Measures masks of one model on one text."""
+
+    def measure(self, masks: Sequence[Mask]) -> Iterator[tuple[int, Measurement]]:
+        """Yields (index into ``masks``, result) as results come, each index once; a failure is a result with a reason."""
+        ...
+
+    def close(self) -> None:
+        """Frees what it holds."""
+        ...
+
+
+def measure_mask(
+    model: PreTrainedModel, layout: Layout, mask: Mask, blocks: np.ndarray, reference: Reference | None, tokens_per_batch: int
+) -> Measurement:
+    """Runs the masked model over the blocks.
+
+    Args:
+        model: The dense model, in the dtype to measure in.
+        layout: Its layout.
+        mask: Which units stay.
+        blocks: Int[B, L] tokens.
+        reference: The dense model's answers on the blocks.
+        tokens_per_batch: How many tokens go through the model at once.
+    """
+    start = time.perf_counter()
+    with masked(model, layout, mask):
+        log_ppl, kl = measure(model, blocks, reference, tokens_per_batch)
+    return Measurement(log_ppl, kl, blocks.size, time.perf_counter() - start)
+
+
+class InProcessEngine:
+    """Measures here: for accelerators, and for models that exist only as objects."""
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, blocks: np.ndarray, tokens_per_batch: int) -> None:
+        self._model, self._layout, self._blocks, self._batch = model, layout, blocks, tokens_per_batch
+        self._reference = reference_of(model, blocks, tokens_per_batch)
+
+    def measure(self, masks: Sequence[Mask]) -> Iterator[tuple[int, Measurement]]:
+        """See ``Engine``."""
+        for index, mask in enumerate(masks):
+            yield index, measure_mask(self._model, self._layout, mask, self._blocks, self._reference, self._batch)
+
+    def close(self) -> None:
+        """See ``Engine``."""
+
+
+class LocalEngine:
+    """A pool of one-thread processes, each with the model.
+
+    Args:
+        folder: Of the model's files.
+        text: Artefact whose search part is measured on.
+        layout: Of the dense model.
+        dtype: Torch dtype to measure in, by name.
+        workers: How many processes.
+        tokens_per_batch: As in ``measure_mask``.
+    """
+
+    def __init__(self, folder: Path, text: Path, layout: Layout, dtype: str, workers: int, tokens_per_batch: int) -> None:
+        self._layout = layout
+        self._setup = {
+            "folder": str(folder),
+            "text": str(text),
+            "fingerprint": layout.fingerprint,
+            "dtype": dtype,
+            "tokens_per_batch": tokens_per_batch,
+        }
+        self._idle: list[_Worker] = []
+        self._workers = [_Worker(self._setup) for _ in range(workers)]
+
+    def measure(self, masks: Sequence[Mask]) -> Iterator[tuple[int, Measurement]]:
+        """See ``Engine``. A mask whose worker dies three times is a failure."""
+        waiting = collections.deque((index, 1) for index in range(len(masks)))
+        with selectors.DefaultSelector() as selector:
+            for worker in self._workers:
+                selector.register(worker.answers, selectors.EVENT_READ, worker)
+                self._give(worker, waiting, masks)
+            while any(worker.task for worker in self._workers):
+                for key, _ in selector.select():
+                    worker = key.data
+                    task, result = worker.task, worker.read()
+                    if result is None:
+                        selector.unregister(worker.answers)
+                        worker.restart()
+                        selector.register(worker.answers, selectors.EVENT_READ, worker)
+                        if task and task[1] < _TRIES:
+                            waiting.appendleft((task[0], task[1] + 1))
+                        elif task:
+                            yield task[0], Measurement(math.nan, math.nan, 0, 0.0, f"its worker died {_TRIES} times: {worker.last_words()}")
+                    elif task:
+                        yield task[0], result
+                    self._give(worker, waiting, masks)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        for worker in self._workers:
+            worker.close()
+
+    @staticmethod
+    def _give(worker: "_Worker", waiting: "collections.deque[tuple[int, int]]", masks: Sequence[Mask]) -> None:
+        worker.task = waiting.popleft() if waiting else None
+        if worker.task:
+            worker.send({"mask": base64.b64encode(masks[worker.task[0]].pack()).decode()})
+
+
+class _Worker:
+    """One process and what it is working on."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self._setup, self._deaths = setup, 0
+        self.task: tuple[int, int] | None = None
+        self._start()
+
+    def _start(self) -> None:
+        # glibc gives large buffers back to the kernel at every step; raising its thresholds saves the page faults.
+        extra = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": _MALLOC, "MALLOC_TRIM_THRESHOLD_": _MALLOC}
+        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ppf.llm.engines"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, **extra, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            start_new_session=True,
+        )
+        self.answers = self._process.stdout
+        self._ready = False
+        self.send(self._setup)
+
+    def restart(self) -> None:
+        """Replaces a dead process.
+
+        Raises:
+            ResourceError: It died before it could measure anything.
+        """
+        self._process.wait()
+        if not self._ready:
+            raise ResourceError(f"a measuring process must start; it ended: {self.last_words()}; see whether memory is short")
+        words = self.last_words()
+        self.close()
+        self._start()
+        self._words = words
+
+    def send(self, record: dict[str, Any]) -> None:
+        try:
+            self._process.stdin.write((json.dumps(record) + "\n").encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its end is seen when its answer is read
+
+    def read(self) -> Measurement | None:
+        """The answer to the task; None if the process is gone."""
+        line = self.answers.readline()
+        if not line.endswith(b"\n"):
+            return None
+        self._ready = True
+        return Measurement(**{name: math.nan if value is None else value for name, value in json.loads(line).items()})
+
+    def last_words(self) -> str:
+        """The last line that the process wrote to its error stream, and how it ended."""
+        self._errors.seek(0)
+        lines = self._errors.read()[-2000:].decode(errors="replace").strip().splitlines()
+        code = self._process.poll()
+        return f"{lines[-1][:200] if lines else 'no message'} (status {code})"
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self.answers.close()
+        self._errors.close()
+
+
+def _serve() -> None:
+    """The worker's loop: a set-up line, then a mask a line in and a measurement a line out."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+    torch.set_num_threads(1)
+    setup = json.loads(sys.stdin.readline())
+    loaded = load_model(setup["folder"])
+    model = loaded.model.to(getattr(torch, setup["dtype"]))
+    blocks = Text.load(Path(setup["text"]), setup["fingerprint"]).search
+    reference = reference_of(model, blocks, setup["tokens_per_batch"])
+    for line in sys.stdin:
+        mask = Mask.unpack(base64.b64decode(json.loads(line)["mask"]), loaded.layout)
+        result = measure_mask(model, loaded.layout, mask, blocks, reference, setup["tokens_per_batch"])
+        record = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in vars(result).items()}
+        answers.write(json.dumps(record) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()

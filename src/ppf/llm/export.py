@@ -1,0 +1,79 @@
+"""A pruned model as a folder that loads anywhere, and the proof that it does, before the folder gets its name."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ppf.artifact import atomic_folder, write_json
+from ppf.errors import DamagedError
+from ppf.llm import pruned_model
+from ppf.llm.architectures import PRUNED
+
+MODELING_FILE = "modeling_ppf.py"
+PLAN_FILE = "ppf.json"
+
+
+def register() -> None:
+    """Lets transformers' auto classes load exported folders without remote code."""
+    for config_class, model_class, lm_class in PRUNED.values():
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, model_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, lm_class, exist_ok=True)
+
+
+def export(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: dict[str, Any], out: Path, force: bool = False
+) -> int:
+    """Writes safetensors, config, modeling file, tokenizer, generation config and ``ppf.json``.
+
+    Args:
+        model: What ``cut`` made.
+        tokenizer: The dense model's.
+        plan: JSON-ready record of the decision, for ``ppf.json``.
+        out: The new folder; it appears only after its reload check passed.
+        force: Replace a folder of that name.
+
+    Returns:
+        Bytes of the weight files.
+
+    Raises:
+        InputError: ``out`` exists.
+        DamagedError: The reloaded model answers differently; nothing is left behind.
+        ResourceError: The folder cannot be written.
+    """
+    with atomic_folder(out, force) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        source = importlib.util.find_spec(pruned_model.__name__).origin
+        (folder / MODELING_FILE).write_bytes(Path(source).read_bytes())
+        write_json(folder / PLAN_FILE, plan)
+        verify(model, folder)
+        return weight_bytes(folder)
+
+
+def verify(model: PreTrainedModel, folder: Path) -> None:
+    """Reloads a folder and compares its logits with the model in memory, bit for bit.
+
+    Raises:
+        DamagedError: They differ, or it does not load.
+    """
+    register()
+    try:
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, trust_remote_code=False).to(model.device).eval()
+    except Exception as error:  # whatever the reader raises, the export is not good
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedError(f"the exported folder must load; it does not: {reason}; nothing was written") from error
+    ids = torch.arange(min(32, model.config.vocab_size), device=model.device)[None]
+    with torch.inference_mode():
+        ours, theirs = model(input_ids=ids).logits, again(input_ids=ids).logits
+    difference = (ours - theirs).abs().max().item()
+    if not difference == 0:
+        raise DamagedError(f"the exported folder must answer as the model does; logits differ by {difference:g}; nothing was written")
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all safetensors files of a folder."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

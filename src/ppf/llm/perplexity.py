@@ -1,0 +1,151 @@
+"""Perplexity of token blocks, token-weighted, and the KL divergence from the dense model.
+
+A text is cut into blocks of ``L`` tokens; each block is one sequence and predicts its last ``L - 1`` tokens. Nothing but
+the tokenizer's own tokens is put in. All figures are in nats per predicted token.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ppf.errors import ResourceError
+
+_TOP = 64
+_DRAWS = 2000
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Log-perplexity of one model on one text.
+
+    Attributes:
+        log_ppl: Nats/token.
+        interval: 95 % interval of ``log_ppl``, bootstrapped over blocks.
+        tokens: Tokens run through the model.
+        blocks: Float[B], mean nats/token of each block, in the order of the text.
+    """
+
+    log_ppl: float
+    interval: tuple[float, float]
+    tokens: int
+    blocks: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What the dense model says of a text: per token its likeliest tokens and the rest as one.
+
+    Attributes:
+        tokens: Int[B, T, K], the dense model's K likeliest next tokens.
+        log_probs: Float[B, T, K + 1], their log-probabilities, and that of all others together.
+    """
+
+    tokens: torch.Tensor
+    log_probs: torch.Tensor
+
+
+def evaluate(model: PreTrainedModel, blocks: np.ndarray, tokens_per_batch: int = 4096, seed: int = 0) -> Evaluation:
+    """Log-perplexity with its interval.
+
+    Args:
+        model: Any causal LM.
+        blocks: Int[B, L] token ids.
+        tokens_per_batch: How many go through the model at once.
+        seed: Of the bootstrap.
+
+    Returns:
+        The same number, to rounding, as a plain loop over ``model(...).logits``.
+    """
+    losses = _losses(model, blocks, tokens_per_batch, None)[0]
+    return summarise(losses, blocks.size, seed)
+
+
+def summarise(losses: np.ndarray, tokens: int, seed: int = 0) -> Evaluation:
+    """Mean over blocks of equal length with a bootstrap interval; Float[B] nats/token."""
+    draws = np.random.default_rng(seed).integers(0, len(losses), (_DRAWS, len(losses)))
+    low, high = np.quantile(losses[draws].mean(axis=1), [0.025, 0.975])
+    return Evaluation(float(losses.mean()), (float(low), float(high)), tokens, losses)
+
+
+def measure(
+    model: PreTrainedModel, blocks: np.ndarray, reference: Reference | None, tokens_per_batch: int = 4096
+) -> tuple[float, float]:
+    """Log-perplexity and KL to the dense model.
+
+    Args:
+        model: The masked or cut model.
+        blocks: Int[B, L] token ids.
+        reference: The dense model's answers on the same blocks; None gives a KL of 0.
+        tokens_per_batch: How many tokens go through the model at once.
+
+    Returns:
+        Both in nats/token. The KL is between distributions over the dense model's 64 likeliest tokens and "any other",
+        which bounds the full one from below.
+    """
+    losses, divergence = _losses(model, blocks, tokens_per_batch, reference)
+    return float(losses.mean()), float(divergence.mean())
+
+
+@torch.inference_mode()
+def reference_of(model: PreTrainedModel, blocks: np.ndarray, tokens_per_batch: int = 4096) -> Reference:
+    """The dense model's answers on a text, for ``measure``."""
+    kept_tokens, kept_probs = [], []
+    for rows in _batches(blocks, tokens_per_batch):
+        for row in _logits(model, rows):
+            log_probs = row[:-1].float().log_softmax(-1)
+            values, tokens = log_probs.topk(min(_TOP, log_probs.shape[-1] - 1), dim=-1)
+            kept_tokens.append(tokens)
+            kept_probs.append(torch.cat([values, _rest(values)], dim=-1))
+    return Reference(torch.stack(kept_tokens), torch.stack(kept_probs))
+
+
+@torch.inference_mode()
+def _losses(
+    model: PreTrainedModel, blocks: np.ndarray, tokens_per_batch: int, reference: Reference | None
+) -> tuple[np.ndarray, np.ndarray]:
+    losses, divergences = [], []
+    for rows in _batches(blocks, tokens_per_batch):
+        for ids, row in zip(rows, _logits(model, rows), strict=True):
+            logits = row[:-1].float()
+            targets = torch.from_numpy(np.ascontiguousarray(ids[1:])).to(logits.device, torch.long)
+            losses.append(functional.cross_entropy(logits, targets).item())
+            divergences.append(0.0 if reference is None else _divergence(logits, reference, len(losses) - 1))
+    return np.array(losses), np.array(divergences)
+
+
+def _divergence(logits: torch.Tensor, reference: Reference, block: int) -> float:
+    dense = reference.log_probs[block]
+    values = logits.gather(-1, reference.tokens[block]) - logits.logsumexp(-1, keepdim=True)
+    other = torch.cat([values, _rest(values)], dim=-1)
+    return (dense.exp() * (dense - other)).sum(-1).mean().item()
+
+
+def _rest(log_probs: torch.Tensor) -> torch.Tensor:
+    """Log-probability of everything not listed; Float[T, K] -> Float[T, 1]."""
+    return torch.log1p(-log_probs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+
+
+def _batches(blocks: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    size = max(1, tokens_per_batch // blocks.shape[1])
+    return [blocks[start : start + size] for start in range(0, len(blocks), size)]
+
+
+def _logits(model: PreTrainedModel, rows: np.ndarray) -> torch.Tensor:
+    """Float[B, L, V]; on too little memory the batch is halved until single rows are left."""
+    try:
+        ids = torch.from_numpy(np.ascontiguousarray(rows)).to(model.device, torch.long)
+        return model(input_ids=ids, use_cache=False).logits
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        if len(rows) == 1:
+            raise ResourceError("one block must fit in memory; it does not; give a smaller --seq-len") from error
+    half = len(rows) // 2
+    return torch.cat([_logits(model, rows[:half]), _logits(model, rows[half:])])
+
+
+def _is_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

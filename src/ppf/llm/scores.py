@@ -1,0 +1,144 @@
+"""Importance criteria: what each unit of each site is worth. One function each, one dict.
+
+All read the units where they meet, at the input of the reader (o_proj, down_proj), and sum over its columns of one unit.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ppf.errors import InputError
+from ppf.llm.architectures import linear
+from ppf.space.importance import Importance
+from ppf.space.layout import Layout, Site
+
+Score = Callable[[PreTrainedModel, Layout, np.ndarray, int], list[torch.Tensor]]
+
+
+def score_units(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, method: str, source: str, seed: int) -> Importance:
+    """Scores every unit of a model, which is not changed.
+
+    Args:
+        model: The dense model.
+        layout: Its layout.
+        blocks: Int[B, L] calibration tokens.
+        method: One of ``SCORES``.
+        source: Name of the calibration text, kept with the result.
+        seed: Of ``random``.
+
+    Raises:
+        InputError: No such method.
+    """
+    if method not in SCORES:
+        raise InputError(f"a score must be one of {', '.join(SCORES)}; {method!r} came; choose one")
+    scores = SCORES[method](model, layout, blocks, seed)
+    per_unit = [_per_unit(score, site) for score, site in zip(scores, layout.sites, strict=True)]
+    return Importance(tuple(per_unit), method, source)
+
+
+def taylor(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int) -> list[torch.Tensor]:
+    """Squared first-order effect on the loss of scaling a column, summed over blocks (empirical Fisher of the mask).
+
+    Gradients are taken for the masks alone; the weights need none.
+
+    Reference: arXiv:1906.10771, method with gates (differs: gates on reader columns, one square a block).
+    """
+    totals = [torch.zeros(linear(model, site.reader).in_features) for site in layout.sites]
+    with _frozen(model), _gates(model, layout) as gates:
+        for row in blocks:
+            with torch.enable_grad():
+                ids = torch.from_numpy(np.ascontiguousarray(row)).to(model.device, torch.long)[None]
+                logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+                grads = torch.autograd.grad(functional.cross_entropy(logits, ids[0, 1:]), gates)
+            for total, grad in zip(totals, grads, strict=True):
+                total += grad.float().cpu() ** 2
+    return totals
+
+
+def flap(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int) -> list[torch.Tensor]:
+    """Variance of a column's input times the squared norm of its weights.
+
+    Reference: arXiv:2312.11983, section 3 (WIFV; differs: no standardisation across layers, since only the order
+    inside a site is used).
+    """
+    moments = _moments(model, layout, blocks)
+    return [(square - mean**2).clamp(min=0) * _weights(model, site).square().sum(0) for (mean, square), site in zip(moments, layout.sites)]
+
+
+def wanda_sp(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int) -> list[torch.Tensor]:
+    """Mean size of a column's weights times the norm of its input.
+
+    Reference: arXiv:2306.11695, section 3, in the structured form of arXiv:2312.11983.
+    """
+    moments = _moments(model, layout, blocks)
+    return [square.sqrt() * _weights(model, site).abs().mean(0) for (_, square), site in zip(moments, layout.sites)]
+
+
+def magnitude(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int) -> list[torch.Tensor]:
+    """Norm of a column of the reader; needs no text."""
+    return [_weights(model, site).norm(dim=0) for site in layout.sites]
+
+
+def random(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int) -> list[torch.Tensor]:
+    """Seeded noise: the control."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(linear(model, site.reader).in_features, generator=generator) for site in layout.sites]
+
+
+SCORES: dict[str, Score] = {"taylor": taylor, "flap": flap, "wanda_sp": wanda_sp, "magnitude": magnitude, "random": random}
+
+
+def _per_unit(columns: torch.Tensor, site: Site) -> np.ndarray:
+    return columns.reshape(site.units, site.columns).sum(1).numpy()
+
+
+def _weights(model: PreTrainedModel, site: Site) -> torch.Tensor:
+    return linear(model, site.reader).weight.detach().float().cpu()
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in needed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in needed:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _gates(model: PreTrainedModel, layout: Layout) -> Iterator[list[torch.Tensor]]:
+    """A gate of ones before every reader column; only gates carry gradients."""
+    gates = []
+    with ExitStack() as stack:
+        for site in layout.sites:
+            reader = linear(model, site.reader)
+            gate = torch.ones(reader.in_features, device=reader.weight.device, dtype=reader.weight.dtype, requires_grad=True)
+            gates.append(gate)
+            stack.callback(reader.register_forward_pre_hook(lambda _, inputs, gate=gate: (inputs[0] * gate,)).remove)
+        yield gates
+
+
+@torch.inference_mode()
+def _moments(model: PreTrainedModel, layout: Layout, blocks: np.ndarray) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per site the mean and the mean square of each reader column's input over all tokens."""
+    sums = [[torch.zeros(linear(model, site.reader).in_features, dtype=torch.float64) for _ in range(2)] for site in layout.sites]
+
+    def hook(sums: list[torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> None:
+        flat = inputs[0].reshape(-1, inputs[0].shape[-1]).double().cpu()
+        sums[0] += flat.sum(0)
+        sums[1] += flat.square().sum(0)
+
+    with ExitStack() as stack:
+        for site, both in zip(layout.sites, sums, strict=True):
+            handle = linear(model, site.reader).register_forward_pre_hook(lambda _, inputs, both=both: hook(both, inputs))
+            stack.callback(handle.remove)
+        for row in blocks:
+            model(input_ids=torch.from_numpy(np.ascontiguousarray(row)).to(model.device, torch.long)[None], use_cache=False)
+    return [((first / blocks.size).float(), (second / blocks.size).float()) for first, second in sums]

@@ -1,0 +1,98 @@
+"""cut(): a new, really smaller model without the removed units; the original stays as it is."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ppf.llm.architectures import PRUNED, family_of, linear
+from ppf.space.allocation import Allocation
+from ppf.space.layout import Layout, Site
+from ppf.space.mask import Mask
+
+
+def cut(model: PreTrainedModel, layout: Layout, mask: Mask) -> PreTrainedModel:
+    """Builds the smaller model.
+
+    Args:
+        model: The dense model; untouched, no weight is shared with the result.
+        layout: Its layout.
+        mask: Which units stay.
+
+    Returns:
+        A causal LM of the family's per-layer class, on the same device and in the same dtype, in evaluation mode.
+    """
+    config = pruned_config(model.config, layout, mask.allocation)
+    with torch.device("meta"):
+        smaller = PRUNED[layout.model_type][2]._from_config(config, dtype=model.dtype)
+    source = model.state_dict()
+    for site, bits in zip(layout.sites, mask.bits, strict=True):
+        _cut_site(model, source, site, torch.from_numpy(bits.copy()))
+    state = {name: source[name].clone() for name in smaller.state_dict()}
+    smaller.load_state_dict(state, strict=True, assign=True)
+    _copy_buffers(model, smaller)
+    smaller.tie_weights()
+    if model.generation_config is not None:
+        smaller.generation_config = copy.deepcopy(model.generation_config)
+    return smaller.eval()
+
+
+def pruned_config(config: PreTrainedConfig, layout: Layout, allocation: Allocation) -> PreTrainedConfig:
+    """The config of the smaller model: the dense one's, with `per_layer_config`, plain lists beside it, and `auto_map`.
+
+    Args:
+        config: Of the dense model.
+        layout: Its layout.
+        allocation: Int[S] kept units.
+    """
+    family = family_of(config)
+    config_class, model_class, lm_class = PRUNED[family]
+    layers: dict[int, dict[str, int]] = {layer: {} for layer in range(layout.layers)}
+    for site, kept in zip(layout.sites, allocation.kept, strict=True):
+        for field, per_unit in site.shapes:
+            layers[site.layer][field] = per_unit * int(kept)
+    record = config.to_dict()
+    for field in ("per_layer_config", "model_type", "architectures", "auto_map", "transformers_version", "ppf_layers"):
+        record.pop(field, None)
+    record["head_dim"] = getattr(config, "head_dim", None) or record["hidden_size"] // record["num_attention_heads"]
+    pruned = config_class(**record, per_layer_config=layers)
+    pruned.ppf_layers = {field: [layers[layer][field] for layer in layers] for field in layers[0]}
+    pruned.architectures = [lm_class.__name__]
+    pruned.auto_map = {
+        "AutoConfig": f"modeling_ppf.{config_class.__name__}",
+        "AutoModel": f"modeling_ppf.{model_class.__name__}",
+        "AutoModelForCausalLM": f"modeling_ppf.{lm_class.__name__}",
+    }
+    pruned._attn_implementation = config._attn_implementation
+    return pruned
+
+
+def _cut_site(model: PreTrainedModel, state: dict[str, torch.Tensor], site: Site, bits: torch.Tensor) -> None:
+    """Drops rows of the writers and columns of the reader in ``state``."""
+    keep = torch.nonzero(bits).squeeze(1)
+    by_module: dict[str, list[torch.Tensor]] = {}
+    for rows in site.writers:
+        by_module.setdefault(rows.module, []).append(rows.offset + _span(keep, rows.width))
+    for module, spans in by_module.items():
+        ids = torch.cat(spans).to(model.device)
+        state[f"{module}.weight"] = state[f"{module}.weight"][ids]
+        if linear(model, module).bias is not None:
+            state[f"{module}.bias"] = state[f"{module}.bias"][ids]
+    columns = _span(keep, site.columns).to(model.device)
+    state[f"{site.reader}.weight"] = state[f"{site.reader}.weight"][:, columns]
+
+
+def _span(units: torch.Tensor, width: int) -> torch.Tensor:
+    """Element ids of units of ``width`` elements; Int[K] -> Int[K * width]."""
+    return (units[:, None] * width + torch.arange(width)).flatten()
+
+
+def _copy_buffers(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
+    """Buffers that no state dict holds (rotary frequencies) are not pruned: they are the dense model's."""
+    dense = dict(model.named_buffers())
+    for name, _ in list(smaller.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        module: nn.Module = smaller.get_submodule(owner)
+        persistent = leaf not in module._non_persistent_buffers_set
+        module.register_buffer(leaf, dense[name].clone(), persistent=persistent)

@@ -1,0 +1,275 @@
+"""From the name of a text to token blocks for calibration, search and test that never overlap.
+
+    pydocs            buckets 0 | 1 | 2 of the documentation inside CPython
+    self              sampled from the dense model, three seeds
+    FILE.txt          first 20 % | next 40 % | last 40 % of its tokens
+    FILE.jsonl        its documents (field `text`), by a hash of their words: 20 % | 40 % | 40 %
+    FILE.parquet      likewise, column `text`
+    wikitext2 c4 ptb  from the hub: train (by hash, 1/3 | 2/3) for calibration and search, test for test
+
+A separate test text replaces the test part; then calibration and search share the whole first text, 1/3 and 2/3.
+"""
+
+import hashlib
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppf.artifact import load_artifact, save_artifact
+from ppf.errors import InputError, ResourceError
+from ppf.llm import pydocs
+
+PARTS = ("calibration", "search", "test")
+_SHARES = {"calibration": 0.2, "search": 0.4, "test": 0.4}
+_HUB = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
+    "c4": ("allenai/c4", "en", "text"),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence"),
+}
+_HUB_DOCUMENTS = 20_000
+_SAMPLED_BLOCKS = {"calibration": 64, "search": 128, "test": 128}
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Token blocks of one text.
+
+    Attributes:
+        name: As the user called it.
+        calibration: Int[B, L], for importance.
+        search: Int[B, L], for measuring masks.
+        test: Int[B, L], for reported figures only.
+    """
+
+    name: str
+    calibration: np.ndarray
+    search: np.ndarray
+    test: np.ndarray
+
+    @property
+    def digest(self) -> str:
+        """Hash of all tokens and their arrangement."""
+        parts = [getattr(self, part) for part in PARTS]
+        return hashlib.sha256(b"".join(repr(part.shape).encode() + part.astype("<i8").tobytes() for part in parts)).hexdigest()[:32]
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Writes the artefact."""
+        save_artifact(path, "text", fingerprint, {part: getattr(self, part) for part in PARTS}, name=self.name)
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: str) -> "Text":
+        """Reads the artefact.
+
+        Raises:
+            DamagedError: Not whole, or of another study.
+        """
+        arrays, header = load_artifact(path, "text", fingerprint)
+        return cls(header["name"], *(arrays[part] for part in PARTS))
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    """How much of each part is used, in tokens; less if the text has less.
+
+    Attributes:
+        seq_len: Tokens a block.
+        calibration: Tokens for importance.
+        search: Tokens for each measured mask.
+        test: Tokens for each reported figure.
+    """
+
+    seq_len: int
+    calibration: int
+    search: int
+    test: int
+
+
+def load_text(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    sizes: TextSizes,
+    seed: int,
+    model: PreTrainedModel | None = None,
+    test_name: str | None = None,
+) -> Text:
+    """Token blocks of all three parts.
+
+    Args:
+        name: A corpus or a file, as in the module's table.
+        tokenizer: Of the model.
+        sizes: How much is wanted.
+        seed: Which blocks are taken where there are more than wanted, and what ``self`` samples.
+        model: Needed for ``self``.
+        test_name: Another text for the test part.
+
+    Raises:
+        InputError: No such text, or too short for one block a part.
+        ResourceError: An optional package or the network is missing.
+    """
+    if name == "self":
+        if model is None:
+            raise InputError("text self must be sampled from a model; none is at hand; name another text")
+        streams = {part: sample_text(model, tokenizer, sizes, part, seed) for part in PARTS}
+    else:
+        streams = _streams(name, tokenizer, apart=test_name is not None)
+    if test_name is not None:
+        streams["test"] = whole_text(test_name, tokenizer)
+    wanted = {"calibration": sizes.calibration, "search": sizes.search, "test": sizes.test}
+    return Text(name, *(take_blocks(streams[part], sizes.seq_len, wanted[part], seed, f"{name} ({part})") for part in PARTS))
+
+
+def whole_text(name: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Int[T]: all of a text that is used for tests alone: the test part of a corpus, or the whole of a file.
+
+    Raises:
+        InputError: No such text.
+    """
+    if name == "pydocs":
+        return _join(pydocs.documents(2), tokenizer)
+    if name in _HUB:
+        return _join(_hub_documents(name, "test"), tokenizer)
+    if name == "self":
+        raise InputError("a test text must come from outside the model; self came; name a corpus or a file")
+    return _join(_file_documents(Path(name)), tokenizer)
+
+
+def take_blocks(stream: np.ndarray, seq_len: int, tokens: int | None, seed: int, name: str) -> np.ndarray:
+    """Cuts a stream into blocks and takes some of them, evenly spread with a seeded start.
+
+    Args:
+        stream: Int[T].
+        seq_len: Tokens a block; the tail that fills no block is left out.
+        tokens: How many are wanted; None takes all.
+        seed: Shifts which blocks are taken.
+        name: For the message.
+
+    Returns:
+        Int[B, L], in the order of the text.
+
+    Raises:
+        InputError: Not one whole block.
+    """
+    count = len(stream) // seq_len
+    if count < 1:
+        raise InputError(f"text {name} must fill a block of {seq_len} tokens; it has {len(stream)}; give more text or a smaller --seq-len")
+    blocks = stream[: count * seq_len].reshape(count, seq_len)
+    wanted = count if tokens is None else max(1, min(count, tokens // seq_len))
+    start = np.random.default_rng(seed).random()
+    return blocks[np.floor((np.arange(wanted) + start) * count / wanted).astype(np.int64)]
+
+
+@torch.inference_mode()
+def sample_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sizes: TextSizes, part: str, seed: int
+) -> np.ndarray:
+    """Int[T]: text drawn from the model itself at temperature 1, one block after another, seeded by part."""
+    first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    generator = torch.Generator().manual_seed(seed * len(PARTS) + PARTS.index(part))
+    wanted = -(-getattr(sizes, part) // sizes.seq_len)
+    blocks, ids, cache = min(wanted, _SAMPLED_BLOCKS[part]), None, None
+    ids = torch.full((blocks, 1), first, device=model.device)
+    step = ids
+    for _ in range(sizes.seq_len - 1):
+        output = model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        step = torch.multinomial(output.logits[:, -1].float().softmax(-1).cpu(), 1, generator=generator).to(ids.device)
+        ids = torch.cat([ids, step], dim=1)
+    return ids.reshape(-1).cpu().numpy().astype(np.int64)
+
+
+def _streams(name: str, tokenizer: PreTrainedTokenizerBase, apart: bool) -> dict[str, np.ndarray]:
+    """The token stream of each part; ``apart`` means that the test part comes from elsewhere."""
+    if name == "pydocs":
+        return {part: _join(pydocs.documents(bucket), tokenizer) for bucket, part in enumerate(PARTS)}
+    if name in _HUB:
+        train = _split_documents(_hub_documents(name, "train"), tokenizer, apart=True)
+        return {**train, "test": np.array([], dtype=np.int64) if apart else whole_text(name, tokenizer)}
+    documents = _file_documents(Path(name))
+    if len(documents) > 1:
+        return _split_documents(documents, tokenizer, apart)
+    stream = _join(documents, tokenizer)
+    ends = np.cumsum([share for _, share in _shares(apart)])
+    parts = np.split(stream, (ends[:-1] * len(stream)).astype(int))
+    return dict(zip([part for part, _ in _shares(apart)], parts, strict=True))
+
+
+def _shares(apart: bool) -> list[tuple[str, float]]:
+    parts = [part for part in PARTS if not (apart and part == "test")]
+    total = sum(_SHARES[part] for part in parts)
+    return [(part, _SHARES[part] / total) for part in parts]
+
+
+def _split_documents(documents: list[str], tokenizer: PreTrainedTokenizerBase, apart: bool) -> dict[str, np.ndarray]:
+    """Equal documents fall into the same part, so that no text is in two."""
+    shares = _shares(apart)
+    ends = np.cumsum([share for _, share in shares])
+    groups: dict[str, list[str]] = {part: [] for part, _ in shares}
+    for document in documents:
+        place = int(hashlib.sha256(" ".join(document.split()).encode()).hexdigest()[:12], 16) / 16**12
+        groups[shares[min(int(np.searchsorted(ends, place, side="right")), len(shares) - 1)][0]].append(document)
+    return {part: _join(group, tokenizer) for part, group in groups.items()}
+
+
+def _join(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Token stream with an end-of-text token behind each document, where the tokenizer has one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if not documents:
+        return np.array([], dtype=np.int64)
+    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.concatenate([np.array(ids + end, dtype=np.int64) for ids in encoded])
+
+
+def _file_documents(path: Path) -> list[str]:
+    """The documents of a file; a .txt file is one."""
+    if not path.is_file():
+        known = ", ".join(["pydocs", "self", *_HUB])
+        raise InputError(f"a text must be one of {known} or a file; {str(path)!r} is neither; check the spelling")
+    try:
+        if path.suffix == ".jsonl":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            documents = [json.loads(line)["text"] for line in lines if line.strip()]
+        elif path.suffix == ".parquet":
+            documents = _extra("pyarrow.parquet").read_table(path, columns=["text"])["text"].to_pylist()
+        elif path.suffix == ".txt":
+            documents = [path.read_text(encoding="utf-8")]
+        else:
+            raise InputError(f"a text file must end in .txt, .jsonl or .parquet; {path.name!r} came; convert it")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} must be UTF-8 text; {error.reason} at byte {error.start}; convert it") from error
+    except (KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path} must have one JSON object with a field 'text' a line; {error!r}; convert it") from error
+    except OSError as error:
+        raise ResourceError(f"{path} must be readable; {error}; check it") from error
+    if not all(isinstance(document, str) for document in documents):
+        raise InputError(f"{path} must hold strings in 'text'; another type came; convert it")
+    return [document for document in documents if document.strip()]
+
+
+def _hub_documents(name: str, split: str) -> list[str]:
+    """At most the first 20,000 rows of a data set, streamed."""
+    repository, config, column = _HUB[name]
+    datasets = _extra("datasets")
+    if name == "c4":
+        split = {"test": "validation"}.get(split, split)
+    try:
+        rows = datasets.load_dataset(repository, config, split=split, streaming=True).take(_HUB_DOCUMENTS)
+        documents = [row[column] for row in rows]
+    except Exception as error:  # datasets raises what its file system and HTTP layers raise
+        reason = " ".join(str(error).split())[:160]
+        raise ResourceError(f"text {name} must come from the hub; that failed: {reason}; go online or give a file or pydocs") from error
+    text = "\n\n" if column == "sentence" else ""
+    return [text.join(documents[start : start + 200]) for start in range(0, len(documents), 200)]
+
+
+def _extra(module: str):  # noqa: ANN202 (a module)
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ResourceError(f"this text needs the package {module.split('.')[0]}; it is missing; pip install 'ppf[data]'") from error
+
+

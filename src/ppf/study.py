@@ -1,0 +1,117 @@
+"""The study folder: where each artefact of one fitted model lies. Opened by many readers and one writer.
+
+    study.json            model, layout, settings, dense figures          text.safetensors        token blocks
+    importance.safetensors  order of the units                            samples.sqlite          what was measured
+    plans.json            which masks each round wanted                   predictor.safetensors   agent.safetensors
+    report.json           held-out figures, times, costs                  lock                    held by the writer
+"""
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ppf.artifact import read_json, write_json
+from ppf.errors import DamagedError, InputError, InUseError, ResourceError
+from ppf.samples import SampleStore
+from ppf.space.importance import Importance
+from ppf.space.layout import Layout
+
+STUDY_VERSION = 1
+
+
+class StudyFolder:
+    """One study on disk.
+
+    Args:
+        folder: An existing study.
+
+    Raises:
+        InputError: No study lies there.
+        DamagedError: Its record is not whole or of another version.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "study.json").is_file():
+            raise InputError(f"{folder} must be a study folder; it holds no study.json; make one with ppf fit")
+        self.record: dict[str, Any] = read_json(self.folder / "study.json")
+        if not isinstance(self.record, dict) or self.record.get("version") != STUDY_VERSION:
+            raise DamagedError(f"{folder} must be a study of version {STUDY_VERSION}; it is not; fit again in a new folder")
+        for field in ("model", "layout", "settings", "dense", "context"):
+            if not isinstance(self.record.get(field), (dict, str)):
+                raise DamagedError(f"{folder}/study.json must have {field!r}; it has not; fit again in a new folder")
+
+    @classmethod
+    def create(cls, folder: Path, record: dict[str, Any]) -> "StudyFolder":
+        """Writes the record of a new study and opens it."""
+        write_json(folder / "study.json", {"version": STUDY_VERSION, **record})
+        return cls(folder)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The removable places of the dense model."""
+        return Layout.from_json(self.record["layout"])
+
+    @cached_property
+    def importance(self) -> Importance:
+        """The order of the units."""
+        return Importance.load(self.path("importance"), self.layout)
+
+    @property
+    def context(self) -> str:
+        """Hash of model, text and settings under which samples were measured."""
+        return self.record["context"]
+
+    def path(self, artefact: str) -> Path:
+        """Where an artefact lies: ``text``, ``importance``, ``predictor`` or ``agent``."""
+        return self.folder / f"{artefact}.safetensors"
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether all stages are done."""
+        return all(self.path(name).is_file() for name in ("importance", "predictor", "agent"))
+
+    def store(self, write: bool = False) -> SampleStore:
+        """The measured samples of this study."""
+        return SampleStore(self.folder / "samples.sqlite", self.context, write)
+
+    def plan(self, name: str) -> Any | None:
+        """What a stage planned earlier; None if it did not yet."""
+        path = self.folder / "plans.json"
+        return read_json(path).get(name) if path.is_file() else None
+
+    def keep_plan(self, name: str, plan: Any) -> None:
+        """Keeps what a stage plans, so that a later start goes on with the same."""
+        path = self.folder / "plans.json"
+        write_json(path, {**(read_json(path) if path.is_file() else {}), name: plan})
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes this process the folder's one writer; the lock dies with the process.
+
+    Raises:
+        InUseError: Another process holds it.
+        ResourceError: The folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / "lock", "a+")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ResourceError(f"{folder} must be a writable folder; {error.strerror}; choose another place") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InUseError(f"{folder} must have one writer; another process is fitting it; wait or choose another folder") from error
+        yield
+
+
+def context_of(**parts: Any) -> str:
+    """Hash of everything that a measurement depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,25 @@
+import pytest
+
+from ppf import errors
+
+KINDS = {
+    errors.InputError: (2, ValueError),
+    errors.UnsupportedError: (3, NotImplementedError),
+    errors.DamagedError: (4, ValueError),
+    errors.ResourceError: (5, OSError),
+    errors.InUseError: (6, OSError),
+}
+
+
+@pytest.mark.parametrize(("kind", "code", "builtin"), [(kind, *rest) for kind, rest in KINDS.items()])
+def test_each_error_has_its_exit_code_and_is_a_builtin(kind, code, builtin):
+    error = kind("a must hold; b came; do c")
+    assert isinstance(error, errors.PPFError) and isinstance(error, builtin)
+    assert error.exit_code == code
+    assert str(error) == "a must hold; b came; do c"
+
+
+def test_exit_codes_tell_all_errors_apart():
+    kinds = {value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.PPFError)}
+    assert kinds == {errors.PPFError, *KINDS}
+    assert sorted(kind.exit_code for kind in kinds) == [1, 2, 3, 4, 5, 6]
