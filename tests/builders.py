@@ -1,7 +1,11 @@
 """Small values to test with, and the form that every refusal must have."""
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -54,6 +58,21 @@ def random_mask(of: Layout, seed: int = 0) -> Mask:
     """The most important units of a random allocation."""
     kept = np.random.default_rng(seed).integers(of.floors, of.units + 1)
     return select(Allocation(kept), importance(of, seed), of)
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def full_disk(*_: object) -> NoReturn:
+    """Stands in for a system call when the disk is full."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def interrupted(*_: object) -> NoReturn:
+    """Stands in for a call during which Ctrl-C comes."""
+    raise KeyboardInterrupt
 
 
 @contextmanager

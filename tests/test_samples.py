@@ -141,6 +141,18 @@ def test_minus_zero_comes_back(shared):
     assert shared.get(one.digest) == one
 
 
+def test_a_sample_made_by_hand_comes_back(shared):
+    one = sample(ratio=np.float32(0.25), kept=(np.int64(2), 19), log_ppl=2, kl=-0.0, tokens=np.int32(7), round=np.int64(3))
+    shared.add(one)
+    assert shared.get(one.digest) == one and shared.damaged == 0
+
+
+def test_a_reason_that_is_no_text_is_kept_escaped(shared):
+    one = Sample.of(random_mask(LAYOUT), "c", "probe", 0.3, 0, Measurement(1.0, 1.0, 10, 1.5, "no file caf\udce9"))
+    shared.add(one)
+    assert shared.get(one.digest) == replace(one, reason="no file caf\\udce9")
+
+
 def test_one_mask_has_one_sample_the_last(tmp_path):
     failed = sample(status="failed", reason="out of memory", log_ppl=0.0)
     with opened(tmp_path / "s", write=True) as store:
@@ -265,6 +277,32 @@ def test_a_flipped_bit_anywhere_never_alters_a_sample(tmp_path):
         flipped = data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1 :]
         outcomes.setdefault(outcome(tmp_path / "flipped", flipped, samples), []).append(place)
     assert set(outcomes) <= {"whole", "lost", "DamagedError"}, outcomes
+
+
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"log_ppl", b"log\nppl"), (b"CREATE TABLE", b"CREATE\n\xffABLE"), (b"samples (", b"sampl\xff\n(("),
+                     (b"NOT NULL", b"NOT\n\xffULL"), (b"SQLite format 3", b"SQLite format 4"),
+                     (bytes([0, 0, 0, 4]), bytes([0, 0, 0, 9]))],
+)  # fmt: skip
+def test_a_damaged_schema_is_refused_and_the_file_given_back(tmp_path, monkeypatch, old, new, write):
+    data, opens, connect = stored(tmp_path, sample()).read_bytes(), [], sqlite3.connect
+    assert data.count(old) >= 1
+    (tmp_path / "s").write_bytes(data.replace(old, new))
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kw: opens.append(connect(*args, **kw)) or opens[-1])
+    with refuses(DamagedError), opened(tmp_path / "s", write=write) as store:
+        store.all()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        opens[0].execute("SELECT 1")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\rb"])
+def test_a_message_about_an_odd_name_is_one_line(tmp_path, name):
+    with refuses(DamagedError):
+        SampleStore(tmp_path / name, "c")
+    (tmp_path / name).mkdir()
+    with refuses(ResourceError):
+        SampleStore(tmp_path / name, "c", write=True)
 
 
 @pytest.mark.parametrize("write", [False, True])

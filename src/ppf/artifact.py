@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ppf.errors import DamagedError, InputError, ResourceError
+from ppf.errors import DamagedError, InputError, PPFError, ResourceError
 
 FORMAT_VERSION = 1
 _MAX_HEADER = 16 * 2**20
@@ -30,8 +31,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         ResourceError: The file cannot be written (disk full, read-only, a folder in the way).
     """
-    path = Path(path)
-    handle, name = -1, ""
+    path, name = Path(path), ""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
@@ -40,11 +40,15 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-        _sync_folder(path.parent)
+        name = ""
+        _sync(path.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise ResourceError(f"{path} must be writable; {error.strerror}; free the disk or choose another place") from error
+        place = one_line(path)
+        raise ResourceError(f"{place} must be writable; {error.strerror}; free the disk or choose another place") from error
+    finally:  # not only after an OSError: Ctrl-C must leave nothing behind either
+        if name:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -57,15 +61,10 @@ def read_json(path: Path) -> Any:
 
     Raises:
         DamagedError: The file is missing or is not JSON.
+        ResourceError: The file cannot be read.
     """
-    try:
+    with _reading(path, "hold JSON"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DamagedError(f"{path} must exist; it does not; is this the right folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DamagedError(f"{path} must hold JSON; {error}; restore or remove it") from error
-    except OSError as error:
-        raise ResourceError(f"{path} must be readable; {error.strerror}; check its permissions") from error
 
 
 def save_artifact(path: Path, kind: str, fingerprint: str, tensors: Mapping[str, np.ndarray], **header: Any) -> None:
@@ -78,9 +77,10 @@ def save_artifact(path: Path, kind: str, fingerprint: str, tensors: Mapping[str,
         tensors: The arrays, by name.
         **header: Further JSON values: config, seed, method.
     """
-    arrays = {name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}
-    record = {"kind": kind, "version": FORMAT_VERSION, "fingerprint": fingerprint, "sha256": _digest(arrays), **header}
-    write_bytes(path, save(arrays, metadata={"ppf": json.dumps(record, allow_nan=False)}))
+    arrays = {name: np.asarray(value, order="C") for name, value in sorted(tensors.items())}
+    written = json.dumps({"kind": kind, "version": FORMAT_VERSION, "fingerprint": fingerprint, **header}, allow_nan=False)
+    record = json.loads(written)  # the checksum is of what a reader will see: lists for tuples, text for keys
+    write_bytes(path, save(arrays, metadata={"ppf": json.dumps({**record, "sha256": _digest(record, arrays)})}))
 
 
 def load_artifact(path: Path, kind: str, fingerprint: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -96,15 +96,18 @@ def load_artifact(path: Path, kind: str, fingerprint: str | None = None) -> tupl
 
     Raises:
         DamagedError: Missing, cut, altered, of another kind, version or model.
+        ResourceError: The file cannot be read.
     """
-    arrays, header = _read(Path(path))
-    if header.get("kind") != kind or header.get("version") != FORMAT_VERSION:
-        found = f"{header.get('kind')!r} version {header.get('version')!r}"
-        raise DamagedError(f"{path} must be a {kind!r} artefact of version {FORMAT_VERSION}; it is {found}; fit again")
-    if fingerprint is not None and header.get("fingerprint") != fingerprint:
-        raise DamagedError(f"{path} must belong to this model's layout; it was made for another one; use its own study")
-    if header.get("sha256") != _digest(arrays):
-        raise DamagedError(f"{path} must be unaltered; its checksum differs; restore it or fit again")
+    with _reading(path, "be a whole ppf artefact"):
+        with open(path, "rb") as start:
+            if int.from_bytes(start.read(8), "little") > _MAX_HEADER:
+                raise ValueError("it announces a header of more than 16 MB")
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get("ppf", "{}"))
+            _check_partner(one_line(path), header, kind, fingerprint)
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if header.get("sha256") != _digest(header, arrays):
+            raise ValueError("its checksum differs")
     return arrays, header
 
 
@@ -133,12 +136,13 @@ def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
     try:
         yield work
         for file in work.rglob("*"):
-            if file.is_file():
+            if file.is_file() and not file.is_symlink():  # what a link points to is not ours to change
                 file.chmod(0o666 & ~_umask())
                 _sync(file)
         work.chmod(0o777 & ~_umask())
-        _sync_folder(work)
-        _swap_in(work, path)
+        _sync(work)
+        check_new_folder(path, force)  # again: filling takes long, and another process may have come first
+        _swap_in(work, path, force)
     except OSError as error:
         if error.errno is None:
             raise
@@ -162,40 +166,59 @@ def check_new_folder(path: Path, force: bool = False) -> None:
         raise InputError(f"{path} must be a new folder; it exists and is not empty; choose another name or add --force")
 
 
-def _swap_in(work: Path, path: Path) -> None:
-    if path.exists():
+def _swap_in(work: Path, path: Path, force: bool) -> None:
+    if force and path.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-        os.rename(path, old / path.name)
         try:
+            os.rename(path, old / path.name)
             os.rename(work, path)
-        except OSError:
-            os.rename(old / path.name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.rename(old / path.name, path)
             raise
         finally:
-            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():  # else the old folder could not be put back, and this is its only copy
+                shutil.rmtree(old, ignore_errors=True)
     else:
-        os.rename(work, path)
-    _sync_folder(path.parent)
+        os.rename(work, path)  # fails on a folder that is not empty
+    _sync(path.parent)
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def one_line(text: object) -> str:
+    """Text for a message: line breaks and other control characters appear escaped."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
+
+
+@contextlib.contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever goes wrong in reading a file that must ``what`` into our errors."""
+    name = one_line(path)
     try:
-        with open(path, "rb") as file:
-            if int.from_bytes(file.read(8), "little") > _MAX_HEADER:
-                raise DamagedError(f"{path} must have a header under 16 MB; a larger one is announced; restore it")
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get("ppf", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
+        yield
+    except PPFError:
+        raise
     except FileNotFoundError:
-        raise DamagedError(f"{path} must exist; it does not; fit the study again to make it") from None
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamagedError(f"{path} must be a whole ppf artefact; {error}; restore it or fit again") from error
+        raise DamagedError(f"{name} must exist; it does not; is this the right folder?") from None
     except OSError as error:
-        raise ResourceError(f"{path} must be readable; {error.strerror}; check its permissions") from error
+        raise ResourceError(f"{name} must be readable; {error.strerror}; check its permissions") from error
+    except (SafetensorError, ValueError, RecursionError, TypeError, AttributeError) as error:
+        # the last two are how safetensors says that numpy lacks a number type
+        raise DamagedError(f"{name} must {what}; {one_line(error)}; restore it or fit again") from error
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _check_partner(name: str, header: Any, kind: str, fingerprint: str | None) -> None:
+    if not isinstance(header, dict):
+        raise ValueError("its record is not a JSON object")
+    if header.get("kind") != kind or header.get("version") != FORMAT_VERSION:
+        found = f"{reprlib.repr(header.get('kind'))} version {reprlib.repr(header.get('version'))}"
+        raise DamagedError(f"{name} must be a {kind!r} artefact of version {FORMAT_VERSION}; it is {found}; fit again")
+    if fingerprint is not None and header.get("fingerprint") != fingerprint:
+        raise DamagedError(f"{name} must belong to this model's layout; it was made for another one; use its own study")
+
+
+def _digest(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    record = {name: value for name, value in header.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         digest.update(arrays[name].tobytes())
@@ -214,6 +237,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-_sync_folder = _sync

@@ -8,13 +8,15 @@ import json
 import math
 import sqlite3
 import zlib
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ppf.artifact import one_line
 from ppf.errors import DamagedError, InUseError, ResourceError
 from ppf.space.layout import Layout
 from ppf.space.mask import Mask
@@ -74,11 +76,11 @@ class Sample:
             mask.pack(),
             "done" if done else "failed",
             "" if done else result.reason or f"not finite: log-perplexity {result.log_ppl}, KL {result.kl}",
-            result.log_ppl if done else 0.0,
-            result.kl if done else 0.0,
-            result.tokens,
-            result.seconds,
-            round,
+            float(result.log_ppl) if done else 0.0,
+            float(result.kl) if done else 0.0,
+            int(result.tokens),
+            float(result.seconds),
+            int(round),
         )
 
 
@@ -102,6 +104,16 @@ class Measurement:
 
 
 _FIELDS = tuple(field.name for field in fields(Sample))
+_AS_STORED: dict[Any, Callable[[Any], Any]] = {
+    str: lambda text: text.encode(errors="backslashreplace").decode(),
+    bytes: bytes,
+    int: int,
+    float: lambda number: float(number) + 0.0,  # SQLite has no minus zero
+    tuple[int, ...]: lambda numbers: json.dumps([int(number) for number in numbers]),
+}
+_PREPARE = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", _SCHEMA)
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+_SURROUNDINGS = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}
 
 
 class SampleStore:
@@ -116,15 +128,17 @@ class SampleStore:
     def __init__(self, path: Path, context: str, write: bool = False) -> None:
         self.path, self.context, self.damaged = Path(path), context, 0
         if not write and not self.path.exists():
-            raise DamagedError(f"{path} must exist; it does not; fit the study first")
-        with _translated(self.path):
+            raise DamagedError(f"{one_line(path)} must exist; it does not; fit the study first")
+        with _translated(self.path), ExitStack() as on_error:
             mode = "rwc" if write else "ro"
             self._db = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode={mode}", uri=True, timeout=1.0, isolation_level=None)
-            if write:
-                self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute("PRAGMA synchronous=FULL")
-                self._db.execute(_SCHEMA)
+            on_error.callback(self._db.close)
+            # A text that is damaged comes back altered, not as an error, so that it costs its own row only.
+            self._db.text_factory = lambda raw: raw.decode(errors="surrogateescape")
+            for statement in _PREPARE if write else ():
+                self._db.execute(statement)
             self._db.execute("SELECT 1 FROM samples LIMIT 1")
+            on_error.pop_all()
 
     def add(self, sample: Sample) -> None:
         """Commits one sample; an earlier one of the same mask is replaced.
@@ -133,12 +147,11 @@ class SampleStore:
             ResourceError: It could not be written.
             InUseError: Another process is writing.
         """
-        row = {**dict(zip(_FIELDS, astuple(sample), strict=True)), "kept": json.dumps(sample.kept)}
-        names = (*_FIELDS, "crc")
-        values = [*row.values(), _crc(sample)]
+        row = [_AS_STORED[field.type](getattr(sample, field.name)) for field in fields(Sample)]
+        marks = ", ".join("?" * (len(row) + 1))
         with _translated(self.path):
-            marks = ", ".join("?" * len(names))
-            self._db.execute(f"INSERT OR REPLACE INTO samples ({', '.join(names)}) VALUES ({marks})", values)  # noqa: S608
+            insert = f"INSERT OR REPLACE INTO samples ({', '.join(_FIELDS)}, crc) VALUES ({marks})"
+            self._db.execute(insert, [*row, _crc(row)])
 
     def get(self, digest: str) -> Sample | None:
         """The sample of one mask, or None if it was not measured."""
@@ -161,13 +174,13 @@ class SampleStore:
         self._db.close()
 
     def _rows(self, where: str, *values: str) -> Iterator[Sample]:
-        query = f"SELECT {', '.join(_FIELDS)}, crc FROM samples WHERE context = ? {where} ORDER BY rowid"  # noqa: S608
+        query = f"SELECT {', '.join(_FIELDS)}, crc FROM samples WHERE context = ? {where} ORDER BY rowid"
         with _translated(self.path), closing(self._db.execute(query, (self.context, *values))) as cursor:
             rows = cursor.fetchall()
         self.damaged = 0
         for *row, crc in rows:
-            sample = _sample(row)
-            if sample is None or _crc(sample) != crc:
+            sample = _sample(row) if _crc(row) == crc else None
+            if sample is None:
                 self.damaged += 1
             else:
                 yield sample
@@ -184,7 +197,7 @@ def kept_matrix(samples: list[Sample], layout: Layout) -> np.ndarray:
     return np.array([sample.kept for sample in samples], dtype=np.int64).reshape(len(samples), len(layout.sites))
 
 
-def _sample(row: list[object]) -> Sample | None:
+def _sample(row: list[Any]) -> Sample | None:
     try:
         record = dict(zip(_FIELDS, row, strict=True))
         return Sample(**{**record, "kept": tuple(json.loads(record["kept"]))})
@@ -192,25 +205,23 @@ def _sample(row: list[object]) -> Sample | None:
         return None
 
 
-def _crc(sample: Sample) -> int:
-    return zlib.crc32(repr(astuple(sample)).encode())
+def _crc(row: list[Any]) -> int:
+    """Of the values as SQLite gives them back, so that a value of another type counts as altered too."""
+    return zlib.crc32(repr(row).encode())
 
 
-class _translated:
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
     """Turns SQLite's errors into ours."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
-            raise DamagedError(f"{self.path} must be a whole SQLite file; {error}; restore it or start a new study") from error
-        if isinstance(error, sqlite3.OperationalError):
-            if "locked" in str(error):
-                raise InUseError(f"{self.path} must have one writer; another process holds it; wait for it") from error
-            if "no such" in str(error):
-                raise DamagedError(f"{self.path} must be a sample store; {error}; start a new study") from error
-            raise ResourceError(f"{self.path} must be writable; {error}; free the disk or check permissions") from error
+    name = one_line(path)
+    try:
+        yield
+    except UnicodeDecodeError as error:  # SQLite quotes a damaged schema in its message
+        raise DamagedError(f"{name} must be a whole SQLite file; its schema is not text; start a new study") from error
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits say more than is needed here
+        if code in _BUSY:
+            raise InUseError(f"{name} must have one writer; another process holds it; wait for it") from error
+        if code in _SURROUNDINGS:
+            raise ResourceError(f"{name} must be writable; {one_line(error)}; free the disk or check permissions") from error
+        raise DamagedError(f"{name} must be a whole sample store; {one_line(error)}; restore it or start a new study") from error

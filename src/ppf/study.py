@@ -22,6 +22,7 @@ from ppf.space.importance import Importance
 from ppf.space.layout import Layout
 
 STUDY_VERSION = 1
+_FIELDS = {"model": (dict, str), "layout": dict, "settings": dict, "dense": dict, "context": str}
 
 
 class StudyFolder:
@@ -42,8 +43,8 @@ class StudyFolder:
         self.record: dict[str, Any] = read_json(self.folder / "study.json")
         if not isinstance(self.record, dict) or self.record.get("version") != STUDY_VERSION:
             raise DamagedError(f"{folder} must be a study of version {STUDY_VERSION}; it is not; fit again in a new folder")
-        for field in ("model", "layout", "settings", "dense", "context"):
-            if not isinstance(self.record.get(field), (dict, str)):
+        for field, kind in _FIELDS.items():
+            if not isinstance(self.record.get(field), kind):
                 raise DamagedError(f"{folder}/study.json must have {field!r}; it has not; fit again in a new folder")
 
     @classmethod
@@ -76,19 +77,33 @@ class StudyFolder:
         """Whether all stages are done."""
         return all(self.path(name).is_file() for name in ("importance", "predictor", "agent"))
 
+    def check_fitted(self) -> None:
+        """Refuses a study whose stages are not all done.
+
+        Raises:
+            InputError: It can answer nothing yet.
+        """
+        if not self.is_fitted:
+            raise InputError(f"{self.folder} must be a fitted study; its fit was stopped early; go on with the same ppf fit command")
+
     def store(self, write: bool = False) -> SampleStore:
         """The measured samples of this study."""
         return SampleStore(self.folder / "samples.sqlite", self.context, write)
 
     def plan(self, name: str) -> Any | None:
         """What a stage planned earlier; None if it did not yet."""
-        path = self.folder / "plans.json"
-        return read_json(path).get(name) if path.is_file() else None
+        return self._plans().get(name)
 
     def keep_plan(self, name: str, plan: Any) -> None:
         """Keeps what a stage plans, so that a later start goes on with the same."""
+        write_json(self.folder / "plans.json", {**self._plans(), name: plan})
+
+    def _plans(self) -> dict[str, Any]:
         path = self.folder / "plans.json"
-        write_json(path, {**(read_json(path) if path.is_file() else {}), name: plan})
+        plans = read_json(path) if path.is_file() else {}
+        if not isinstance(plans, dict):
+            raise DamagedError(f"{path} must hold plans by name; it does not; fit again in a new folder")
+        return plans
 
 
 @contextmanager

@@ -100,9 +100,35 @@ def test_one_outlier_leaves_the_other_sites_alike(size):
     assert np.ptp(share) < 1 / 32 + 1e-3
 
 
-def test_a_policy_that_is_not_finite_is_refused():
+@examples(50)
+@given(st.integers(0, 2**32 - 1), st.floats(1, 1e3), st.sampled_from(sorted(LAYOUTS)))
+def test_a_gap_above_one_is_like_any_other(seed, size, name):
+    of, rng = LAYOUTS[name], np.random.default_rng(seed)
+    gaps, order = rng.random(len(of.sites)), rng.permutation(len(of.sites))
+    wide = rng.random(len(of.sites)) < 0.2
+    budget = budget_of(of, 1, rng.random())
+    one, large = (allocate(Policy(np.where(wide, gap, gaps).cumsum()[order]), budget, of).kept for gap in (1, size))
+    assert np.abs(one - large).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3-8b"])
+def test_one_offset_leads_from_the_wishes_to_what_is_kept(name):
+    of, rng = LAYOUTS[name], np.random.default_rng(0)
+    for share in (0.1, 0.4, 0.8):
+        keep = rng.normal(0.5, 0.3, len(of.sites))
+        kept = allocate(Policy(keep), budget_of(of, 1, share), of).kept
+        free, ffn = (kept > of.floors) & (kept < of.units), of.units > 32
+        offset = kept / of.units - keep
+        for sites, unit in ((free & ffn, 1 / of.units.max()), (free & ~ffn, 1 / of.units.min())):
+            assert sites.sum() > 3 and np.ptp(offset[sites]) <= unit
+        assert (keep + offset[free & ffn].mean() <= 1 / of.units)[ffn & (kept == of.floors)].all()
+        assert (keep + offset[free & ffn].mean() >= 1 - 1 / of.units)[ffn & (kept == of.units)].all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_policy_that_is_not_finite_is_refused(value):
     keep = np.zeros((2, 4))
-    keep[1, 2] = np.nan
+    keep[1, 2] = value
     with refuses(InputError):
         allocate_many(keep, np.array([100, 100]), layout())
 

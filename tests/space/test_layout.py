@@ -74,6 +74,34 @@ def test_a_record_of_a_broken_site_is_refused(change):
         Layout.from_json(record)
 
 
+WRONG = [
+    {"layer": -1}, {"layer": 2}, {"layer": None}, {"kind": 3}, {"reader": None}, {"columns": 0}, {"cache": -1},
+    {"units": "2"}, {"units": 2.0}, {"units": True}, {"units": 0}, {"units": -2}, {"units": 10**400},
+    {"cost": 0}, {"cost": [1]}, {"units": 2**40, "cost": 2**40}, {"floor": -1}, {"floor": 3},
+    {"shapes": [["a", "1"]]}, {"shapes": [[1, 1]]}, {"shapes": [["a", 0]]}, {"shapes": ["ab"]},
+    {"writers": [{"module": 1, "offset": 0, "width": 1}]}, {"writers": [{"module": "q", "offset": -1, "width": 1}]},
+    {"writers": [{"module": "q", "offset": 0, "width": 10**5000}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRONG, ids=range(len(WRONG)))
+def test_a_record_of_a_site_that_no_model_has_is_refused(change):
+    record = json.loads(json.dumps(layout().to_json()))
+    record["sites"][0].update(change)
+    with refuses(DamagedError):
+        Layout.from_json(record)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"total": layout().prunable - 1}, {"total": 2**60}, {"total": "many"}, {"layers": 1}, {"layers": 2.0}, {"layers": True},
+     {"model_type": None}, {"sites": []}],
+)  # fmt: skip
+def test_a_record_that_no_model_has_is_refused(change):
+    with refuses(DamagedError):
+        Layout.from_json({**layout().to_json(), **change})
+
+
 @pytest.mark.parametrize("record", [None, [], "x", {}, {"sites": 5}, {"sites": [None]}])
 def test_what_is_no_record_is_refused(record):
     with refuses(DamagedError):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ppf.errors import UnsupportedError
 from ppf.llm import pruned_model
@@ -58,6 +58,14 @@ PRUNED: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreT
 """Per family the config, model and causal LM whose layers differ in width."""
 
 
+def register() -> None:
+    """Lets transformers' auto classes load pruned models without remote code."""
+    for config_class, model_class, lm_class in PRUNED.values():
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, model_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, lm_class, exist_ok=True)
+
+
 def family_of(config: PreTrainedConfig) -> str:
     """The family's name; a pruned model belongs to the family that it was cut from.
 
@@ -77,7 +85,7 @@ def layout_of(config: PreTrainedConfig) -> Layout:
     Costs are counted on the modules themselves, built without memory, so biases and tied embeddings are exact.
 
     Raises:
-        UnsupportedError: Not a known family.
+        UnsupportedError: Not a known family, or query heads that are no multiple of the key heads.
     """
     return layout_of_model(skeleton(config))
 
@@ -85,15 +93,18 @@ def layout_of(config: PreTrainedConfig) -> Layout:
 def layout_of_model(model: PreTrainedModel) -> Layout:
     """``layout_of`` for a model that exists."""
     family = family_of(model.config)
-    modules = dict(model.named_modules())
 
     def row(name: str) -> int:
-        linear = modules[name]
-        return linear.in_features + (linear.bias is not None)
+        module = linear(model, name)
+        return module.in_features + (module.bias is not None)
 
     sites = []
     for site in FAMILIES[family](model.config):
-        cost = sum(rows.width * row(rows.module) for rows in site.writers) + site.columns * modules[site.reader].out_features
+        reader = linear(model, site.reader)
+        if site.units * site.columns != reader.in_features:
+            shape = f"{site.units} units of {site.columns} columns"
+            raise UnsupportedError(f"{site.reader} must read {shape}; it reads {reader.in_features}; use equal KV groups")
+        cost = sum(rows.width * row(rows.module) for rows in site.writers) + site.columns * reader.out_features
         sites.append(Site(**{**vars(site), "cost": cost}))
     return Layout(family, model.config.num_hidden_layers, tuple(sites), sum(param.numel() for param in model.parameters()))
 
@@ -105,20 +116,29 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         UnsupportedError: Not a known family, or a config that its family cannot build.
     """
     family_of(config)
+    register()
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(config)
             model.tie_weights()
-    except (ValueError, TypeError, ZeroDivisionError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # what a wrong value breaks lies anywhere in the family's code
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UnsupportedError(f"config.json must describe a {config.model_type} model; it does not: {reason}; mend it") from error
     return model
 
 
 def linear(model: PreTrainedModel, name: str) -> nn.Linear:
-    """A linear module by its path."""
-    module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise UnsupportedError(f"{name} must be a plain linear layer; it is {type(module).__name__}; load the model unquantised")
+    """A linear module by its path.
+
+    Raises:
+        UnsupportedError: It is none, or one of another kind: quantised, with an adapter.
+    """
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if type(module) is not nn.Linear:
+        kind = "missing" if module is None else f"a {type(module).__name__}"
+        raise UnsupportedError(f"{name} must be a plain linear layer; it is {kind}; use a plain, unquantised causal LM")
     return module

@@ -102,18 +102,21 @@ def collect(
         advance: Told each sample that is ready, for progress.
 
     Yields:
-        The samples of ``wanted``, those at hand first.
+        One sample for each different mask of ``wanted``, those at hand first.
     """
     masks = [select(item.allocation, importance, layout) for item in wanted]
-    missing: dict[str, int] = {}
+    seen: set[str] = set()
+    order = []
     for index, mask in enumerate(masks):
+        if mask.digest in seen:
+            continue
+        seen.add(mask.digest)
         sample = store.get(mask.digest)
-        if sample is not None:
+        if sample is None:
+            order.append(index)
+        else:
             advance(sample)
             yield sample
-        else:
-            missing.setdefault(mask.digest, index)
-    order = list(missing.values())
     if not order:
         return
     for position, result in engine().measure([masks[index] for index in order]):

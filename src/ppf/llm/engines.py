@@ -1,11 +1,13 @@
 """Where masks are measured: in this process, or in a pool of one-thread processes. Same function, same results.
 
-A worker is a plain `python -m ppf.llm.engines` that speaks one JSON line a mask over its pipes: nothing is pickled, a
-script needs no main guard, a worker that dies is replaced and its mask measured again, and none outlives its parent.
+A worker is a plain `python -m ppf.llm.engines` that speaks JSON lines over its pipes, `{}` when it is ready and then one a
+mask: nothing is pickled, a script needs no main guard, a worker that dies is replaced and its mask measured again, and
+none outlives its parent.
 """
 
 import base64
 import collections
+import contextlib
 import json
 import math
 import os
@@ -16,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -50,7 +52,7 @@ class Engine(Protocol):
 def measure_mask(
     model: PreTrainedModel, layout: Layout, mask: Mask, blocks: np.ndarray, reference: Reference | None, tokens_per_batch: int
 ) -> Measurement:
-    """Runs the masked model over the blocks.
+    """Runs the masked model over the blocks; too little memory is a result with a reason.
 
     Args:
         model: The dense model, in the dtype to measure in.
@@ -61,8 +63,11 @@ def measure_mask(
         tokens_per_batch: How many tokens go through the model at once.
     """
     start = time.perf_counter()
-    with masked(model, layout, mask):
-        log_ppl, kl = measure(model, blocks, reference, tokens_per_batch)
+    try:
+        with masked(model, layout, mask):
+            log_ppl, kl = measure(model, blocks, reference, tokens_per_batch)
+    except ResourceError as error:
+        return Measurement(math.nan, math.nan, 0, time.perf_counter() - start, str(error))
     return Measurement(log_ppl, kl, blocks.size, time.perf_counter() - start)
 
 
@@ -103,50 +108,62 @@ class LocalEngine:
             "dtype": dtype,
             "tokens_per_batch": tokens_per_batch,
         }
-        self._idle: list[_Worker] = []
         self._workers = [_Worker(self._setup) for _ in range(workers)]
 
     def measure(self, masks: Sequence[Mask]) -> Iterator[tuple[int, Measurement]]:
-        """See ``Engine``. A mask whose worker dies three times is a failure."""
-        waiting = collections.deque((index, 1) for index in range(len(masks)))
+        """See ``Engine``. A mask whose worker dies three times is a failure.
+
+        Raises:
+            ResourceError: A worker cannot start.
+        """
+        run = object()
+        waiting = collections.deque(_Task(run, index, 1) for index in range(len(masks)))
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 selector.register(worker.answers, selectors.EVENT_READ, worker)
-                self._give(worker, waiting, masks)
-            while any(worker.task for worker in self._workers):
+                _give(worker, waiting, masks)
+            while waiting or any(worker.task and worker.task.run is run for worker in self._workers):
                 for key, _ in selector.select():
-                    worker = key.data
-                    task, result = worker.task, worker.read()
-                    if result is None:
+                    worker, task = key.data, key.data.task
+                    answer = worker.read()
+                    mine = task is not None and task.run is run
+                    if answer is None:
                         selector.unregister(worker.answers)
-                        worker.restart()
+                        words = worker.replace()
                         selector.register(worker.answers, selectors.EVENT_READ, worker)
-                        if task and task[1] < _TRIES:
-                            waiting.appendleft((task[0], task[1] + 1))
-                        elif task:
-                            yield task[0], Measurement(math.nan, math.nan, 0, 0.0, f"its worker died {_TRIES} times: {worker.last_words()}")
-                    elif task:
-                        yield task[0], result
-                    self._give(worker, waiting, masks)
+                        if mine and task.tries < _TRIES:
+                            waiting.appendleft(task._replace(tries=task.tries + 1))
+                        elif mine:
+                            yield task.index, Measurement(math.nan, math.nan, 0, 0.0, f"its worker died {_TRIES} times: {words}")
+                    elif mine:
+                        yield task.index, answer
+                    _give(worker, waiting, masks)
 
     def close(self) -> None:
         """Ends the workers."""
         for worker in self._workers:
             worker.close()
 
-    @staticmethod
-    def _give(worker: "_Worker", waiting: "collections.deque[tuple[int, int]]", masks: Sequence[Mask]) -> None:
-        worker.task = waiting.popleft() if waiting else None
-        if worker.task:
-            worker.send({"mask": base64.b64encode(masks[worker.task[0]].pack()).decode()})
+
+class _Task(NamedTuple):
+    """A mask that a worker measures; the answer to a task of an earlier, abandoned run is not wanted any more."""
+
+    run: object
+    index: int
+    tries: int
+
+
+def _give(worker: "_Worker", waiting: collections.deque[_Task], masks: Sequence[Mask]) -> None:
+    if worker.is_ready and worker.task is None and waiting:
+        worker.task = waiting.popleft()
+        worker.send({"mask": base64.b64encode(masks[worker.task.index].pack()).decode()})
 
 
 class _Worker:
     """One process and what it is working on."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
-        self._setup, self._deaths = setup, 0
-        self.task: tuple[int, int] | None = None
+        self._setup, self._false_starts = setup, 0
         self._start()
 
     def _start(self) -> None:
@@ -163,22 +180,23 @@ class _Worker:
             start_new_session=True,
         )
         self.answers = self._process.stdout
-        self._ready = False
+        self.is_ready = False
+        self.task: _Task | None = None
         self.send(self._setup)
 
-    def restart(self) -> None:
-        """Replaces a dead process.
+    def replace(self) -> str:
+        """Starts another process in place of a dead one, and says what the dead one said last.
 
         Raises:
-            ResourceError: It died before it could measure anything.
+            ResourceError: It ended by itself before it was ready, or was killed so three times in a row.
         """
-        self._process.wait()
-        if not self._ready:
-            raise ResourceError(f"a measuring process must start; it ended: {self.last_words()}; see whether memory is short")
-        words = self.last_words()
+        status, words = self._process.wait(), self._last_words()
+        self._false_starts = 0 if self.is_ready else self._false_starts + 1
+        if self._false_starts and (status >= 0 or self._false_starts == _TRIES):
+            raise ResourceError(f"a measuring process must start; it ended: {words}; see whether memory is short")
         self.close()
         self._start()
-        self._words = words
+        return words
 
     def send(self, record: dict[str, Any]) -> None:
         try:
@@ -188,14 +206,15 @@ class _Worker:
             pass  # its end is seen when its answer is read
 
     def read(self) -> Measurement | None:
-        """The answer to the task; None if the process is gone."""
+        """The answer to the task; None if the process is gone. The first answer says that it is ready, and nothing else."""
         line = self.answers.readline()
         if not line.endswith(b"\n"):
             return None
-        self._ready = True
-        return Measurement(**{name: math.nan if value is None else value for name, value in json.loads(line).items()})
+        self.is_ready, self.task = True, None
+        fields = {"log_ppl": None, "kl": None, "tokens": 0, "seconds": 0.0, **json.loads(line)}
+        return Measurement(**{name: math.nan if value is None else value for name, value in fields.items()})
 
-    def last_words(self) -> str:
+    def _last_words(self) -> str:
         """The last line that the process wrote to its error stream, and how it ended."""
         self._errors.seek(0)
         lines = self._errors.read()[-2000:].decode(errors="replace").strip().splitlines()
@@ -206,7 +225,8 @@ class _Worker:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what a dead process did not read
+            self._process.stdin.close()
         self.answers.close()
         self._errors.close()
 
@@ -221,12 +241,12 @@ def _serve() -> None:
     model = loaded.model.to(getattr(torch, setup["dtype"]))
     blocks = Text.load(Path(setup["text"]), setup["fingerprint"]).search
     reference = reference_of(model, blocks, setup["tokens_per_batch"])
+    print("{}", file=answers, flush=True)
     for line in sys.stdin:
         mask = Mask.unpack(base64.b64decode(json.loads(line)["mask"]), loaded.layout)
         result = measure_mask(model, loaded.layout, mask, blocks, reference, setup["tokens_per_batch"])
         record = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in vars(result).items()}
-        answers.write(json.dumps(record) + "\n")
-        answers.flush()
+        print(json.dumps(record), file=answers, flush=True)
 
 
 if __name__ == "__main__":

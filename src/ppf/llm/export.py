@@ -5,23 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.artifact import atomic_folder, write_json
-from ppf.errors import DamagedError
+from ppf.errors import DamagedError, ResourceError
 from ppf.llm import pruned_model
-from ppf.llm.architectures import PRUNED
+from ppf.llm.architectures import register
 
 MODELING_FILE = "modeling_ppf.py"
 PLAN_FILE = "ppf.json"
-
-
-def register() -> None:
-    """Lets transformers' auto classes load exported folders without remote code."""
-    for config_class, model_class, lm_class in PRUNED.values():
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModel.register(config_class, model_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, lm_class, exist_ok=True)
 
 
 def export(
@@ -45,7 +38,10 @@ def export(
         ResourceError: The folder cannot be written.
     """
     with atomic_folder(out, force) as folder:
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:
+            raise ResourceError(f"{out} must be writable; {error}; free the disk or choose another place") from error
         tokenizer.save_pretrained(folder)
         source = importlib.util.find_spec(pruned_model.__name__).origin
         (folder / MODELING_FILE).write_bytes(Path(source).read_bytes())

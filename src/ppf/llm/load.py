@@ -1,5 +1,6 @@
 """From a name to a model: the embedded one, a local folder, or a hub id. Only safetensors is read; no remote code is run."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -9,16 +10,18 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from ppf.errors import DamagedError, InputError, ResourceError, UnsupportedError
-from ppf.llm.architectures import family_of, layout_of_model, skeleton
+from ppf.llm.architectures import family_of, layout_of_model, register, skeleton
 from ppf.space.layout import Layout
 
 EMBEDDED = {"ref-a": Path(__file__).parent.parent / "models" / "ref-a"}
 _MAX_HEADER = 16 * 2**20
+_MAX_LAYERS = 1000
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 _SAMPLE = 4096
 
 hf_logging.set_verbosity_error()
@@ -36,6 +39,7 @@ class LoadedModel:
         name: As the user called it.
         folder: Where its files lie; None if it was given as an object.
         digest: Hash of the weights: every name and shape, the ends of every tensor.
+        dtype: Of the checkpoint, whatever the model was converted to since.
     """
 
     model: PreTrainedModel
@@ -44,6 +48,17 @@ class LoadedModel:
     name: str
     folder: Path | None
     digest: str
+    dtype: torch.dtype
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+        """The model on a device in a dtype: itself where nothing is lost by converting it, else a copy.
+
+        A model that the caller gave as an object is never changed.
+        """
+        same = self.model.device == device and self.model.dtype == dtype
+        lossless = torch.promote_types(self.dtype, dtype) == dtype
+        ours = self.model if same or (self.folder is not None and lossless) else copy.deepcopy(self.model)
+        return ours.to(device, dtype)
 
 
 def load_model(name: str) -> LoadedModel:
@@ -63,24 +78,26 @@ def load_model(name: str) -> LoadedModel:
     shell = skeleton(config)
     check_weights(folder, shell)
     tokenizer = load_tokenizer(folder, config.vocab_size)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False)
-    return LoadedModel(model.eval(), tokenizer, layout_of_model(shell), name, folder, weights_digest(model))
+    model = _read_weights(folder, config)
+    return LoadedModel(model.eval(), tokenizer, layout_of_model(shell), name, folder, weights_digest(model), model.dtype)
 
 
 def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> LoadedModel:
-    """Takes a model that the caller already has; it is never changed.
+    """Takes a model that the caller already has; it is put into evaluation mode and not changed otherwise.
 
     Raises:
         InputError: No tokenizer is given and none lies where the model came from.
-        UnsupportedError: A family that ppf does not know.
+        UnsupportedError: A family that ppf does not know, or not a causal LM.
     """
+    if model.get_output_embeddings() is None:
+        raise UnsupportedError(f"a model must be a causal LM; {type(model).__name__} has no language-model head; pass one that has")
     layout = layout_of_model(model)
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     if tokenizer is None:
         if not Path(name).is_dir():
             raise InputError("a model given as an object needs its tokenizer; none came; pass tokenizer=...")
         tokenizer = load_tokenizer(Path(name), model.config.vocab_size)
-    return LoadedModel(model.eval(), tokenizer, layout, name, None, weights_digest(model))
+    return LoadedModel(model.eval(), tokenizer, layout, name, None, weights_digest(model), model.dtype)
 
 
 def resolve(name: str) -> Path:
@@ -92,45 +109,51 @@ def resolve(name: str) -> Path:
     """
     if name in EMBEDDED:
         return EMBEDDED[name]
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path.resolve()
+        local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    except (OSError, RuntimeError):  # too long a name, no such home
+        local = True
+    if local:
         raise InputError(f"a model must be a folder, a hub id or ref-a; {name!r} is none; check the spelling")
     try:
         patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise InputError(f"a model must be a folder, a hub id or ref-a; {name!r} is none; check the spelling") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ResourceError(f"{name} must be fetched from the hub; that failed: {reason}; go online or give a folder") from error
+    except (HfHubHTTPError, OSError) as error:
+        message = f"{name} must be fetched from the hub; that failed: {_first_line(error)}; go online or give a folder"
+        raise ResourceError(message) from error
 
 
 def read_config(folder: Path) -> Any:
     """The config of a known family; code that a folder may bring is never run.
 
     Raises:
-        DamagedError: No readable config.json.
-        UnsupportedError: Another family.
+        InputError: No config.json.
+        DamagedError: One that is not valid.
+        UnsupportedError: Another family, or quantised weights.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"a model folder must hold config.json; {folder} does not; give the folder of a Hugging Face model")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        kind = raw["model_type"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{path} must be a model's JSON config; {error!r}; restore it") from error
+        kind, layers = raw["model_type"], raw.get("num_hidden_layers")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{path} must be a model's JSON config; {_first_line(error)}; restore it") from error
     family_of(_Named(str(kind)))
+    if raw.get("quantization_config") is not None:
+        raise UnsupportedError(f"{folder} must hold unquantised weights; its config is of quantised ones; use the original model")
+    if isinstance(layers, int) and layers > _MAX_LAYERS:  # even their shapes would fill the memory
+        raise DamagedError(f"{path} must have at most {_MAX_LAYERS} layers; it has {layers}; restore it")
+    register()
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, ZeroDivisionError) as error:
+    except Exception as error:  # the errors of a config's many checks share no base
         raise DamagedError(f"{path} must be a valid {kind} config; {_first_line(error)}; restore it") from error
-    except Exception as error:  # huggingface_hub's strict dataclass errors share no public base
-        if type(error).__module__.startswith("huggingface_hub"):
-            raise DamagedError(f"{path} must be a valid {kind} config; {_first_line(error)}; restore it") from error
-        raise
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -170,6 +193,18 @@ def check_weights(folder: Path, shell: PreTrainedModel) -> None:
         raise DamagedError(f"{folder} must hold only weights of its config; {extra[0]} is extra; is config.json its own?")
 
 
+def _read_weights(folder: Path, config: Any) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # what the readers of damaged files raise shares no base
+        raise DamagedError(f"{folder} must load; it does not: {_first_line(error)}; fetch the model again") from error
+    if report["missing_keys"]:
+        raise DamagedError(f"{folder} must hold the weight {min(report['missing_keys'])}; it is missing; fetch the model again")
+    return model
+
+
 def weights_digest(model: PreTrainedModel) -> str:
     """Hash of all names and shapes and of the first and last 4,096 values of every tensor, as float32."""
     digest = hashlib.sha256()
@@ -193,15 +228,16 @@ def _tensors(folder: Path) -> Iterator[tuple[str, list[int]]]:
         files = {"model.safetensors"}
     elif index.is_file():
         try:
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DamagedError(f"{index} must map weights to files; {error!r}; fetch the model again") from error
+            files = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise DamagedError(f"{index} must map weights to files; {_first_line(error)}; fetch the model again") from error
     elif any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise UnsupportedError(f"{folder} must hold safetensors; only pickle files are there and none is read; convert them first")
     else:
         raise DamagedError(f"{folder} must hold model.safetensors; there is none; fetch the model again")
+    present = {path.name for path in folder.iterdir() if path.is_file()}
     for name in sorted(files):
-        if Path(name).name != name or not (folder / name).is_file():
+        if name not in present:
             raise DamagedError(f"{folder} must hold its weight file {name!r}; it is missing or elsewhere; fetch the model again")
         yield from _header(folder / name)
 
@@ -215,12 +251,15 @@ def _header(path: Path) -> Iterator[tuple[str, list[int]]]:
         try:
             header = json.loads(file.read(length))
             tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+            end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
             shapes = [(name, list(entry["shape"])) for name, entry in tensors.items()]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise DamagedError(f"{path} must be a safetensors file; its header is not JSON ({error!r}); fetch it again") from error
+            others = {entry["dtype"] for entry in tensors.values()} - _FLOATS
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+            raise DamagedError(f"{path} must be a safetensors file; its header is bad: {_first_line(error)}; fetch it again") from error
     if end != size - 8 - length:
         raise DamagedError(f"{path} must hold {end:,} bytes of weights; it holds {size - 8 - length:,}; fetch it again")
+    if others:
+        raise UnsupportedError(f"{path} must hold floating-point weights; {min(map(str, others))} came; use the original model")
     yield from shapes
 
 

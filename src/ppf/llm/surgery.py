@@ -4,12 +4,14 @@ import copy
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ppf.llm.architectures import PRUNED, family_of, linear
 from ppf.space.allocation import Allocation
 from ppf.space.layout import Layout, Site
 from ppf.space.mask import Mask
+
+_SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
 
 
 def cut(model: PreTrainedModel, layout: Layout, mask: Mask) -> PreTrainedModel:
@@ -33,8 +35,7 @@ def cut(model: PreTrainedModel, layout: Layout, mask: Mask) -> PreTrainedModel:
     smaller.load_state_dict(state, strict=True, assign=True)
     _copy_buffers(model, smaller)
     smaller.tie_weights()
-    if model.generation_config is not None:
-        smaller.generation_config = copy.deepcopy(model.generation_config)
+    smaller.generation_config = _generation_config(model)
     return smaller.eval()
 
 
@@ -86,6 +87,14 @@ def _cut_site(model: PreTrainedModel, state: dict[str, torch.Tensor], site: Site
 def _span(units: torch.Tensor, width: int) -> torch.Tensor:
     """Element ids of units of ``width`` elements; Int[K] -> Int[K * width]."""
     return (units[:, None] * width + torch.arange(width)).flatten()
+
+
+def _generation_config(model: PreTrainedModel) -> GenerationConfig:
+    """A copy that can be saved: transformers reads sampling values beside greedy search, but refuses to write them."""
+    config = copy.deepcopy(model.generation_config)
+    if not config.do_sample:
+        config.update(**dict.fromkeys(_SAMPLING))
+    return config
 
 
 def _copy_buffers(model: PreTrainedModel, smaller: PreTrainedModel) -> None:

@@ -13,6 +13,7 @@ A separate test text replaces the test part; then calibration and search share t
 import hashlib
 import importlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.artifact import load_artifact, save_artifact
-from ppf.errors import InputError, ResourceError
+from ppf.errors import InputError, PPFError, ResourceError
 from ppf.llm import pydocs
 
 PARTS = ("calibration", "search", "test")
@@ -32,6 +33,7 @@ _HUB = {
     "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence"),
 }
 _HUB_DOCUMENTS = 20_000
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SAMPLED_BLOCKS = {"calibration": 64, "search": 128, "test": 128}
 
 
@@ -108,9 +110,11 @@ def load_text(
         test_name: Another text for the test part.
 
     Raises:
-        InputError: No such text, or too short for one block a part.
+        InputError: No such text, too short for one block a part, or a test text that is the first one.
         ResourceError: An optional package or the network is missing.
     """
+    if test_name is not None and _same(name, test_name):
+        raise InputError(f"a test text must be another text; {test_name!r} came twice; leave --test-text out: a part is kept for tests")
     if name == "self":
         if model is None:
             raise InputError("text self must be sampled from a model; none is at hand; name another text")
@@ -226,28 +230,54 @@ def _join(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarra
 
 def _file_documents(path: Path) -> list[str]:
     """The documents of a file; a .txt file is one."""
-    if not path.is_file():
+    if not _is_file(path):
         known = ", ".join(["pydocs", "self", *_HUB])
         raise InputError(f"a text must be one of {known} or a file; {str(path)!r} is neither; check the spelling")
+    if path.suffix not in _READERS:
+        raise InputError(f"a text file must end in {', '.join(_READERS)}; {path.name!r} came; convert it")
     try:
-        if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            documents = [json.loads(line)["text"] for line in lines if line.strip()]
-        elif path.suffix == ".parquet":
-            documents = _extra("pyarrow.parquet").read_table(path, columns=["text"])["text"].to_pylist()
-        elif path.suffix == ".txt":
-            documents = [path.read_text(encoding="utf-8")]
-        else:
-            raise InputError(f"a text file must end in .txt, .jsonl or .parquet; {path.name!r} came; convert it")
+        documents = _READERS[path.suffix](path)
+    except PPFError:
+        raise
     except UnicodeDecodeError as error:
         raise InputError(f"{path} must be UTF-8 text; {error.reason} at byte {error.start}; convert it") from error
-    except (KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path} must have one JSON object with a field 'text' a line; {error!r}; convert it") from error
     except OSError as error:
         raise ResourceError(f"{path} must be readable; {error}; check it") from error
-    if not all(isinstance(document, str) for document in documents):
-        raise InputError(f"{path} must hold strings in 'text'; another type came; convert it")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise InputError(f"{path} must hold documents, each with a field 'text'; {reason}; convert it") from error
+    if not all(isinstance(document, str) and not _SURROGATE.search(document) for document in documents):
+        raise InputError(f"{path} must hold Unicode strings in 'text'; something else came; convert it")
     return [document for document in documents if document.strip()]
+
+
+def _read_txt(path: Path) -> list[str]:
+    return [path.read_text(encoding="utf-8")]
+
+
+def _read_jsonl(path: Path) -> list[str]:
+    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line)["text"] for line in lines if line.strip()]
+
+
+def _read_parquet(path: Path) -> list[str]:
+    return _extra("pyarrow.parquet").read_table(path, columns=["text"])["text"].to_pylist()
+
+
+_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long a name
+        return False
+
+
+def _same(name: str, other: str) -> bool:
+    files = _is_file(Path(name)) and _is_file(Path(other))
+    return name == other or (files and Path(name).samefile(other))
 
 
 def _hub_documents(name: str, split: str) -> list[str]:

@@ -1,7 +1,7 @@
 """allocate: any policy becomes whole units that meet a budget to within one channel.
 
-    policy (wishes) ── shift all wishes together until the budget is met ── round KV groups ── shift channels again
-                    ── hand out what is left, channel by channel, to whoever lost most by rounding
+policy (wishes) ── shift all wishes together until the budget is met ── round KV groups ── shift channels again
+                ── hand out what is left, channel by channel, to whoever lost most by rounding
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ppf.space.budget import Budget, aligned_floors, unit_steps
 from ppf.space.layout import Layout
 from ppf.space.policy import Policy
 
-_BISECTIONS = 44
+_GRID = 2.0**30  # wishes are told apart to about 1e-9, far below one channel and far above rounding noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ def allocate(policy: Policy, budget: Budget, layout: Layout, align: int = 1) -> 
         An allocation that removes at least the budget and less than one step (a channel, or ``align`` of them) more.
 
     Raises:
-        InputError: The policy has another number of sites, or the floors cannot meet the budget.
+        InputError: The policy has another number of sites or is not finite, or the floors cannot meet the budget.
     """
     return Allocation(allocate_many(policy.keep[None], np.array([budget.remove]), layout, align)[0])
 
@@ -68,16 +68,18 @@ def allocate_many(keep: np.ndarray, remove: np.ndarray, layout: Layout, align: i
     keep = np.asarray(keep, dtype=np.float64)
     if keep.ndim != 2 or keep.shape[1] != len(layout.sites):
         raise InputError(f"a policy must have {len(layout.sites)} sites as its model has; shape {keep.shape} came; use its own")
+    if not np.isfinite(keep).all():
+        raise InputError("a policy must be finite numbers; a NaN or an infinity came; mend it")
     steps, floors, units, costs = unit_steps(layout, align), aligned_floors(layout, align), layout.units, layout.costs
     target = layout.prunable - np.asarray(remove, dtype=np.int64)
     if (target < floors @ costs).any() or (target > layout.prunable).any():
         raise InputError(f"a budget must leave the floors ({int(floors @ costs):,} parameters); it does not; ask for less")
-    fine = _cheapest_kind(layout, steps)
-    wish = _shifted(keep * units, units, floors, costs, target)
+    keep, fine = _plain(keep), _cheapest_kind(layout, steps)
+    wish = _shifted(keep, units, floors, costs, target)
     kept = np.where(fine, wish, np.clip(np.rint(wish / steps) * steps, floors, units)).astype(np.float64)
     kept = _make_room(kept, wish, fine, layout, floors, steps, target)
     rest = target - np.where(fine, 0, kept).astype(np.int64) @ costs
-    exact = _shifted(keep[:, fine] * units[fine], units[fine], floors[fine], costs[fine], rest)
+    exact = _shifted(keep[:, fine], units[fine], floors[fine], costs[fine], rest)
     kept[:, fine] = _fill(exact, units[fine], floors[fine], costs[fine], steps[fine], rest)
     return kept.astype(np.int64)
 
@@ -88,17 +90,38 @@ def _cheapest_kind(layout: Layout, steps: np.ndarray) -> np.ndarray:
     return np.array([site.kind == cheapest for site in layout.sites])
 
 
-def _shifted(wish: np.ndarray, units: np.ndarray, floors: np.ndarray, costs: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Adds to each row one common share of the units so that the kept cost is the target; Float[N, S], not yet whole."""
-    if wish.shape[1] == 0:
-        return wish
-    span = np.abs(wish / units).max(axis=1, keepdims=True) + 2.0
-    low, high = -span, span
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        over = (np.clip(wish + middle * units, floors, units) @ costs)[:, None] > target[:, None]
-        low, high = np.where(over, low, middle), np.where(over, middle, high)
-    return np.clip(wish + low * units, floors, units)
+def _plain(keep: np.ndarray) -> np.ndarray:
+    """Wishes that lead to the same allocation, from 0 upwards, free of huge numbers and of rounding noise; Float[N, S].
+
+    Only the gaps between neighbours count, and those up to 1 only: beyond, one site is full before the other leaves its floor.
+    """
+    order = keep.argsort(axis=1)
+    ordered = np.take_along_axis(keep, order, axis=1)
+    with np.errstate(over="ignore"):  # a gap that overflows is one above 1
+        gaps = np.diff(ordered, axis=1, prepend=ordered[:, :1])
+    plain = np.empty_like(keep)
+    np.put_along_axis(plain, order, np.cumsum(np.rint(np.minimum(gaps, 1) * _GRID) / _GRID, axis=1), axis=1)
+    return plain
+
+
+def _shifted(keep: np.ndarray, units: np.ndarray, floors: np.ndarray, costs: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Adds to each row the one offset at which the kept cost is the target; Float[N, S] units, not yet whole.
+
+    The cost rises with the offset in straight pieces, which meet where a site leaves its floor or is full. On the piece that
+    holds the target, the offset follows exactly.
+    """
+    bends = np.concatenate([floors / units - keep, 1 - keep], axis=1)
+    order = bends.argsort(axis=1)
+    bends = np.take_along_axis(bends, order, axis=1)
+    dense = (units * costs).astype(np.float64)
+    turns = np.concatenate([dense, -dense])[order]
+    slopes = turns.cumsum(axis=1)
+    spent = floors @ costs + ((slopes - turns) * np.diff(bends, axis=1, prepend=bends[:, :1])).cumsum(axis=1)
+    piece = (spent <= target[:, None]).sum(axis=1, keepdims=True) - 1
+    bend, slope, start = (np.take_along_axis(of, piece, axis=1) for of in (bends, slopes, spent))
+    rest = target[:, None] - start
+    offset = bend + np.divide(rest, slope, out=np.zeros_like(rest), where=slope > 0)
+    return np.clip((keep + offset) * units, floors, units)
 
 
 def _make_room(
@@ -116,7 +139,9 @@ def _make_room(
             bound = (kept < units) if sign > 0 else (kept > floors)
             gap = np.where(bound & coarse, sign * (wish - kept), -np.inf)
             rows, site = np.flatnonzero(short), gap.argmax(axis=1)[short]
-            kept[rows, site] = np.clip(kept[rows, site] + sign * steps[site], floors[site], units[site])
+            old, step = kept[rows, site], steps[site]
+            new = (old // step + 1) * step if sign > 0 else (old - 1) // step * step  # a full site may lie between two steps
+            kept[rows, site] = np.clip(new, floors[site], units[site])
     return kept
 
 

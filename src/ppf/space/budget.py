@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -113,6 +114,7 @@ def parse_size(text: str) -> int:
 
 def _parse(text: str, units: dict[str, int], wanted: str) -> int:
     match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in units or float(match[1]) <= 0:
+    amount = int(Fraction(match[1]) * units.get(match[2].upper(), 0)) if match else 0  # exact: 1.001 is no float
+    if amount < 1:
         raise InputError(f"{wanted} must be given; {text!r} came; its units are {', '.join(filter(None, units))}")
-    return int(float(match[1]) * units[match[2].upper()])
+    return amount

@@ -37,7 +37,10 @@ class Importance:
     @cached_property
     def order(self) -> tuple[np.ndarray, ...]:
         """Per site Int[U]: units from the most to the least important; ties in index order."""
-        return tuple(np.argsort(-score, kind="stable") for score in self.scores)
+        order = tuple(np.argsort(-score, kind="stable") for score in self.scores)
+        for units in order:
+            units.flags.writeable = False
+        return order
 
     def save(self, path: Path, layout: Layout) -> None:
         """Writes the artefact."""
@@ -57,7 +60,7 @@ class Importance:
         return cls(scores, header["method"], header["source"])
 
 
-def check_units(sites: Sequence[np.ndarray], units: Sequence[int], what: str) -> None:
+def check_units(sites: Sequence[np.ndarray], units: Sequence[int] | np.ndarray, what: str) -> None:
     """Refuses per-site arrays whose lengths are not the units of the model.
 
     Raises:

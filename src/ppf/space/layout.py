@@ -1,22 +1,25 @@
 """Site and Layout: the removable places of a model, in order, with what each unit costs.
 
-    a layer            site "attn": units = KV groups         site "ffn": units = channels
-    ┌───────────────┐    q q │ q q │ q q   <- writers: rows      gate ▮▮▮▮▮▮▮▮  <- writers: rows
-    │ attn ─► ffn   │     k  │  k  │  k       of q, k, v         up   ▮▮▮▮▮▮▮▮     of gate, up
-    └───────────────┘     v  │  v  │  v                          down ▮▮▮▮▮▮▮▮  <- reader: columns
-                         o columns         <- reader
+a layer            site "attn": units = KV groups         site "ffn": units = channels
+┌───────────────┐    q q │ q q │ q q   <- writers: rows      gate ▮▮▮▮▮▮▮▮  <- writers: rows
+│ attn ─► ffn   │     k  │  k  │  k       of q, k, v         up   ▮▮▮▮▮▮▮▮     of gate, up
+└───────────────┘     v  │  v  │  v                          down ▮▮▮▮▮▮▮▮  <- reader: columns
+                     o columns         <- reader
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ppf.errors import DamagedError
+
+_MAY_BE_ZERO = {"layer", "offset", "cache", "floor"}
+_MOST = 2**53  # numbers up to here are exact as floats too
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,28 @@ class Layout:
                 )
                 for site in record["sites"]
             )
-            return cls(record["model_type"], record["layers"], sites, record["total"])
+            layout = cls(record["model_type"], record["layers"], sites, record["total"])
+            _check(layout)
+            return layout
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedError(f"a layout record must be whole; {error!r} came; fit the study again") from error
+
+
+def _check(layout: Layout) -> None:
+    """Refuses what no model has: a JSON record may hold anything in the place of anything."""
+    parts: tuple[Layout | Site | Rows, ...] = (layout, *layout.sites, *(rows for site in layout.sites for rows in site.writers))
+    values = [(field.name, field.type, getattr(part, field.name)) for part in parts for field in fields(part)]
+    for name, per_unit in (shape for site in layout.sites for shape in site.shapes):
+        values += [("shapes", str, name), ("shapes", int, per_unit)]
+    for name, kind, value in values:
+        if kind in (int, str) and type(value) is not kind:  # not isinstance: True is no number
+            raise TypeError(f"{name} of type {type(value).__name__}")
+        if kind is int and not (0 if name in _MAY_BE_ZERO else 1) <= value <= _MOST:
+            raise ValueError(f"{name} out of range")
+    if not layout.sites or any(site.floor > site.units or site.layer >= layout.layers for site in layout.sites):
+        raise ValueError("no site, or one with a floor above its units or a layer above the last")
+    if sum(site.units * site.cost for site in layout.sites) > layout.total:
+        raise ValueError("more prunable parameters than parameters")
 
 
 def _frozen(values: list[int]) -> np.ndarray:

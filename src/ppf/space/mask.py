@@ -47,7 +47,7 @@ class Mask:
         total = int(layout.units.sum())
         if len(data) != -(-total // 8):
             raise DamagedError(f"a mask of this model must be {-(-total // 8)} bytes; {len(data)} came; it is of another model")
-        flat = np.unpackbits(np.frombuffer(data, dtype=np.uint8))[:total].astype(bool)
+        flat: np.ndarray = np.unpackbits(np.frombuffer(data, dtype=np.uint8))[:total].astype(bool)
         return cls(tuple(np.split(flat, np.cumsum(layout.units)[:-1])))
 
     @cached_property
@@ -89,7 +89,7 @@ def select(allocation: Allocation, importance: Importance, layout: Layout) -> Ma
     check_units(importance.scores, layout.units, "importance")
     bits = []
     for kept, order in zip(allocation.kept, importance.order, strict=True):
-        site = np.zeros(len(order), dtype=bool)
+        site: np.ndarray = np.zeros(len(order), dtype=bool)
         site[order[:kept]] = True
         bits.append(site)
     return Mask(tuple(bits))

@@ -34,7 +34,7 @@ class Policy:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready record; ``from_json`` is its inverse."""
-        return {"keep": [round(float(value), 6) for value in self.keep]}
+        return {"keep": self.keep.tolist()}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Policy":
@@ -45,5 +45,5 @@ class Policy:
         """
         try:
             return cls(np.array(record["keep"], dtype=np.float64))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DamagedError(f"a policy record must hold 'keep', a list of numbers; {error!r}; mend it") from error

@@ -1,0 +1,7 @@
+"""`python -m ppf`."""
+
+import sys
+
+from ppf.cli import main
+
+sys.exit(main())

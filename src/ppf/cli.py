@@ -1,0 +1,272 @@
+"""The command line: flags come from the config dataclasses, answers go to standard output, all else to standard error.
+
+Exit codes: 0 done, 2 input, 3 unsupported, 4 damaged, 5 environment, 6 in use, 130 stopped by Ctrl-C.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import OmitSubcommandPrefixes, subcommand
+
+from ppf.config import DemoConfig, EvalConfig, FitConfig, PolicyConfig, PruneConfig
+from ppf.errors import InputError, PPFError
+
+Command = (
+    Annotated[FitConfig, subcommand("fit")]
+    | Annotated[PruneConfig, subcommand("prune")]
+    | Annotated[PolicyConfig, subcommand("policy")]
+    | Annotated[EvalConfig, subcommand("eval")]
+    | Annotated[DemoConfig, subcommand("demo")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: Without the program's name; by default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        command = _parse([argument for argument in given if argument != "--debug"])
+        if command is not None:
+            _RUN[type(command)](command)
+        return 0
+    except PPFError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except KeyboardInterrupt:
+        return _fail("stopped; what was measured is kept; the same command goes on", 130, debug)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _fail("there must be enough memory; there was not; take a smaller model, --seq-len or --dtype bfloat16", 5, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _parse(arguments: list[str]) -> Any:
+    """The config of the command; None if help or version was printed.
+
+    Raises:
+        InputError: Flags that do not exist or do not fit.
+    """
+    if arguments in (["--version"], ["-V"]):
+        import ppf
+
+        print(f"ppf {ppf.__version__}")
+        return None
+    if not arguments:
+        arguments = ["--help"]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(OmitSubcommandPrefixes[Command], prog="ppf", description=_description(), args=arguments)
+    except SystemExit as stop:
+        if not stop.code:
+            return None
+        raise InputError(_one_line(complaint.getvalue(), arguments)) from None
+
+
+def _description() -> str:
+    return "Make a language model smaller, by any ratio; the result loads in transformers and vLLM. Add --debug for tracebacks."
+
+
+def _one_line(box: str, arguments: list[str]) -> str:
+    """tyro's framed message in one line."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    words = " ".join(re.sub(r"[╭╮╰╯─│]+", " ", plain).split())
+    words = words.removeprefix("Parsing error ").removeprefix("Required options ").split(" For full helptext")[0].rstrip(". ")
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    return f"the command must be one that ppf knows; {words}; see ppf {command} --help".replace("ppf  --help", "ppf --help")
+
+
+def _fit(config: FitConfig) -> None:
+    from ppf.artifact import read_json
+    from ppf.progress import Progress
+    from ppf.recipes.fit import fit
+    from ppf.recipes.lab import load_for
+
+    progress = Progress()
+    study = fit(config, load_for(config.model, progress), progress)
+    _print_report(read_json(study.folder / "report.json"), config.study)
+
+
+def _prune(config: PruneConfig) -> None:
+    from pathlib import Path
+
+    from ppf.artifact import check_new_folder
+    from ppf.decide import Decider
+    from ppf.progress import Progress
+    from ppf.recipes.lab import load_for
+    from ppf.recipes.prune import dense_bytes, prune
+
+    check_new_folder(Path(config.out), config.force)
+    decider, progress = Decider(config.study), Progress()
+    decider.budget(config.target)
+    model = decider.study.record["model"]
+    loaded = load_for(model["name"], progress)
+    pruned = prune(config.study, loaded, config.target, config.device, config.candidates if config.refine else 0, progress)
+    with progress.stage("writing and checking"):
+        size = pruned.save_pretrained(config.out, config.force)
+    plan = {key: value for key, value in pruned.plan.items() if key not in ("mask", "layout", "format")}
+    record = {**plan, "bytes": {"before": dense_bytes(loaded, model["bytes_per_param"]), "after": size}, "out": config.out}
+    _warn_range(record)
+    if config.json:
+        _print_json(record)
+    else:
+        _print_pruned(record)
+
+
+def _policy(config: PolicyConfig) -> None:
+    from ppf.decide import Decider
+
+    decider = Decider(config.study)
+    record = decider.decide(config.target).to_json(decider.layout)
+    _warn_range(record)
+    if config.json:
+        _print_json(record)
+    else:
+        _print_policy(record)
+
+
+def _eval(config: EvalConfig) -> None:
+    from ppf.progress import Progress
+    from ppf.recipes.evaluate import evaluate
+    from ppf.recipes.lab import load_for
+
+    progress = Progress()
+    loaded = load_for(config.model, progress)
+    with progress.stage("measuring"):
+        record = evaluate(config, loaded)
+    if config.json:
+        _print_json(record)
+    else:
+        low, high = record["interval"]
+        print(f"perplexity {record['ppl']:.4f}  (95 % {low:.4f} to {high:.4f}), {record['log_ppl']:.6f} nats/token")
+        print(", ".join(f"{name} {value}" for name, value in record["protocol"].items()))
+
+
+def _demo(config: DemoConfig) -> None:
+    from ppf.progress import Progress
+    from ppf.recipes.demo import demo
+
+    rows = demo(config, Progress())
+    _table(
+        f"ref-a on the pydocs test text, dense perplexity {rows[0]['dense']:.2f}",
+        ["ratio", "predicted", "measured", "uniform", "parameters", "file", "folder"],
+        [
+            [
+                f"{100 * row['ratio']:.1f} %", f"{row['predicted']:.2f}", f"{row['measured']:.2f}", f"{row['uniform']:.2f}",
+                f"{row['params']:,}", _size(row["bytes"]), row["folder"],
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+_RUN: dict[type, Callable[[Any], None]] = {
+    FitConfig: _fit,
+    PruneConfig: _prune,
+    PolicyConfig: _policy,
+    EvalConfig: _eval,
+    DemoConfig: _demo,
+}
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    print(json.dumps(record, allow_nan=False))
+
+
+def _warn_range(record: dict[str, Any]) -> None:
+    if not record["in_range"]:
+        print(f"warning: ratio {record['ratio']['asked']:.3g} is beyond what the agent was trained on; judge by measuring", file=sys.stderr)
+
+
+def _print_pruned(record: dict[str, Any]) -> None:
+    before, after = record["params"]["before"], record["params"]["after"]
+    low, high = record["measured"]["interval"]
+    speed = record["tokens_per_second"]
+    protocol = record["protocol"]
+    lines = {
+        "ratio": f"asked {record['ratio']['asked']:.4f}, met {record['ratio']['met']:.4f} of the prunable parameters",
+        "parameters": f"{before:,} -> {after:,}  ({100 * (1 - after / before):.1f} % of all gone)",
+        "weights": f"{_size(record['bytes']['before'])} -> {_size(record['bytes']['after'])}",
+        "perplexity": f"predicted {record['predicted']['ppl']:.2f}, measured {record['measured']['ppl']:.2f} "
+        f"(95 % {low:.2f} to {high:.2f}), dense {record['dense']['ppl']:.2f}",
+        "protocol": f"{protocol['text']}, {protocol['tokens']:,} tokens in blocks of {protocol['seq_len']}, {protocol['dtype']}",
+        "tokens/s": f"{speed['before']:,.0f} -> {speed['after']:,.0f}  (prompt, this machine)",
+        "written to": f"{record['out']}  (reloaded and checked)",
+    }
+    for name, value in lines.items():
+        print(f"{name:<11} {value}")
+
+
+def _print_policy(record: dict[str, Any]) -> None:
+    ratio, predicted, params = record["ratio"], record["predicted"], record["params"]
+    kinds = list(dict.fromkeys(entry["kind"] for entry in record["kept"]))
+    layers = sorted({entry["layer"] for entry in record["kept"]})
+    cells = {(entry["layer"], entry["kind"]): f"{entry['kept']} of {entry['of']}" for entry in record["kept"]}
+    _table("what stays", ["layer", *kinds], [[str(layer), *(cells.get((layer, kind), "") for kind in kinds)] for layer in layers])
+    print(f"ratio       asked {ratio['asked']:.4f}, met {ratio['met']:.4f}")
+    print(f"perplexity  predicted {predicted['ppl']:.2f}  ({predicted['log_ppl']:.4f} +- {predicted['std']:.4f} nats/token)")
+    print(f"parameters  {params['before']:,} -> {params['after']:,}, decided in {record['milliseconds']:.1f} ms")
+
+
+def _print_report(report: dict[str, Any], study: str) -> None:
+    rows = []
+    for kind, found in report["heldout"].items():
+        within = " / ".join(f"{value:.2f}" for value in found["tau_within"].values())
+        star = " (used)" if kind == report["predictor"] else ""
+        rows.append(
+            [
+                kind + star, f"{found['mse']:.2e}", f"{found['mae']:.4f}", f"{found['tau']:.3f}",
+                f"{found['tau_mean']:.3f}  ({within})", f"{found['z']:.2f}",
+            ]
+        )  # fmt: skip
+    ratios = " / ".join(f"{float(ratio):.0%}" for ratio in next(iter(report["heldout"].values()))["tau_within"])
+    _table(
+        f"the predictors on {next(iter(report['heldout'].values()))['count']} held-out masks",
+        ["predictor", "MSE of PPL_dense/PPL", "MAE nats", "tau", f"tau within a ratio ({ratios})", "z"],
+        rows,
+    )
+    samples = ", ".join(f"{count} {purpose}" for purpose, count in report["samples"].items())
+    print(f"samples  {samples}; {report['failed']} failed; {report['tokens']['measured']:,} tokens through the model")
+    print("seconds  " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in report["seconds"].items()))
+    print(f"next     ppf prune {study} --ratio 0.3 --out smaller")
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index in (0, len(header) - 1) else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    console.print(table, width=max(console.width, 132) if not console.is_terminal else None)
+
+
+def _size(count: int) -> str:
+    return next((f"{count / unit:.2f} {name}" for name, unit in (("GB", 1e9), ("MB", 1e6)) if count >= unit), f"{count / 1e3:.1f} kB")

@@ -1,0 +1,138 @@
+"""Run time: from a wanted size to a decision, in milliseconds. No language model is touched, torch is not imported."""
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppf.config import Target
+from ppf.learn.agent import Agent
+from ppf.learn.predictor import Prediction, Predictor
+from ppf.space.allocation import Allocation, allocate
+from ppf.space.budget import Budget, parse_count, parse_size
+from ppf.space.layout import Layout
+from ppf.space.mask import Mask, select
+from ppf.space.policy import Policy
+from ppf.study import StudyFolder
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What stays, and what that should cost.
+
+    Attributes:
+        asked: The ratio that was asked for, or that the asked size comes to.
+        met: The share of the prunable parameters that goes; at least ``asked``, by less than one step.
+        policy: What was wished.
+        allocation: Units kept per site.
+        mask: Which ones.
+        prediction: Of this one mask; arrays of length 1.
+        log_ppl: Predicted log-perplexity on the study's test text, nats/token.
+        params: Parameters of the model before and after.
+        in_range: Whether the agent was trained for this ratio.
+        milliseconds: Time that deciding took.
+    """
+
+    asked: float
+    met: float
+    policy: Policy
+    allocation: Allocation
+    mask: Mask
+    prediction: Prediction
+    log_ppl: float
+    params: tuple[int, int]
+    in_range: bool
+    milliseconds: float
+
+    def to_json(self, layout: Layout) -> dict[str, Any]:
+        """A JSON-ready record."""
+        sites = zip(layout.sites, self.allocation.kept, strict=True)
+        return {
+            "ratio": {"asked": self.asked, "met": self.met},
+            "kept": [{"layer": site.layer, "kind": site.kind, "kept": int(kept), "of": site.units} for site, kept in sites],
+            "predicted": {"log_ppl": self.log_ppl, "std": float(self.prediction.std[0]), "ppl": float(np.exp(self.log_ppl))},
+            "params": {"before": self.params[0], "after": self.params[1]},
+            "in_range": self.in_range,
+            "milliseconds": self.milliseconds,
+        }
+
+
+class Decider:
+    """A fitted study, ready to decide.
+
+    Args:
+        folder: The study folder.
+
+    Raises:
+        InputError: No study, or one that is not fitted yet.
+        DamagedError: An artefact is not whole or of another model.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.study = StudyFolder(folder)
+        self.study.check_fitted()
+        self.layout, self.importance = self.study.layout, self.study.importance
+        self.predictor = Predictor.load(self.study.path("predictor"), self.layout)
+        self.agent = Agent.load(self.study.path("agent"), self.layout)
+
+    @cached_property
+    def dense_log_ppl(self) -> float:
+        """Of the dense model on the test text, nats/token."""
+        return float(self.study.record["dense"]["test"]["log_ppl"])
+
+    def budget(self, target: Target) -> Budget:
+        """What must go for a wanted ratio, number of parameters, or size.
+
+        Raises:
+            InputError: More than the floors allow.
+        """
+        if target.ratio is not None:
+            return Budget.from_ratio(target.ratio, self.layout, target.align)
+        if target.params is not None:
+            return Budget.from_params(parse_count(target.params), self.layout, target.align)
+        size = parse_size(target.memory)
+        return Budget.from_memory(size, self.layout, self.study.record["model"]["bytes_per_param"], target.align)
+
+    def decide(self, target: Target, policy: Policy | None = None) -> Decision:
+        """Decides.
+
+        Args:
+            target: How small.
+            policy: Instead of the agent's, such as the uniform one.
+
+        Raises:
+            InputError: More than the floors allow.
+        """
+        start = time.perf_counter()
+        budget = self.budget(target)
+        policy = self.agent.propose(self._asked(target, budget)) if policy is None else policy
+        return self._decision(target, budget, policy, allocate(policy, budget, self.layout, target.align), start)
+
+    def adopt(self, target: Target, kept: np.ndarray) -> Decision:
+        """The decision for an allocation that was found otherwise; Int[S] kept units that meet the target."""
+        policy = Policy(kept / self.layout.units)
+        return self._decision(target, self.budget(target), policy, Allocation(kept), time.perf_counter())
+
+    def _asked(self, target: Target, budget: Budget) -> float:
+        return budget.ratio(self.layout) if target.ratio is None else float(target.ratio)
+
+    def _decision(self, target: Target, budget: Budget, policy: Policy, allocation: Allocation, start: float) -> Decision:
+        asked = self._asked(target, budget)
+        mask = select(allocation, self.importance, self.layout)
+        prediction = self.predictor.predict(allocation.kept[None])
+        after = int(self.layout.kept_params(allocation.kept))
+        return Decision(
+            asked,
+            (self.layout.total - after) / self.layout.prunable,
+            policy,
+            allocation,
+            mask,
+            prediction,
+            self.dense_log_ppl + float(prediction.log_ppl[0]),
+            (self.layout.total, after),
+            bool(asked <= float(self.agent.max_ratio) + 1e-9),
+            (time.perf_counter() - start) * 1e3,
+        )

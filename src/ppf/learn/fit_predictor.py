@@ -1,0 +1,207 @@
+"""Fitting predictors to measured samples. Training alone, in torch; what it makes answers in numpy."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from scipy.interpolate import PchipInterpolator
+from torch import nn
+
+from ppf.errors import InputError
+from ppf.learn.features import Curves
+from ppf.learn.predictor import (
+    NOISE,
+    Additive,
+    Convolutional,
+    Corrected,
+    Estimator,
+    Predictor,
+    directions_and_sizes,
+)
+from ppf.samples import Sample, kept_matrix
+from ppf.space.layout import Layout
+from ppf.space.mask import mask_matrices
+
+_LINK_KNOTS = 12
+_MOST_POINTS = 1500
+_GP_STEPS, _GP_RATE = 120, 0.08
+_GP_START = (0.3, 0.7, 1.5, 0.1, 0.05, 0.02)
+_CNN_MEMBERS, _CNN_CHANNELS = 3, (8, 16, 32)
+_CNN_STEPS, _CNN_BATCH, _CNN_RATE = 1200, 64, 3e-3
+
+
+def fit_predictor(
+    kind: str, samples: Sequence[Sample], failed: Sequence[Sample], layout: Layout, dense_log_ppl: float, seed: int
+) -> Predictor:
+    """Fits a predictor.
+
+    Args:
+        kind: One of ``FITS``.
+        samples: Finished ones; the probes among them give the single-site curves.
+        failed: Those that gave no number; a failed probe counts as the worst damage seen.
+        layout: Of the dense model.
+        dense_log_ppl: Of the dense model on the text of the samples, nats/token.
+        seed: Of the networks.
+
+    Raises:
+        InputError: A site that can shrink has no probe.
+    """
+    curves = fit_curves(samples, failed, layout)
+    rest = [sample for sample in samples if sample.purpose != "probe"]
+    kept = kept_matrix(list(rest), layout)
+    truth = np.array([max(sample.kl, 0.0) for sample in rest])
+    estimator = FITS[kind](curves, kept, truth, seed)
+    return Predictor(estimator, fit_link(samples, dense_log_ppl))
+
+
+def fit_curves(samples: Sequence[Sample], failed: Sequence[Sample], layout: Layout) -> Curves:
+    """Single-site damage curves through the probes: monotone cubic on the square root of the damage.
+
+    Raises:
+        InputError: A site that can shrink has no probe.
+    """
+    probes = [sample for sample in [*samples, *failed] if sample.purpose == "probe"]
+    worst = max((sample.kl for sample in probes if sample.status == "done"), default=0.0)
+    table = []
+    for index, site in enumerate(layout.sites):
+        points = {site.units: 0.0}
+        for sample in probes:
+            if sample.kept[index] < site.units:
+                points[sample.kept[index]] = sample.kl if sample.status == "done" else worst
+        if len(points) == 1 and site.floor < site.units:
+            raise InputError(f"every site must have been probed; {site.label} was not; measure more samples")
+        removed = site.units - np.array(sorted(points, reverse=True))
+        root = np.sqrt(np.maximum.accumulate([max(points[site.units - int(gone)], 0.0) for gone in removed]))
+        counts = site.units - np.arange(site.units + 1)
+        curve = PchipInterpolator(removed, root)(np.minimum(counts, removed[-1])) if len(points) > 1 else np.zeros(site.units + 1)
+        table.append(curve.astype(np.float64) ** 2)
+    return Curves(np.array(layout.units), np.concatenate(table))
+
+
+def fit_link(samples: Sequence[Sample], dense_log_ppl: float) -> np.ndarray:
+    """Monotone map from damage to log-perplexity above dense: medians of samples sorted by damage.
+
+    Returns:
+        Float[2, K], from (0, 0) on, both rising.
+    """
+    order = sorted(samples, key=lambda sample: sample.kl)
+    groups = [group for group in np.array_split(np.array([(s.kl, s.log_ppl) for s in order]), _LINK_KNOTS) if len(group)]
+    knots = np.array([np.median(group, axis=0) for group in groups]).T
+    x, y = np.maximum(knots[0], 0.0), np.maximum.accumulate(np.maximum(knots[1] - dense_log_ppl, 0.0))
+    return np.concatenate([[[0.0], [0.0]], np.stack([np.maximum.accumulate(x), y])], axis=1)
+
+
+def fit_additive(curves: Curves, kept: np.ndarray, truth: np.ndarray, seed: int) -> Additive:
+    """Nothing is fitted but the spread of what the sum misses."""
+    total = curves.damages(kept).sum(axis=1)
+    missed = np.log((truth + NOISE) / (total + NOISE)) if len(kept) else np.ones(1)
+    return Additive(curves.units, curves.table, np.sqrt((missed**2).mean()))
+
+
+def fit_corrected(curves: Curves, kept: np.ndarray, truth: np.ndarray, seed: int) -> Estimator:
+    """Gaussian process on the log-residual of the sum; hyperparameters by marginal likelihood.
+
+    With fewer than eight samples there is nothing to learn from, and the sum is returned as it is.
+    """
+    if len(kept) < 8:
+        return fit_additive(curves, kept, truth, seed)
+    kept, truth = kept[-_MOST_POINTS:], truth[-_MOST_POINTS:]
+    u, t = (torch.from_numpy(part) for part in directions_and_sizes(curves.damages(kept)))
+    target = torch.from_numpy(np.log(truth + NOISE)) - t
+    cosine, gap = (u @ u.T) ** 2, (t[:, None] - t[None]) ** 2
+    raw = torch.tensor(_GP_START, dtype=torch.float64).log().requires_grad_(True)
+    mean = target.mean().clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([raw, mean], lr=_GP_RATE)
+    for _ in range(_GP_STEPS):
+        optimiser.zero_grad()
+        loss = _negative_likelihood(_covariance(cosine, gap, t, raw), target - mean)
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            raw.clamp_(np.log(1e-3), np.log(1e2))
+    with torch.no_grad():
+        factor = torch.linalg.cholesky(_covariance(cosine, gap, t, raw))
+        weights = torch.cholesky_solve((target - mean)[:, None], factor)[:, 0]
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(t), dtype=torch.float64), upper=False)
+    single = [array.numpy().astype(np.float32) for array in (u, t, weights, inverse)]
+    return Corrected(curves.units, curves.table, *single, np.append(raw.detach().exp().numpy(), mean.item()))
+
+
+def _covariance(cosine: torch.Tensor, gap: torch.Tensor, t: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
+    a, angle, size, b, floor, small = raw.exp()
+    shared = a**2 * torch.exp((cosine - 1) / angle**2 - gap / (2 * size**2)) + b**2 * (1 + cosine)
+    return shared + torch.diag(floor**2 + (small * NOISE / t.exp()) ** 2 + 1e-6)
+
+
+def _negative_likelihood(covariance: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    factor = torch.linalg.cholesky(covariance)
+    solved = torch.linalg.solve_triangular(factor, target[:, None], upper=False)
+    return 0.5 * (solved**2).sum() + factor.diagonal().log().sum()
+
+
+def fit_cnn(curves: Curves, kept: np.ndarray, truth: np.ndarray, seed: int) -> Estimator:
+    """Trains the ensemble on log(damage + e), members at once, each on its own random batches.
+
+    The spread of a member's error comes from a tenth of the samples that it does not see.
+    """
+    if len(kept) < 8:
+        return fit_additive(curves, kept, truth, seed)
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    images = torch.from_numpy(mask_matrices(kept, curves.units, Convolutional.WIDTH) - 0.5).float()[:, None]
+    target = np.log(truth + NOISE)
+    mean, std = target.mean(), max(target.std(), 1e-6)
+    goal = torch.from_numpy((target - mean) / std).float()
+    order = rng.permutation(len(kept))
+    unseen, seen = order[: max(1, len(order) // 10)], torch.from_numpy(order[max(1, len(order) // 10) :])
+    members = [_Network(images.shape[2:], generator) for _ in range(_CNN_MEMBERS)]
+    for member in members:
+        _train(member, images[seen], goal[seen], generator)
+    with torch.no_grad():
+        missed = torch.stack([member(images[unseen]) for member in members]).mean(0) - goal[unseen]
+    arrays = [np.stack(parts) for parts in zip(*(member.arrays() for member in members), strict=True)]
+    return Convolutional(curves.units, *arrays, np.array([mean, std, std * missed.square().mean().sqrt().item()]))
+
+
+class _Network(nn.Module):
+    def __init__(self, shape: torch.Size, generator: torch.Generator) -> None:
+        super().__init__()
+        height, width = shape
+        channels = (1, *_CNN_CHANNELS)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels[i], channels[i + 1], 3, stride=1 if i == 0 else 2, padding=1) for i in range(len(_CNN_CHANNELS))
+        )
+        for _ in _CNN_CHANNELS[1:]:
+            height, width = -(-height // 2), -(-width // 2)
+        self.last = nn.Linear(height * width * channels[-1], 1)
+        for parameter in self.parameters():
+            fan = parameter[0].numel() if parameter.ndim > 1 else parameter.numel()
+            nn.init.normal_(parameter, std=fan**-0.5 if parameter.ndim > 1 else 0.01, generator=generator)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        for conv in self.convs:
+            image = conv(image).relu()
+        return self.last(image.permute(0, 2, 3, 1).flatten(1))[:, 0]
+
+    def arrays(self) -> list[np.ndarray]:
+        """In the order of ``Convolutional``'s fields."""
+        arrays = [array for conv in self.convs for array in (conv.weight.permute(2, 3, 1, 0), conv.bias)]
+        return [array.detach().numpy().copy() for array in (*arrays, self.last.weight[0], self.last.bias[0])]
+
+
+def _train(network: _Network, images: torch.Tensor, goal: torch.Tensor, generator: torch.Generator) -> None:
+    optimiser = torch.optim.AdamW(network.parameters(), lr=_CNN_RATE, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _CNN_STEPS)
+    for _ in range(_CNN_STEPS):
+        rows = torch.randint(len(images), (min(_CNN_BATCH, len(images)),), generator=generator)
+        loss = (network(images[rows]) - goal[rows]).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+
+
+FITS: dict[str, Callable[[Curves, np.ndarray, np.ndarray, int], Estimator]] = {
+    "corrected": fit_corrected,
+    "additive": fit_additive,
+    "cnn": fit_cnn,
+}

@@ -1,0 +1,1 @@
+"""The jobs: fit, prune, evaluate, demo. The only place where the two wings meet."""

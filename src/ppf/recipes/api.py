@@ -1,0 +1,112 @@
+"""The Python interface: the same jobs as on the command line, as objects."""
+
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppf.artifact import read_json
+from ppf.config import FitConfig, Target
+from ppf.decide import Decider, Decision
+from ppf.errors import InputError
+from ppf.llm.load import LoadedModel, adopt_model, load_model
+from ppf.progress import Progress
+from ppf.recipes.fit import fit as fit_study
+from ppf.recipes.prune import Pruned, prune
+
+
+class Study:
+    """A fitted study: any ratio is one call away.
+
+    Args:
+        folder: Of a finished fit.
+        loaded: Its dense model; by default it is loaded again when a checkpoint is cut.
+
+    Raises:
+        InputError: No study there, or one that is not fitted.
+        DamagedError: An artefact is not whole.
+    """
+
+    def __init__(self, folder: str | Path, loaded: LoadedModel | None = None) -> None:
+        self.folder = Path(folder)
+        self._decider = Decider(folder)
+        self._loaded = loaded
+        self._temporary: tempfile.TemporaryDirectory | None = None
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the fit reported: the predictor's held-out figures, times, tokens."""
+        return read_json(self.folder / "report.json")
+
+    def policy(self, ratio: float | None = None, *, params: str | None = None, memory: str | None = None, align: int = 1) -> Decision:
+        """Decides alone, in milliseconds; no model is loaded.
+
+        Args:
+            ratio: Share of the prunable parameters to remove, in [0, 1).
+            params: Or parameters that may stay, such as ``"3M"``.
+            memory: Or bytes that the weights may have, such as ``"500MiB"``.
+            align: FFN channels stay in multiples of this.
+        """
+        return self._decider.decide(Target(ratio, params, memory, align))
+
+    def prune(
+        self,
+        ratio: float | None = None,
+        *,
+        params: str | None = None,
+        memory: str | None = None,
+        align: int = 1,
+        refine: bool = False,
+        candidates: int = 16,
+        device: str = "auto",
+        quiet: bool = True,
+    ) -> Pruned:
+        """Makes a smaller model; save it with ``save_pretrained``.
+
+        Args:
+            ratio: As in ``policy``; so are ``params``, ``memory`` and ``align``.
+            refine: Search at this size and measure the best candidates truly.
+            candidates: How many.
+            device: Where to measure.
+            quiet: Show no progress.
+        """
+        target = Target(ratio, params, memory, align)
+        self._decider.budget(target)  # refuses before the model is loaded
+        if self._loaded is None:
+            self._loaded = load_model(self._decider.study.record["model"]["name"])
+        return prune(self.folder, self._loaded, target, device, candidates if refine else 0, Progress(quiet))
+
+
+def fit(
+    model: str | PreTrainedModel,
+    *,
+    study: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> Study:
+    """Learns how to prune a model.
+
+    Args:
+        model: A folder, a hub id, ``"ref-a"``, or a transformers model, which is not changed.
+        study: The study folder; a started one is continued. By default a temporary one, gone with the returned object.
+        tokenizer: Of a model given as an object, unless it lies where the model came from.
+        quiet: Show no progress.
+        **settings: Fields of ``FitConfig``: ``text``, ``samples``, ``score``, ``seed`` ...
+
+    Raises:
+        InputError: A setting that does not exist or is out of range.
+    """
+    unknown = sorted(set(settings) - {field.name for field in fields(FitConfig)})
+    if unknown:
+        known = ", ".join(field.name for field in fields(FitConfig))
+        raise InputError(f"a setting of fit must be one of {known}; {unknown[0]!r} came; check the spelling")
+    temporary = tempfile.TemporaryDirectory(prefix="ppf-") if study is None else None
+    folder = temporary.name if temporary else str(study)
+    loaded = load_model(model) if isinstance(model, str) else adopt_model(model, tokenizer)
+    fit_study(FitConfig(loaded.name, folder, **settings), loaded, Progress(quiet))
+    fitted = Study(folder, loaded)
+    fitted._temporary = temporary
+    return fitted

@@ -1,0 +1,240 @@
+"""fit: importance -> samples -> predictor -> agent, into a study folder that can be stopped and started at any point.
+
+    probes        each site alone at a few levels: the damage curves
+    spread        random policies of every ratio around the additive optimum
+    heldout       masks of one size at 20, 30, 40 and 50 %: predicted, never fitted
+    round 1..R    search on the predictor, measure what it found, fit again
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppf.artifact import read_json, write_json
+from ppf.config import FitConfig
+from ppf.errors import InputError
+from ppf.learn.agent import Prior
+from ppf.learn.baselines import knapsack, refine
+from ppf.learn.fit_predictor import FITS, fit_curves, fit_predictor
+from ppf.learn.metrics import Figures, figures
+from ppf.learn.objective import predicted
+from ppf.learn.predictor import Predictor
+from ppf.learn.train_agent import AgentConfig, train_agent
+from ppf.llm.collect import Wanted, probes, spread, stratified_ratios
+from ppf.llm.load import LoadedModel
+from ppf.progress import Progress
+from ppf.recipes.lab import Lab
+from ppf.samples import Sample
+from ppf.space.allocation import Allocation
+from ppf.space.budget import Budget
+from ppf.space.layout import Layout
+from ppf.space.policy import Policy
+from ppf.study import StudyFolder, locked
+
+HELDOUT_RATIOS = (0.2, 0.3, 0.4, 0.5)
+LOW_RATIO = 0.02
+_HELDOUT_SHARE, _HELDOUT_MOST = 0.16, 24
+_SPREAD_SHARE = 0.35
+_SCALES = (0.03, 0.06, 0.12, 0.2)
+_LEVELS = {1: (0.0,), 2: (0.5, 0.0), 3: (0.75, 0.4, 0.0), 4: (0.8, 0.5, 0.25, 0.0), 5: (0.9, 0.75, 0.5, 0.25, 0.0)}
+_ROUND_RATIOS = 12
+_SEARCH_STEPS = 24
+
+
+def fit(config: FitConfig, loaded: LoadedModel, progress: Progress) -> StudyFolder:
+    """Learns how to prune a model.
+
+    Args:
+        config: What to do.
+        loaded: The dense model; its weights are not changed.
+        progress: Shows what happens.
+
+    Returns:
+        The fitted study; its ``report.json`` holds the predictor's held-out figures.
+
+    Raises:
+        InputError: Too few samples for this model, or a folder that holds something else.
+        InUseError: Another process is fitting this study.
+    """
+    levels = _levels(loaded.layout, config.samples)
+    with locked(Path(config.study)), Lab(loaded, config, progress) as lab:
+        study = lab.open_study()
+        if _is_done(study, config):
+            progress.say(f"{study.folder} is fitted already")
+            return study
+        lab.score()
+        _collect(lab, levels)
+        predictors, report = _predictors(lab)
+        kind = report["predictor"]
+        predictors[kind].save(study.path("predictor"), lab.layout)
+        _agent(lab, predictors[kind])
+        report["seconds"] = {name: round(seconds, 2) for name, seconds in progress.seconds.items()}
+        report["settings"] = asdict(config)
+        write_json(study.folder / "report.json", report)
+        return study
+
+
+def _is_done(study: StudyFolder, config: FitConfig) -> bool:
+    path = study.folder / "report.json"
+    if not (study.is_fitted and path.is_file()):
+        return False
+    was = read_json(path)["settings"]
+    return all(was[name] == getattr(config, name) for name in ("samples", "rounds", "predictor", "max_ratio"))
+
+
+def _levels(layout: Layout, samples: int) -> tuple[float, ...]:
+    """Probe levels that take at most half of the samples."""
+    for count in sorted(_LEVELS, reverse=True):
+        if len(probes(layout, _LEVELS[count])) <= samples // 2:
+            return _LEVELS[count]
+    needed = 2 * len(probes(layout, _LEVELS[1]))
+    sites = len(layout.sites)
+    raise InputError(f"--samples must be at least {needed} for the {sites} sites of this model; {samples} came; raise it")
+
+
+def _collect(lab: Lab, levels: tuple[float, ...]) -> None:
+    """Measures everything that the predictor is fitted to and judged by."""
+    config, layout = lab.config, lab.layout
+    count = len(lab.measure("probes", lambda: probes(layout, levels), 0))
+    per_ratio = min(_HELDOUT_MOST, int(config.samples * _HELDOUT_SHARE) // len(HELDOUT_RATIOS))
+    lab.measure("heldout", lambda: _heldout(lab, per_ratio), 0)
+    rest = config.samples - count - per_ratio * len(HELDOUT_RATIOS)
+    first = rest if config.rounds == 0 else max(8, int(rest * _SPREAD_SHARE))
+    lab.measure("spread", lambda: _spread(lab, first), 0)
+    for round in range(1, config.rounds + 1):
+        share = (rest - first) * round // config.rounds - (rest - first) * (round - 1) // config.rounds
+        if share > 0:
+            lab.measure(f"round {round}", lambda round=round, share=share: _found(lab, round, share), round)
+
+
+def _rng(lab: Lab, stage: int) -> np.random.Generator:
+    return np.random.default_rng([lab.config.seed, stage])
+
+
+def _prior_keep(lab: Lab) -> np.ndarray:
+    """Float[B + 1, S]: the additive optimum for every ratio."""
+    return knapsack(fit_curves(lab.store.all("probe"), lab.store.failed(), lab.layout), lab.layout)
+
+
+def _centres(lab: Lab, ratios: Sequence[float], rng: np.random.Generator) -> list[tuple[float, Policy]]:
+    """Policies between the additive optimum and the uniform one."""
+    keep = _prior_keep(lab)
+    blend = rng.beta(1.0, 2.0, len(ratios))
+    bins = len(keep) - 1
+    rows = [keep[int(np.ceil(ratio * bins))] for ratio in ratios]
+    return [(ratio, Policy((1 - b) * row + b * (1 - ratio))) for ratio, row, b in zip(ratios, rows, blend, strict=True)]
+
+
+def _heldout(lab: Lab, per_ratio: int) -> list[Wanted]:
+    rng = _rng(lab, 1)
+    ratios = [ratio for ratio in HELDOUT_RATIOS if ratio <= _most(lab)]
+    return spread(lab.layout, _centres(lab, np.repeat(ratios, per_ratio).tolist(), rng), _SCALES, "heldout", rng)
+
+
+def _spread(lab: Lab, count: int) -> list[Wanted]:
+    rng = _rng(lab, 2)
+    ratios = stratified_ratios(LOW_RATIO, _most(lab), count, rng).tolist()
+    return spread(lab.layout, _centres(lab, ratios, rng), _SCALES, "spread", rng)
+
+
+def _most(lab: Lab) -> float:
+    """The largest ratio that is asked for and that the floors allow."""
+    layout = lab.layout
+    return min(lab.config.max_ratio, float((layout.units - layout.floors) @ layout.costs / layout.prunable) - 1e-6)
+
+
+def _found(lab: Lab, round: int, count: int) -> list[Wanted]:
+    """Per ratio what search on the predictor found, and masks near it."""
+    rng, layout = _rng(lab, 10 + round), lab.layout
+    kind = _best_kind(lab) if lab.config.predictor == "auto" else lab.config.predictor
+    objective = predicted(refit(lab, kind))
+    keep, wanted = _prior_keep(lab), []
+    ratios = sorted(stratified_ratios(0.1, _most(lab), min(_ROUND_RATIOS, count), rng).tolist())
+    with lab.progress.stage(f"search {round}", len(ratios)) as advance:
+        for index, ratio in enumerate(ratios):
+            share = count * (index + 1) // len(ratios) - count * index // len(ratios)
+            budget = Budget.from_ratio(ratio, layout)
+            starts = np.stack([keep[int(np.ceil(ratio * (len(keep) - 1)))], *incumbents(lab, ratio)])
+            found, _ = refine(objective, starts, budget.remove, layout, _SEARCH_STEPS, rng)
+            best = [Wanted(Allocation(row), "search", ratio) for row in found[: max(1, share // 3)]]
+            centre = Policy(found[0] / layout.units)
+            near = spread(layout, [(ratio, centre)] * (share - len(best)), _SCALES[:3], "search", rng)
+            wanted += [*best, *near]
+            advance()
+    return wanted
+
+
+def incumbents(lab: Lab, ratio: float) -> list[np.ndarray]:
+    """Keep-ratios of the best measured masks near a ratio: least damage, with credit for having removed more."""
+    near = [sample for sample in _fitted(lab) if sample.purpose != "probe" and abs(sample.ratio - ratio) < 0.06]
+    near.sort(key=lambda sample: sample.kl - 2.0 * (sample.ratio - ratio))
+    return [np.array(sample.kept) / lab.layout.units for sample in near[:3]]
+
+
+def refit(lab: Lab, kind: str) -> Predictor:
+    """A predictor fitted to all that was measured so far, the held-out masks excepted."""
+    return _fit(lab, kind, _fitted(lab))
+
+
+def _fitted(lab: Lab) -> list[Sample]:
+    return lab.store.all("probe", "spread", "search", "refine")
+
+
+def _fit(lab: Lab, kind: str, samples: Sequence[Sample]) -> Predictor:
+    dense = lab.study.record["dense"]["search"]["log_ppl"]
+    return fit_predictor(kind, samples, lab.store.failed(), lab.layout, dense, lab.config.seed)
+
+
+def _best_kind(lab: Lab) -> str:
+    """The kind that ranked the newest masks best before it had seen them."""
+    samples = _fitted(lab)
+    newest = max(sample.round for sample in samples)
+    if newest == 0:
+        return "corrected"
+    old, new = [s for s in samples if s.round < newest], [s for s in samples if s.round == newest]
+    return _ranked(_judge(lab, old, new)[1])
+
+
+def _judge(lab: Lab, fitted: Sequence[Sample], judged: Sequence[Sample]) -> tuple[dict[str, Predictor], dict[str, Figures]]:
+    dense = lab.study.record["dense"]["search"]["log_ppl"]
+    predictors = {kind: _fit(lab, kind, fitted) for kind in FITS}
+    return predictors, {kind: figures(predictor, judged, lab.layout, dense) for kind, predictor in predictors.items()}
+
+
+def _ranked(judged: dict[str, Figures]) -> str:
+    return max(judged, key=lambda kind: judged[kind].tau_mean)
+
+
+def _predictors(lab: Lab) -> tuple[dict[str, Predictor], dict[str, Any]]:
+    """All kinds fitted to all that may be fitted, and their figures on the held-out masks."""
+    heldout, samples = lab.store.all("heldout"), lab.store.all()
+    with lab.progress.stage("predictor"):
+        predictors, judged = _judge(lab, _fitted(lab), heldout)
+        chosen = lab.config.predictor
+        if chosen == "auto":
+            chosen = _best_kind(lab)
+    report = {
+        "predictor": chosen,
+        "heldout": {kind: {**asdict(found), "tau_mean": found.tau_mean} for kind, found in judged.items()},
+        "samples": {purpose: sum(s.purpose == purpose for s in samples) for purpose in sorted({s.purpose for s in samples})},
+        "failed": len(lab.store.failed()),
+        "tokens": {"measured": sum(sample.tokens for sample in samples), "calibration": int(lab.text.calibration.size)},
+        "measuring_seconds": round(sum(sample.seconds for sample in samples), 2),
+        "dense": lab.study.record["dense"],
+    }
+    return predictors, report
+
+
+def _agent(lab: Lab, predictor: Predictor) -> None:
+    agent_config = AgentConfig()
+    curves = fit_curves(lab.store.all("probe"), lab.store.failed(), lab.layout)
+    prior = Prior.of(knapsack(curves, lab.layout), curves)
+    with lab.progress.stage("agent", agent_config.iterations) as advance:
+        agent = train_agent(
+            prior, predicted(predictor), lab.layout, LOW_RATIO, _most(lab), lab.config.seed, agent_config,
+            lambda reward: advance(f"{100 * (1 - np.exp(-reward)):.1f} % below the additive policy"),
+        )  # fmt: skip
+    agent.save(lab.study.path("agent"), lab.layout)

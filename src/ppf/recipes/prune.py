@@ -1,0 +1,195 @@
+"""prune: decision -> (refinement) -> surgery -> true measurement -> verified export."""
+
+import copy
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppf.config import FitConfig, Target
+from ppf.decide import Decider, Decision
+from ppf.errors import DamagedError
+from ppf.learn.baselines import refine as search
+from ppf.learn.objective import predicted
+from ppf.llm.collect import Wanted
+from ppf.llm.export import export, weight_bytes
+from ppf.llm.load import LoadedModel
+from ppf.llm.perplexity import Evaluation, evaluate
+from ppf.llm.surgery import cut
+from ppf.llm.text import Text
+from ppf.progress import Progress
+from ppf.recipes.fit import incumbents, refit
+from ppf.recipes.lab import TOKENS_PER_BATCH, Lab, choose_device
+from ppf.samples import Sample
+from ppf.space.allocation import Allocation
+from ppf.study import locked
+
+_REFINE_STEPS = 60
+_SPEED_RUNS = 5
+_SPEED_TOKENS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A smaller model and all that is known of it.
+
+    Attributes:
+        model: A causal LM of its own class, in the dtype of the dense checkpoint.
+        tokenizer: The dense model's.
+        decision: What was decided.
+        plan: The JSON-ready record that goes with it as ``ppf.json``.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    decision: Decision
+    plan: dict[str, Any]
+
+    def save_pretrained(self, out: str | Path, force: bool = False) -> int:
+        """Writes a folder that transformers and vLLM load, after checking that it does.
+
+        Args:
+            out: A new folder.
+            force: Replace it if it exists.
+
+        Returns:
+            Bytes of the weight files.
+
+        Raises:
+            InputError: The folder exists.
+            DamagedError: The reload check failed; nothing is left behind.
+        """
+        return export(self.model, self.tokenizer, self.plan, Path(out), force)
+
+
+def prune(
+    folder: str | Path, loaded: LoadedModel, target: Target, device: str, candidates: int, progress: Progress
+) -> Pruned:
+    """Makes a smaller model.
+
+    Args:
+        folder: The study.
+        loaded: Its dense model.
+        target: How small.
+        device: Where to measure.
+        candidates: How many policies to measure before choosing; 0 takes the agent's as it comes.
+        progress: Shows what happens.
+
+    Raises:
+        InputError: More than the floors allow, or a study that is not fitted.
+        DamagedError: A study of another model.
+    """
+    decider = Decider(folder)
+    if decider.study.record["model"]["digest"] != loaded.digest:
+        name = decider.study.record["model"]["name"]
+        raise DamagedError(f"{folder} must be a study of this model; it is one of {name} as it was then; give its own model")
+    decision = decider.decide(target)
+    if candidates:
+        decision = refined(decider, decision, loaded, target, device, candidates, progress)
+    with progress.stage("cutting"):
+        smaller = cut(loaded.model, loaded.layout, decision.mask).to(loaded.dtype)
+    with progress.stage("measuring the result"):
+        measured, speeds = _measured(decider, loaded, smaller, choose_device(device))
+    return Pruned(smaller, loaded.tokenizer, decision, _plan(decider, decision, measured, speeds, bool(candidates)))
+
+
+def refined(
+    decider: Decider, decision: Decision, loaded: LoadedModel, target: Target, device: str, candidates: int, progress: Progress
+) -> Decision:
+    """Static pruning: search on the predictor at one ratio, measure the best, learn from them, search again; the best measured wins.
+
+    Every measurement goes into the study's store, so that a repetition costs nothing.
+    """
+    config = replace(FitConfig(**decider.study.record["settings"]), study=str(decider.study.folder), device=device)
+    with locked(decider.study.folder), Lab(loaded, config, progress) as lab:
+        lab.open_study()
+        budget, rng = decider.budget(target), np.random.default_rng(config.seed)
+        predictor, measured = decider.predictor, list[Sample]()
+        first = max(1, candidates // 2)
+        for number, count in enumerate([first, candidates - first]):
+            starts = np.stack([decision.policy.keep, *incumbents(lab, decision.asked)])
+            with progress.stage("search"):
+                found, _ = search(predicted(predictor), starts, budget.remove, lab.layout, _REFINE_STEPS, rng, target.align)
+            ours = [decision.allocation.kept] if number == 0 else []
+            chosen = [*ours, *_apart(found, lab.layout.units, count)][:count]
+            wanted = [Wanted(Allocation(kept), "refine", decision.asked) for kept in chosen]
+            measured += [sample for sample in lab.run("candidates", wanted, 100 + number) if sample.status == "done"]
+            if number == 0 and candidates > first:
+                with progress.stage("predictor"):
+                    predictor = refit(lab, decider.predictor.kind)
+        best = min(measured, key=lambda sample: sample.kl)
+        return decider.adopt(target, np.array(best.kept))
+
+
+def _apart(found: np.ndarray, units: np.ndarray, count: int) -> list[np.ndarray]:
+    """The best ones that differ from each other by more than a hair: two channels in a thousand somewhere."""
+    chosen: list[np.ndarray] = []
+    for kept in found:
+        if all(np.abs((kept - other) / units).max() > 2e-3 for other in chosen):
+            chosen.append(kept)
+        if len(chosen) == count:
+            break
+    return chosen
+
+
+def _measured(
+    decider: Decider, loaded: LoadedModel, smaller: PreTrainedModel, device: torch.device
+) -> tuple[Evaluation, dict[str, float]]:
+    """Perplexity of the small model on the study's test text, and tokens/s of both, in the study's dtype."""
+    dtype = getattr(torch, decider.study.record["dtype"])
+    text = Text.load(decider.study.path("text"), decider.layout.fingerprint)
+    models = [loaded.on(device, dtype), copy.deepcopy(smaller).to(device, dtype)]
+    evaluation = evaluate(models[1], text.test, TOKENS_PER_BATCH.get(device.type, 4096))
+    speeds = tokens_per_second(models, text.test)
+    return evaluation, {"before": speeds[0], "after": speeds[1]}
+
+
+@torch.inference_mode()
+def tokens_per_second(models: list[PreTrainedModel], blocks: np.ndarray) -> list[float]:
+    """Prompt tokens a second, median of five interleaved runs after a warm-up."""
+    rows = max(1, _SPEED_TOKENS // blocks.shape[1])
+    ids = torch.from_numpy(np.ascontiguousarray(blocks[:rows])).long().to(models[0].device)
+    seconds: list[list[float]] = [[] for _ in models]
+    for run in range(_SPEED_RUNS + 1):
+        for model, times in zip(models, seconds, strict=True):
+            start = time.perf_counter()
+            model(input_ids=ids, use_cache=False).logits[0, -1, 0].item()
+            if run:
+                times.append(time.perf_counter() - start)
+    return [ids.numel() / statistics.median(times) for times in seconds]
+
+
+def _plan(decider: Decider, decision: Decision, measured: Evaluation, speeds: dict[str, float], refined: bool) -> dict[str, Any]:
+    study = decider.study
+    return {
+        "format": 1,
+        "model": study.record["model"],
+        "layout": decider.layout.fingerprint,
+        "importance": {"method": decider.importance.method, "source": decider.importance.source},
+        "refined": refined,
+        **decision.to_json(decider.layout),
+        "measured": {"log_ppl": measured.log_ppl, "ppl": float(np.exp(measured.log_ppl)), "interval": _ppl(measured.interval)},
+        "dense": {"log_ppl": decider.dense_log_ppl, "ppl": float(np.exp(decider.dense_log_ppl))},
+        "protocol": {
+            "text": study.record["settings"]["test_text"] or study.record["settings"]["text"],
+            "seq_len": study.record["seq_len"],
+            "tokens": measured.tokens,
+            "dtype": study.record["dtype"],
+        },
+        "tokens_per_second": {name: round(value, 1) for name, value in speeds.items()},
+        "mask": [np.packbits(bits).tobytes().hex() for bits in decision.mask.bits],
+    }
+
+
+def _ppl(interval: tuple[float, float]) -> list[float]:
+    return [float(np.exp(end)) for end in interval]
+
+
+def dense_bytes(loaded: LoadedModel, bytes_per_param: int) -> int:
+    """Bytes of the dense model's weight files; of its parameters if it has no files."""
+    return weight_bytes(loaded.folder) if loaded.folder else loaded.layout.total * bytes_per_param

@@ -1,0 +1,132 @@
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, LlamaModel
+
+import tiny_models as tiny
+from builders import refuses
+from ppf.errors import UnsupportedError
+from ppf.llm.architectures import FAMILIES, PRUNED, family_of, layout_of, layout_of_model, linear, register, skeleton
+from ppf.space.layout import Layout
+
+
+def rows_of(layout):
+    """Which rows of which module each unit of each site owns."""
+    return [
+        (rows.module, range(rows.offset + unit * rows.width, rows.offset + (unit + 1) * rows.width))
+        for site in layout.sites
+        for rows in site.writers
+        for unit in range(site.units)
+    ]
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_the_config_alone_gives_the_layout_of_the_model(name):
+    layout = layout_of(tiny.TINY[name]())
+    assert layout == layout_of_model(tiny.model(name))
+    assert Layout.from_json(layout.to_json()).fingerprint == layout.fingerprint
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_units_own_every_row_and_column_of_their_modules_once(name):
+    model = tiny.model(name)
+    layout = layout_of_model(model)
+    owned = {}
+    for module, rows in rows_of(layout):
+        owned.setdefault(module, []).extend(rows)
+    projections = {path: module for path, module in model.named_modules() if path.endswith("_proj")}
+    readers = {site.reader: site for site in layout.sites}
+    assert set(owned) | set(readers) == set(projections) and not set(owned) & set(readers)
+    for path, module in projections.items():
+        if path in owned:
+            assert sorted(owned[path]) == list(range(module.out_features)), path
+        else:
+            assert readers[path].units * readers[path].columns == module.in_features, path
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_costs_count_every_prunable_parameter_and_the_total_counts_all(name):
+    model = tiny.model(name)
+    layout = layout_of_model(model)
+    readers = {f"{site.reader}.bias" for site in layout.sites}
+    projections = [p for path, p in model.named_parameters() if "_proj." in path and path not in readers]
+    assert layout.prunable == sum(parameter.numel() for parameter in projections)
+    assert layout.total == sum(parameter.numel() for parameter in model.parameters())
+    assert layout.layers == 3 and [(site.layer, site.kind) for site in layout.sites[:3]] == [(0, "attn"), (0, "ffn"), (1, "attn")]
+    assert layout.model_type == name.split("-")[0]
+
+
+def test_tied_embeddings_are_counted_once():
+    tied, untied = (layout_of(LlamaConfig(**tiny.SIZES, tie_word_embeddings=tie)) for tie in (True, False))
+    assert untied.total - tied.total == 96 * 32 and untied.prunable == tied.prunable
+    assert untied.fingerprint != tied.fingerprint
+
+
+def test_the_kv_cache_of_a_unit():
+    layout = layout_of(tiny.TINY["qwen3-gqa"]())
+    assert {site.cache for site in layout.sites if site.kind == "attn"} == {2 * 16}
+    assert {site.cache for site in layout.sites if site.kind == "ffn"} == {0}
+
+
+def test_a_large_layout_takes_no_memory():
+    shell = skeleton(LlamaConfig(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8))
+    assert {parameter.device.type for parameter in shell.parameters()} == {"meta"}
+    assert layout_of_model(shell).units.tolist() == [8, 28672] * 32
+
+
+@pytest.mark.parametrize("config", [GPT2Config(), BertConfig()])
+def test_another_family_is_refused_with_the_known_ones(config):
+    for question in (family_of, layout_of, skeleton):
+        with refuses(UnsupportedError) as caught:
+            question(config)
+        assert all(family in str(caught.value) for family in FAMILIES)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 3},
+        {"num_key_value_heads": 8},
+        {"num_key_value_heads": 0},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 5, "num_key_value_heads": 2},
+        {"hidden_size": -32},
+        {"vocab_size": 10**30},
+        {"hidden_act": "unheard of"},
+        {"pad_token_id": 10**6},
+        {"rope_parameters": {"rope_type": "unheard of", "rope_theta": 1e4}},
+    ],
+)
+def test_a_config_that_no_model_can_have_is_refused(changes):
+    config = tiny.TINY["llama-mha"]()
+    for field, value in changes.items():
+        setattr(config, field, value)
+    with refuses(UnsupportedError):
+        layout_of(config)
+
+
+def test_only_plain_linear_layers_of_a_whole_causal_lm_will_do():
+    class Packed(nn.Linear):
+        """What quantisers put in place of a linear layer."""
+
+    packed, wrapped = tiny.model(), tiny.model()
+    packed.model.layers[1].mlp.up_proj = Packed(32, 40)
+    wrapped.model.layers[1].self_attn.o_proj = nn.Sequential(wrapped.model.layers[1].self_attn.o_proj)
+    for model in (packed, wrapped, LlamaModel(tiny.TINY["llama-mha"]())):
+        with refuses(UnsupportedError):
+            layout_of_model(model)
+    assert isinstance(linear(tiny.model(), "model.layers.0.mlp.up_proj"), nn.Linear)
+    with refuses(UnsupportedError):
+        linear(tiny.model(), "model.norm")
+
+
+def test_every_family_has_its_pruned_classes_registered():
+    register()
+    assert set(PRUNED) == set(FAMILIES)
+    for family, (config_class, model_class, lm_class) in PRUNED.items():
+        config = AutoConfig.for_model(f"ppf_{family}", **tiny.SIZES, num_key_value_heads=2, head_dim=8)
+        assert type(config) is config_class and family_of(config) == family
+        config.per_layer_config = {}
+        with torch.device("meta"):
+            assert type(AutoModel.from_config(config)) is model_class
+            assert type(AutoModelForCausalLM.from_config(config)) is lm_class

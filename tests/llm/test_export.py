@@ -1,0 +1,330 @@
+import ast
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+import tiny_models as tiny
+from builders import random_mask, refuses
+from ppf.errors import DamagedError, InputError, ResourceError
+from ppf.llm import export as module
+from ppf.llm import pruned_model
+from ppf.llm.architectures import layout_of_model
+from ppf.llm.export import export, register, verify, weight_bytes
+from ppf.llm.load import load_model
+from ppf.llm.surgery import cut
+from ppf.space.mask import Mask
+
+IDS = torch.from_numpy(tiny.blocks(2, 10))
+PLAN = {"ratio": 0.3, "note": "ü"}
+CASES = [(name, torch.float32) for name in tiny.TINY]
+CASES += [(name, torch.bfloat16) for name in ("llama-gqa-tied", "mistral-gqa", "qwen2-gqa", "qwen3-biases")]
+STRANGER = """
+import json, sys, torch
+sys.modules["ppf"] = None
+from pathlib import Path
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+torch.set_num_threads(1)
+sys.stdin.close()
+ids = torch.tensor(json.loads(sys.argv[2]))
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    answers = {}
+    for dtype in ("auto", torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+        answers[f"logits {dtype}"] = model(ids).logits
+        if dtype == "auto":
+            cached, past = [], None
+            for step in ids.T:
+                output = model(step[:, None], past_key_values=past, use_cache=True)
+                past, cached = output.past_key_values, [*cached, output.logits]
+            answers["cached"] = torch.cat(cached, dim=1)
+            answers["generated"] = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)
+    answers["hidden"] = AutoModel.from_pretrained(folder, trust_remote_code=True)(ids).last_hidden_state
+    answers["words"] = AutoTokenizer.from_pretrained(folder)("w7 w3 w50", return_tensors="pt")["input_ids"]
+    save_file({name: tensor.detach().contiguous() for name, tensor in answers.items()}, sys.argv[3] + "/" + folder.name)
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        print(folder.name, "refused without the flag", "trust_remote_code" in str(error))
+"""
+
+
+@dataclass
+class Exported:
+    folder: Path
+    model: PreTrainedModel
+    bytes: int
+    answers: dict[str, torch.Tensor]
+
+
+def smaller(name="llama-gqa-tied", seed=3, dtype=torch.float32):
+    model = tiny.model(name, dtype=dtype)
+    layout = layout_of_model(model)
+    return cut(model, layout, random_mask(layout, seed))
+
+
+def label(name, dtype):
+    return f"{name}-{str(dtype).removeprefix('torch.')}"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Every case as a folder, and what a process without ppf made of it."""
+    folders, answers, home = (tmp_path_factory.mktemp(name) for name in ("folders", "answers", "home"))
+    made = {}
+    for name, dtype in CASES:
+        model, folder = smaller(name, dtype=dtype), folders / label(name, dtype)
+        made[name, dtype] = Exported(folder, model, export(model, tiny.tokenizer(), PLAN, folder), {})
+    command = [sys.executable, "-W", "error", "-c", STRANGER, str(folders), json.dumps(IDS.tolist()), str(answers)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.splitlines()) == sorted(f"{label(*case)} refused without the flag True" for case in CASES)
+    for (name, dtype), one in made.items():
+        one.answers.update(load_file(answers / label(name, dtype)))
+    return made
+
+
+every = pytest.mark.parametrize("case", CASES, ids=[label(*case) for case in CASES])
+
+
+# --- what other programs read ---
+
+
+@every
+@torch.inference_mode()
+def test_a_process_without_ppf_answers_bit_for_bit(exported, case):
+    model, answers = exported[case].model, exported[case].answers
+    for dtype in ("auto", case[1]):
+        assert torch.equal(answers[f"logits {dtype}"], model(IDS).logits)
+    cached, past = [], None
+    for step in IDS.T:
+        output = model(step[:, None], past_key_values=past, use_cache=True)
+        past, cached = output.past_key_values, [*cached, output.logits]
+    assert torch.equal(answers["cached"], torch.cat(cached, dim=1))
+    assert torch.equal(answers["hidden"], model.model(IDS).last_hidden_state)
+    assert answers["words"].tolist() == [[7, 3, 50]]
+
+
+@every
+def test_its_generation_is_that_of_the_model_in_memory(exported, case):
+    model = exported[case].model
+    for use_cache in (True, False):
+        made = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=9, do_sample=False, use_cache=use_cache)
+        if use_cache or case[1] == torch.float32:
+            assert torch.equal(exported[case].answers["generated"], made)
+
+
+@every
+@torch.inference_mode()
+def test_any_precision_can_be_asked_for(exported, case):
+    model, answers = exported[case].model, exported[case].answers
+    assert torch.equal(answers["logits torch.float32"], model.to(torch.float32)(IDS).logits)
+    assert torch.equal(answers["logits torch.bfloat16"], model.to(torch.bfloat16)(IDS).logits)
+    model.to(case[1])
+
+
+@every
+@torch.inference_mode()
+def test_a_process_that_registered_needs_no_flag(exported, case):
+    register()
+    folder, model = exported[case].folder, exported[case].model
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(again) is type(model) and again.dtype == model.dtype
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert torch.equal(AutoModel.from_pretrained(folder)(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+@every
+def test_ppf_itself_loads_it_and_can_go_on(exported, case):
+    loaded = load_model(str(exported[case].folder))
+    assert loaded.layout == layout_of_model(exported[case].model)
+    assert loaded.layout.total == sum(parameter.numel() for parameter in exported[case].model.parameters())
+    cut(loaded.model, loaded.layout, random_mask(loaded.layout))
+
+
+# --- what lies in the folder ---
+
+
+@every
+def test_the_config_says_the_widths_in_both_ways(exported, case):
+    folder, model = exported[case].folder, exported[case].model
+    config = json.loads((folder / "config.json").read_text())
+    family = case[0].split("-")[0]
+    assert config["model_type"] == f"ppf_{family}" and set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    for layer, block in enumerate(model.model.layers):
+        widths = {
+            "intermediate_size": block.mlp.up_proj.out_features,
+            "num_attention_heads": block.self_attn.q_proj.out_features // config["head_dim"],
+            "num_key_value_heads": block.self_attn.k_proj.out_features // config["head_dim"],
+        }
+        plain = {field: widths_of[layer] for field, widths_of in config["ppf_layers"].items()}
+        sparse = {field: config[field] for field in widths} | config["per_layer_config"].get(f"{layer:02d}", {})
+        sparse |= config["per_layer_config"].get(str(layer), {})
+        assert plain == sparse == widths
+    assert config["dtype"] == str(case[1]).removeprefix("torch.")
+
+
+@every
+def test_the_files(exported, case):
+    one = exported[case]
+    names = {path.name for path in one.folder.iterdir()}
+    assert names == {
+        "config.json", "generation_config.json", "model.safetensors", "modeling_ppf.py", "ppf.json", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    assert one.bytes == weight_bytes(one.folder) == (one.folder / "model.safetensors").stat().st_size
+    payload = sum(parameter.numel() * parameter.element_size() for parameter in one.model.parameters())
+    assert payload <= one.bytes < payload + 20_000
+    assert json.loads((one.folder / "ppf.json").read_text()) == PLAN
+    with safe_open(one.folder / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) is not one.model.config.tie_word_embeddings  # noqa: SIM118 (not a dict)
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in one.folder.iterdir())
+
+
+def test_the_modeling_file_needs_transformers_alone(exported):
+    source = (exported[CASES[0]].folder / module.MODELING_FILE).read_text()
+    assert source == Path(pruned_model.__file__).read_text()
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    packages = {(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0] for node in nodes}
+    assert packages == {"torch", "transformers"}
+
+
+def test_what_is_exported_stays_as_it_is(tmp_path):
+    model = smaller()
+    before = tiny.snapshot(model)
+    export(model, tiny.tokenizer(), PLAN, tmp_path / "out")
+    assert tiny.snapshot(model) == before
+
+
+def test_a_model_that_was_cast_after_loading_is_saved_as_it_is(tmp_path):
+    model = tiny.model(dtype=torch.bfloat16).to(torch.float32)
+    layout = layout_of_model(model)
+    export(cut(model, layout, random_mask(layout)), tiny.tokenizer(), PLAN, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
+
+
+def test_one_unit_everywhere_is_exported_too(tmp_path):
+    model = tiny.model("qwen3-gqa")
+    layout = layout_of_model(model)
+    export(cut(model, layout, Mask(tuple(np.arange(units) == 1 for units in layout.units))), tiny.tokenizer(), {}, tmp_path / "out")
+    assert load_model(str(tmp_path / "out")).layout.units.tolist() == [1] * 6
+
+
+# --- refusals ---
+
+
+def test_an_existing_folder_is_refused_and_replaced_only_by_force(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("keep")
+    with refuses(InputError):
+        export(smaller(), tiny.tokenizer(), PLAN, out)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+    export(smaller(), tiny.tokenizer(), PLAN, out, force=True)
+    assert not (out / "mine").exists() and (out / "config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_in_the_way_is_never_replaced(tmp_path, force):
+    (tmp_path / "out").write_text("keep")
+    with refuses(InputError):
+        export(smaller(), tiny.tokenizer(), PLAN, tmp_path / "out", force=force)
+    assert (tmp_path / "out").read_text() == "keep" and len(list(tmp_path.iterdir())) == 1
+
+
+def flip_a_bit(folder):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 0x40
+    path.write_bytes(data)
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def widen_a_layer(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["per_layer_config"]["1"] = {"intermediate_size": 40}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+DAMAGES = {
+    "a flipped bit": flip_a_bit,
+    "cut weights": cut_weights,
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "another width": widen_a_layer,
+}
+
+
+@pytest.mark.parametrize("there", ["nothing", "an older export"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_does_not_reload_alike_leaves_nothing_behind(tmp_path, monkeypatch, damage, there):
+    out, save = tmp_path / "out", PreTrainedModel.save_pretrained
+    if there != "nothing":
+        export(smaller(seed=9), tiny.tokenizer(), {"older": True}, out)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def save_badly(model, folder):
+        save(model, folder)
+        DAMAGES[damage](folder)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_badly)
+    with refuses(DamagedError):
+        export(smaller(), tiny.tokenizer(), PLAN, out, force=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {path.name for path in tmp_path.iterdir()} == ({"out"} if before else set())
+
+
+def test_a_model_that_answers_nothing_finite_is_refused(tmp_path):
+    model = smaller()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with refuses(DamagedError):
+        export(model, tiny.tokenizer(), PLAN, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path):
+    model, limits = smaller(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        with refuses(ResourceError):
+            export(model, tiny.tokenizer(), PLAN, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_compares_answers_and_not_files(exported, monkeypatch):
+    one = exported[CASES[0]]
+    verify(one.model, one.folder)
+    with refuses(DamagedError):
+        verify(smaller("llama-mha", seed=4), one.folder)
+
+    class Deaf(torch.nn.Module):
+        """Answers a hair differently."""
+
+        def forward(self, input_ids):
+            return SimpleNamespace(logits=torch.nextafter(one.model(input_ids).logits, torch.tensor(9.0)))
+
+    monkeypatch.setattr(module, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=lambda *_, **__: Deaf()))
+    with refuses(DamagedError):
+        verify(one.model, one.folder)

@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+import torch
+
+import tiny_models as tiny
+from builders import random_mask, refuses
+from ppf.errors import UnsupportedError
+from ppf.llm.architectures import layout_of_model, linear
+from ppf.llm.masking import masked
+from ppf.space.mask import Mask
+
+IDS = tiny.blocks(2, 9)
+
+
+def masked_logits(model, layout, mask):
+    with masked(model, layout, mask):
+        return tiny.logits(model, IDS)
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_masking_is_zeroing_the_columns_that_read_removed_units(name):
+    model, zeroed = tiny.model(name), tiny.model(name)
+    layout = layout_of_model(model)
+    mask = random_mask(layout, 5)
+    for site, bits in zip(layout.sites, mask.bits, strict=True):
+        with torch.no_grad():
+            linear(zeroed, site.reader).weight[:, np.repeat(~bits, site.columns)] = 0
+    torch.testing.assert_close(masked_logits(model, layout, mask), tiny.logits(zeroed, IDS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_weights_of_removed_units_do_not_matter(name):
+    model = tiny.model(name)
+    layout = layout_of_model(model)
+    mask = random_mask(layout, 6)
+    before = masked_logits(model, layout, mask)
+    for site, bits in zip(layout.sites, mask.bits, strict=True):
+        for rows in site.writers:
+            with torch.no_grad():
+                linear(model, rows.module).weight[np.repeat(~bits, rows.width)] += 1
+    assert not torch.equal(tiny.logits(model, IDS), before)
+    assert torch.equal(masked_logits(model, layout, mask), before)
+
+
+@pytest.mark.parametrize("case", tiny.MASKS)
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_the_dense_model_comes_back_bit_for_bit(name, case):
+    model = tiny.model(name)
+    layout = layout_of_model(model)
+    before, dense = tiny.snapshot(model), tiny.logits(model, IDS)
+    changed = masked_logits(model, layout, tiny.MASKS[case](layout))
+    assert torch.equal(changed, dense) is (case == "nothing")
+    assert tiny.snapshot(model) == before
+    assert torch.equal(tiny.logits(model, IDS), dense)
+
+
+def test_the_dense_model_comes_back_when_the_block_fails():
+    model = tiny.model()
+    layout = layout_of_model(model)
+    before = tiny.snapshot(model)
+    with pytest.raises(KeyError), masked(model, layout, random_mask(layout)) as inside:
+        assert inside is model and tiny.snapshot(model)["hooks"]
+        raise KeyError
+    assert tiny.snapshot(model) == before
+
+
+def test_a_site_that_cannot_be_masked_leaves_nothing_behind():
+    model = tiny.model()
+    layout = layout_of_model(model)
+    model.model.layers[2].mlp.down_proj = torch.nn.Identity()
+    with refuses(UnsupportedError), masked(model, layout, Mask(tuple(np.zeros(units, dtype=bool) for units in layout.units))):
+        pass
+    assert tiny.snapshot(model)["hooks"] == []
+
+
+def test_masks_in_bfloat16_stay_in_bfloat16():
+    model = tiny.model(dtype=torch.bfloat16)
+    layout = layout_of_model(model)
+    assert masked_logits(model, layout, random_mask(layout)).dtype == torch.bfloat16

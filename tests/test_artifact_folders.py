@@ -1,0 +1,151 @@
+import os
+
+import pytest
+
+from builders import full_disk, interrupted, names_in, refuses
+from ppf.artifact import atomic_folder, check_new_folder
+from ppf.errors import DamagedError, InputError, ResourceError
+
+
+def fill(folder, text="new"):
+    (folder / "inner").mkdir()
+    (folder / "inner" / "a.txt").write_text(text)
+
+
+def test_a_folder_appears_whole_at_the_end(tmp_path):
+    target = tmp_path / "not" / "yet" / "there"
+    with atomic_folder(target) as folder:
+        fill(folder)
+        assert not target.exists() and folder.parent == target.parent
+    assert (target / "inner" / "a.txt").read_text() == "new"
+    assert names_in(target.parent) == ["there"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt(), DamagedError("a; b; c"), OSError("no number")])
+@pytest.mark.parametrize("force", [False, True])
+def test_nothing_changes_when_the_block_fails(tmp_path, error, force):
+    if force:
+        (tmp_path / "out").mkdir()
+        fill(tmp_path / "out", "old")
+    with pytest.raises(type(error)) as caught, atomic_folder(tmp_path / "out", force) as folder:
+        fill(folder)
+        raise error
+    assert caught.value is error
+    assert names_in(tmp_path) == (["out"] if force else [])
+    assert not force or (tmp_path / "out" / "inner" / "a.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_nothing_changes_when_the_disk_is_full(tmp_path, monkeypatch, force):
+    if force:
+        (tmp_path / "out").mkdir()
+        fill(tmp_path / "out", "old")
+    with refuses(ResourceError), atomic_folder(tmp_path / "out", force) as folder:
+        fill(folder)
+        monkeypatch.setattr(os, "fsync", full_disk)
+    assert names_in(tmp_path) == (["out"] if force else [])
+    assert not force or (tmp_path / "out" / "inner" / "a.txt").read_text() == "old"
+
+
+def failing_renames(monkeypatch, failure, *which):
+    """Makes these calls of os.rename fail, counted from 1; returns the list of calls."""
+    rename, calls = os.rename, []
+
+    def counted(source, target):
+        calls.append(source)
+        return failure() if len(calls) in which else rename(source, target)
+
+    monkeypatch.setattr(os, "rename", counted)
+    return calls
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_the_old_folder_comes_back_when_the_last_step_fails(tmp_path, monkeypatch, failing):
+    (tmp_path / "out").mkdir()
+    fill(tmp_path / "out", "old")
+    calls = failing_renames(monkeypatch, full_disk, failing)
+    with refuses(ResourceError), atomic_folder(tmp_path / "out", force=True) as folder:
+        fill(folder)
+    assert len(calls) == failing + 1
+    assert names_in(tmp_path) == ["out"] and (tmp_path / "out" / "inner" / "a.txt").read_text() == "old"
+
+
+def test_the_old_folder_comes_back_when_the_last_step_is_interrupted(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    fill(tmp_path / "out", "old")
+    failing_renames(monkeypatch, interrupted, 2)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out", force=True) as folder:
+        fill(folder)
+    assert names_in(tmp_path) == ["out"] and (tmp_path / "out" / "inner" / "a.txt").read_text() == "old"
+
+
+def test_the_old_folder_is_never_lost(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    fill(tmp_path / "out", "old")
+    failing_renames(monkeypatch, full_disk, 2, 3)
+    with refuses(ResourceError), atomic_folder(tmp_path / "out", force=True) as folder:
+        fill(folder)
+    assert [path.read_text() for path in tmp_path.rglob("a.txt")] == ["old"]
+
+
+def test_force_replaces_a_folder_and_all_in_it(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stale").touch()
+    with refuses(InputError), atomic_folder(tmp_path / "out"):
+        pytest.fail("the block must not start")
+    with atomic_folder(tmp_path / "out", force=True) as folder:
+        fill(folder)
+        assert (tmp_path / "out" / "stale").exists()
+    assert names_in(tmp_path) == ["out"] and names_in(tmp_path / "out") == ["inner"]
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    with atomic_folder(f"{tmp_path}/out/") as folder:
+        fill(folder)
+    assert names_in(tmp_path) == ["out"] and names_in(tmp_path / "out") == ["inner"]
+
+
+def test_what_another_process_put_there_meanwhile_is_kept(tmp_path):
+    with refuses(InputError), atomic_folder(tmp_path / "out") as folder:
+        fill(folder)
+        (tmp_path / "out").mkdir()
+        fill(tmp_path / "out", "theirs")
+    assert (tmp_path / "out" / "inner" / "a.txt").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_that_another_process_put_there_meanwhile_is_kept(tmp_path, force):
+    with refuses(InputError), atomic_folder(tmp_path / "out", force) as folder:
+        fill(folder)
+        (tmp_path / "out").write_text("theirs")
+    assert names_in(tmp_path) == ["out"] and (tmp_path / "out").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("kind", ["file", "link to a folder", "dangling link", "newline", "zero"])
+def test_a_place_that_is_no_folder_is_refused(tmp_path, kind, force):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link to a folder").symlink_to(tmp_path / "real")
+    (tmp_path / "dangling link").symlink_to(tmp_path / "nowhere")
+    before = names_in(tmp_path)
+    target = tmp_path / {"newline": "a\nb", "zero": "a\0b"}.get(kind, kind)
+    with refuses(InputError), atomic_folder(target, force):
+        pytest.fail("the block must not start")
+    with refuses(InputError):
+        check_new_folder(target, force)
+    assert names_in(tmp_path) == before
+
+
+def test_a_folder_below_a_file_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with refuses(ResourceError), atomic_folder(tmp_path / "file" / "out"):
+        pytest.fail("the block must not start")
+
+
+def test_files_behind_links_are_left_alone(tmp_path):
+    (tmp_path / "theirs").touch(mode=0o600)
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "link").symlink_to(tmp_path / "theirs")
+    assert (tmp_path / "theirs").stat().st_mode & 0o777 == 0o600

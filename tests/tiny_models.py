@@ -1,0 +1,128 @@
+"""Random models of every family, small enough to test with in milliseconds, a tokenizer for them, and masks to cut them by."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from builders import importance, random_mask
+from ppf.space.allocation import Allocation, allocate
+from ppf.space.budget import Budget
+from ppf.space.layout import Layout
+from ppf.space.mask import Mask, select
+from ppf.space.policy import Policy
+
+torch.set_num_threads(1)  # sums come out alike in every process
+
+VOCAB = 96
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+TINY: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama-mha": lambda: LlamaConfig(**SIZES, num_key_value_heads=4),
+    "llama-gqa-tied": lambda: LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "llama-biases": lambda: LlamaConfig(**SIZES, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
+    "llama-wide-heads-rope": lambda: LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=16, rope_parameters=LLAMA3_ROPE),
+    "mistral-gqa": lambda: MistralConfig(**SIZES, num_key_value_heads=2, head_dim=16, sliding_window=None),
+    "mistral-mha-tied-window": lambda: MistralConfig(**SIZES, num_key_value_heads=4, tie_word_embeddings=True, sliding_window=6),
+    "qwen2-gqa": lambda: Qwen2Config(**SIZES, num_key_value_heads=2),
+    "qwen2-mha-tied-window": lambda: Qwen2Config(
+        **SIZES, num_key_value_heads=4, tie_word_embeddings=True, use_sliding_window=True, sliding_window=6, max_window_layers=1
+    ),
+    "qwen3-gqa": lambda: Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
+    "qwen3-mha-tied": lambda: Qwen3Config(**SIZES, num_key_value_heads=4, head_dim=4, tie_word_embeddings=True),
+    "qwen3-biases": lambda: Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16, attention_bias=True),
+}
+
+
+def _uniform(layout: Layout) -> Mask:
+    return select(allocate(Policy.uniform(layout), Budget.from_ratio(0.3, layout), layout), importance(layout, 1), layout)
+
+
+def _only(kind: str) -> Callable[[Layout], Mask]:
+    def mask(layout: Layout) -> Mask:
+        kept = [site.units // 2 if site.kind == kind else site.units for site in layout.sites]
+        return select(Allocation(np.array(kept)), importance(layout, 2), layout)
+
+    return mask
+
+
+MASKS: dict[str, Callable[[Layout], Mask]] = {
+    "nothing": lambda layout: Mask(tuple(np.ones(units, dtype=bool) for units in layout.units)),
+    "uniform": _uniform,
+    "random": lambda layout: random_mask(layout, 3),
+    "floors": lambda layout: select(Allocation(layout.floors), importance(layout, 4), layout),
+    "only ffn": _only("ffn"),
+    "only attn": _only("attn"),
+}
+
+
+def model(name: str = "llama-gqa-tied", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of ``TINY`` in which every parameter, biases and norms too, is random and matters."""
+    tiny = AutoModelForCausalLM.from_config(TINY[name](), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in tiny.parameters():
+            base = parameter if parameter.dim() == 1 else 0  # norms stay around one, biases around zero
+            parameter.copy_(base + 0.15 * torch.randn(parameter.shape, generator=generator))
+    return tiny.to(dtype).eval()
+
+
+def tokenizer(words: int = VOCAB - 3) -> PreTrainedTokenizerBase:
+    """One token a word; the words are w3, w4 and so on, each with its number as its id."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, words + 3)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def blocks(count: int = 4, length: int = 12, seed: int = 0) -> np.ndarray:
+    """Int[count, length] random tokens."""
+    return np.random.default_rng(seed).integers(3, VOCAB, (count, length))
+
+
+def save(to: Path, name: str = "llama-gqa-tied", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """A folder with a tiny model and its tokenizer, as the hub would have it."""
+    model(name, seed, dtype).save_pretrained(to)
+    tokenizer().save_pretrained(to)
+    return to
+
+
+def snapshot(of: PreTrainedModel) -> dict[str, object]:
+    """Everything of a model that must not change, in a form to compare."""
+    tensors = {**dict(of.named_parameters()), **dict(of.named_buffers())}
+    state = {name: (tensor.dtype, tensor.requires_grad, tensor.detach().clone().view(torch.uint8)) for name, tensor in tensors.items()}
+    hooks = [name for name, module in of.named_modules() if module._forward_pre_hooks or module._forward_hooks]
+    return {
+        "state": {name: (dtype, grad, raw.numpy().tobytes()) for name, (dtype, grad, raw) in state.items()},
+        "gradients": [name for name, parameter in of.named_parameters() if parameter.grad is not None],
+        "hooks": hooks,
+        "config": of.config.to_dict(),
+        "generation": of.generation_config.to_dict(),
+        "training": [module.training for module in of.modules()],
+    }
+
+
+@torch.inference_mode()
+def logits(of: PreTrainedModel, ids: np.ndarray) -> torch.Tensor:
+    """Float[B, L, V] without a cache."""
+    return of(input_ids=torch.from_numpy(ids), use_cache=False).logits
