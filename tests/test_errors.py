@@ -23,3 +23,8 @@ def test_exit_codes_tell_all_errors_apart():
     kinds = {value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.PPFError)}
     assert kinds == {errors.PPFError, *KINDS}
     assert sorted(kind.exit_code for kind in kinds) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_message_is_one_line(kind):
+    assert str(kind("a\nb\tc\x1b[1m; came; do")) == "a\\nb\\tc\\x1b[1m; came; do"

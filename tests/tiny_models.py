@@ -78,13 +78,13 @@ MASKS: dict[str, Callable[[Layout], Mask]] = {
 
 def model(name: str = "llama-gqa-tied", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of ``TINY`` in which every parameter, biases and norms too, is random and matters."""
-    tiny = AutoModelForCausalLM.from_config(TINY[name](), dtype=torch.float32)
+    tiny = AutoModelForCausalLM.from_config(TINY[name](), dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in tiny.parameters():
             base = parameter if parameter.dim() == 1 else 0  # norms stay around one, biases around zero
             parameter.copy_(base + 0.15 * torch.randn(parameter.shape, generator=generator))
-    return tiny.to(dtype).eval()
+    return tiny.eval()
 
 
 def tokenizer(words: int = VOCAB - 3) -> PreTrainedTokenizerBase:

@@ -43,8 +43,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         name = ""
         _sync(path.parent)
     except OSError as error:
-        place = one_line(path)
-        raise ResourceError(f"{place} must be writable; {error.strerror}; free the disk or choose another place") from error
+        raise ResourceError(f"{path} must be writable; {error.strerror}; free the disk or choose another place") from error
     finally:  # not only after an OSError: Ctrl-C must leave nothing behind either
         if name:
             with contextlib.suppress(OSError):
@@ -104,7 +103,7 @@ def load_artifact(path: Path, kind: str, fingerprint: str | None = None) -> tupl
                 raise ValueError("it announces a header of more than 16 MB")
         with safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get("ppf", "{}"))
-            _check_partner(one_line(path), header, kind, fingerprint)
+            _check_partner(path, header, kind, fingerprint)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if header.get("sha256") != _digest(header, arrays):
             raise ValueError("its checksum differs")
@@ -184,36 +183,30 @@ def _swap_in(work: Path, path: Path, force: bool) -> None:
     _sync(path.parent)
 
 
-def one_line(text: object) -> str:
-    """Text for a message: line breaks and other control characters appear escaped."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
-
-
 @contextlib.contextmanager
 def _reading(path: Path, what: str) -> Iterator[None]:
     """Turns whatever goes wrong in reading a file that must ``what`` into our errors."""
-    name = one_line(path)
     try:
         yield
     except PPFError:
         raise
     except FileNotFoundError:
-        raise DamagedError(f"{name} must exist; it does not; is this the right folder?") from None
+        raise DamagedError(f"{path} must exist; it does not; is this the right folder?") from None
     except OSError as error:
-        raise ResourceError(f"{name} must be readable; {error.strerror}; check its permissions") from error
+        raise ResourceError(f"{path} must be readable; {error.strerror}; check its permissions") from error
     except (SafetensorError, ValueError, RecursionError, TypeError, AttributeError) as error:
         # the last two are how safetensors says that numpy lacks a number type
-        raise DamagedError(f"{name} must {what}; {one_line(error)}; restore it or fit again") from error
+        raise DamagedError(f"{path} must {what}; {error}; restore it or fit again") from error
 
 
-def _check_partner(name: str, header: Any, kind: str, fingerprint: str | None) -> None:
+def _check_partner(path: Path, header: Any, kind: str, fingerprint: str | None) -> None:
     if not isinstance(header, dict):
         raise ValueError("its record is not a JSON object")
     if header.get("kind") != kind or header.get("version") != FORMAT_VERSION:
         found = f"{reprlib.repr(header.get('kind'))} version {reprlib.repr(header.get('version'))}"
-        raise DamagedError(f"{name} must be a {kind!r} artefact of version {FORMAT_VERSION}; it is {found}; fit again")
+        raise DamagedError(f"{path} must be a {kind!r} artefact of version {FORMAT_VERSION}; it is {found}; fit again")
     if fingerprint is not None and header.get("fingerprint") != fingerprint:
-        raise DamagedError(f"{name} must belong to this model's layout; it was made for another one; use its own study")
+        raise DamagedError(f"{path} must belong to this model's layout; it was made for another one; use its own study")
 
 
 def _digest(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:

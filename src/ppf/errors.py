@@ -7,11 +7,18 @@ Every message is one line: what must hold, what came, what to do.
 class PPFError(Exception):
     """Base of every error that ppf raises on purpose.
 
+    Args:
+        message: What must hold; what came; what to do. Control characters in it, such as a line break in a path, appear
+            escaped.
+
     Attributes:
         exit_code: Exit status of the command line for this kind of error.
     """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
 
 
 class InputError(PPFError, ValueError):

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from ppf.artifact import one_line
 from ppf.errors import DamagedError, InUseError, ResourceError
 from ppf.space.layout import Layout
 from ppf.space.mask import Mask
@@ -128,7 +127,7 @@ class SampleStore:
     def __init__(self, path: Path, context: str, write: bool = False) -> None:
         self.path, self.context, self.damaged = Path(path), context, 0
         if not write and not self.path.exists():
-            raise DamagedError(f"{one_line(path)} must exist; it does not; fit the study first")
+            raise DamagedError(f"{path} must exist; it does not; fit the study first")
         with _translated(self.path), ExitStack() as on_error:
             mode = "rwc" if write else "ro"
             self._db = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode={mode}", uri=True, timeout=1.0, isolation_level=None)
@@ -213,15 +212,14 @@ def _crc(row: list[Any]) -> int:
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
     """Turns SQLite's errors into ours."""
-    name = one_line(path)
     try:
         yield
     except UnicodeDecodeError as error:  # SQLite quotes a damaged schema in its message
-        raise DamagedError(f"{name} must be a whole SQLite file; its schema is not text; start a new study") from error
+        raise DamagedError(f"{path} must be a whole SQLite file; its schema is not text; start a new study") from error
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits say more than is needed here
         if code in _BUSY:
-            raise InUseError(f"{name} must have one writer; another process holds it; wait for it") from error
+            raise InUseError(f"{path} must have one writer; another process holds it; wait for it") from error
         if code in _SURROUNDINGS:
-            raise ResourceError(f"{name} must be writable; {one_line(error)}; free the disk or check permissions") from error
-        raise DamagedError(f"{name} must be a whole sample store; {one_line(error)}; restore it or start a new study") from error
+            raise ResourceError(f"{path} must be writable; {error}; free the disk or check permissions") from error
+        raise DamagedError(f"{path} must be a whole sample store; {error}; restore it or start a new study") from error

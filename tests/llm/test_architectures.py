@@ -6,7 +6,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig
 import tiny_models as tiny
 from builders import refuses
 from ppf.errors import UnsupportedError
-from ppf.llm.architectures import FAMILIES, PRUNED, family_of, layout_of, layout_of_model, linear, register, skeleton
+from ppf.llm.architectures import FAMILIES, family_of, layout_of, layout_of_model, linear, skeleton
+from ppf.llm.auto import PRUNED, register
 from ppf.space.layout import Layout
 
 

@@ -1,4 +1,5 @@
 import ast
+import copy
 import json
 import os
 import resource
@@ -21,8 +22,9 @@ from ppf.errors import DamagedError, InputError, ResourceError
 from ppf.llm import export as module
 from ppf.llm import pruned_model
 from ppf.llm.architectures import layout_of_model
-from ppf.llm.export import export, register, verify, weight_bytes
-from ppf.llm.load import load_model
+from ppf.llm.auto import register
+from ppf.llm.export import export, verify, weight_bytes
+from ppf.llm.load import convert, load_model
 from ppf.llm.surgery import cut
 from ppf.space.mask import Mask
 
@@ -58,7 +60,8 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     try:
         AutoModelForCausalLM.from_pretrained(folder)
     except (ValueError, OSError) as error:
-        print(folder.name, "refused without the flag", "trust_remote_code" in str(error))
+        assert "trust_remote_code" in str(error)
+        print(folder.name, "is refused without the flag")
 """
 
 
@@ -93,7 +96,7 @@ def exported(tmp_path_factory):
     environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(done.stdout.splitlines()) == sorted(f"{label(*case)} refused without the flag True" for case in CASES)
+    assert all(f"{label(*case)} is refused without the flag" in done.stdout for case in CASES)
     for (name, dtype), one in made.items():
         one.answers.update(load_file(answers / label(name, dtype)))
     return made
@@ -132,10 +135,9 @@ def test_its_generation_is_that_of_the_model_in_memory(exported, case):
 @every
 @torch.inference_mode()
 def test_any_precision_can_be_asked_for(exported, case):
-    model, answers = exported[case].model, exported[case].answers
-    assert torch.equal(answers["logits torch.float32"], model.to(torch.float32)(IDS).logits)
-    assert torch.equal(answers["logits torch.bfloat16"], model.to(torch.bfloat16)(IDS).logits)
-    model.to(case[1])
+    for dtype in (torch.float32, torch.bfloat16):
+        model = convert(copy.deepcopy(exported[case].model), torch.device("cpu"), dtype)
+        assert torch.equal(exported[case].answers[f"logits {dtype}"], model(IDS).logits)
 
 
 @every
@@ -211,11 +213,12 @@ def test_what_is_exported_stays_as_it_is(tmp_path):
     assert tiny.snapshot(model) == before
 
 
-def test_a_model_that_was_cast_after_loading_is_saved_as_it_is(tmp_path):
-    model = tiny.model(dtype=torch.bfloat16).to(torch.float32)
+@pytest.mark.parametrize(("first", "then"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_model_that_was_cast_after_loading_is_saved_as_it_is(tmp_path, first, then):
+    model = tiny.model("llama-wide-heads-rope", dtype=first).to(then)
     layout = layout_of_model(model)
     export(cut(model, layout, random_mask(layout)), tiny.tokenizer(), PLAN, tmp_path / "out")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == then
 
 
 def test_one_unit_everywhere_is_exported_too(tmp_path):

@@ -5,7 +5,8 @@ from transformers import GenerationConfig
 
 import tiny_models as tiny
 from builders import random_mask
-from ppf.llm.architectures import PRUNED, layout_of, layout_of_model, linear
+from ppf.llm.architectures import layout_of, layout_of_model, linear
+from ppf.llm.auto import PRUNED
 from ppf.llm.masking import masked
 from ppf.llm.surgery import cut
 from ppf.space.mask import Mask

@@ -17,6 +17,7 @@ from ppf.learn.predictor import (
     Estimator,
     Predictor,
     directions_and_sizes,
+    patches,
 )
 from ppf.samples import Sample, kept_matrix
 from ppf.space.layout import Layout
@@ -26,7 +27,7 @@ _LINK_KNOTS = 12
 _MOST_POINTS = 1500
 _GP_STEPS, _GP_RATE = 120, 0.08
 _GP_START = (0.3, 0.7, 1.5, 0.1, 0.05, 0.02)
-_CNN_MEMBERS, _CNN_CHANNELS = 3, (8, 16, 32)
+_CNN_MEMBERS, _CNN_CHANNELS, _CNN_HIDDEN = 3, 8, 64
 _CNN_STEPS, _CNN_BATCH, _CNN_RATE = 1200, 64, 3e-3
 
 
@@ -47,8 +48,8 @@ def fit_predictor(
         InputError: A site that can shrink has no probe.
     """
     curves = fit_curves(samples, failed, layout)
-    rest = [sample for sample in samples if sample.purpose != "probe"]
-    kept = kept_matrix(list(rest), layout)
+    rest = [sample for sample in samples if sample.purpose != "probe" or kind == "cnn"]
+    kept = kept_matrix(rest, layout)
     truth = np.array([max(sample.kl, 0.0) for sample in rest])
     estimator = FITS[kind](curves, kept, truth, seed)
     return Predictor(estimator, fit_link(samples, dense_log_ppl))
@@ -140,52 +141,45 @@ def _negative_likelihood(covariance: torch.Tensor, target: torch.Tensor) -> torc
 
 
 def fit_cnn(curves: Curves, kept: np.ndarray, truth: np.ndarray, seed: int) -> Estimator:
-    """Trains the ensemble on log(damage + e), members at once, each on its own random batches.
+    """Trains the ensemble on log(damage + e), each member on its own random batches.
 
-    The spread of a member's error comes from a tenth of the samples that it does not see.
+    The standard deviation of its error comes from a tenth of the samples, which training does not see.
     """
     if len(kept) < 8:
         return fit_additive(curves, kept, truth, seed)
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    images = torch.from_numpy(mask_matrices(kept, curves.units, Convolutional.WIDTH) - 0.5).float()[:, None]
+    generator = torch.Generator().manual_seed(seed)
+    matrices = mask_matrices(kept, curves.units, Convolutional.WIDTH).astype(np.float32) - 0.5
+    images = torch.from_numpy(patches(matrices)).view(len(kept), -1, 9)
     target = np.log(truth + NOISE)
     mean, std = target.mean(), max(target.std(), 1e-6)
     goal = torch.from_numpy((target - mean) / std).float()
-    order = rng.permutation(len(kept))
-    unseen, seen = order[: max(1, len(order) // 10)], torch.from_numpy(order[max(1, len(order) // 10) :])
-    members = [_Network(images.shape[2:], generator) for _ in range(_CNN_MEMBERS)]
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(kept)))
+    unseen, seen = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10) :]
+    members = [_Network(images.shape[1], generator) for _ in range(_CNN_MEMBERS)]
     for member in members:
         _train(member, images[seen], goal[seen], generator)
     with torch.no_grad():
         missed = torch.stack([member(images[unseen]) for member in members]).mean(0) - goal[unseen]
-    arrays = [np.stack(parts) for parts in zip(*(member.arrays() for member in members), strict=True)]
+    arrays = [torch.stack(parts).detach().numpy() for parts in zip(*(member.parameters() for member in members), strict=True)]
     return Convolutional(curves.units, *arrays, np.array([mean, std, std * missed.square().mean().sqrt().item()]))
 
 
 class _Network(nn.Module):
-    def __init__(self, shape: torch.Size, generator: torch.Generator) -> None:
+    """The training twin of ``Convolutional``; parameters in the order of its fields."""
+
+    def __init__(self, places: int, generator: torch.Generator) -> None:
         super().__init__()
-        height, width = shape
-        channels = (1, *_CNN_CHANNELS)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(channels[i], channels[i + 1], 3, stride=1 if i == 0 else 2, padding=1) for i in range(len(_CNN_CHANNELS))
-        )
-        for _ in _CNN_CHANNELS[1:]:
-            height, width = -(-height // 2), -(-width // 2)
-        self.last = nn.Linear(height * width * channels[-1], 1)
-        for parameter in self.parameters():
-            fan = parameter[0].numel() if parameter.ndim > 1 else parameter.numel()
-            nn.init.normal_(parameter, std=fan**-0.5 if parameter.ndim > 1 else 0.01, generator=generator)
+
+        def normal(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator) * shape[0] ** -0.5)
+
+        self.kernel, self.kernel_bias = normal(9, _CNN_CHANNELS), nn.Parameter(torch.zeros(_CNN_CHANNELS))
+        self.hidden, self.hidden_bias = normal(places * _CNN_CHANNELS, _CNN_HIDDEN), nn.Parameter(torch.zeros(_CNN_HIDDEN))
+        self.last, self.last_bias = normal(_CNN_HIDDEN), nn.Parameter(torch.zeros(()))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        for conv in self.convs:
-            image = conv(image).relu()
-        return self.last(image.permute(0, 2, 3, 1).flatten(1))[:, 0]
-
-    def arrays(self) -> list[np.ndarray]:
-        """In the order of ``Convolutional``'s fields."""
-        arrays = [array for conv in self.convs for array in (conv.weight.permute(2, 3, 1, 0), conv.bias)]
-        return [array.detach().numpy().copy() for array in (*arrays, self.last.weight[0], self.last.bias[0])]
+        hidden = (image @ self.kernel + self.kernel_bias).relu().flatten(1)
+        return (hidden @ self.hidden + self.hidden_bias).relu() @ self.last + self.last_bias
 
 
 def _train(network: _Network, images: torch.Tensor, goal: torch.Tensor, generator: torch.Generator) -> None:

@@ -130,42 +130,40 @@ class Corrected:
 class Convolutional:
     """An ensemble of small convolutional networks on the mask matrix; each gives log(damage + e).
 
+    One convolution over neighbouring sites and ranks, one hidden layer over all of it, one number.
+
     Attributes:
         units: Int[S], units of the dense sites.
-        conv1, conv2, conv3: Float[members, 3, 3, C_in, C_out] kernels; the second and third halve both sides.
-        bias1, bias2, bias3: Float[members, C_out].
-        dense: Float[members, F], the last layer; bias: Float[members].
-        scale: Float[3]: mean and standard deviation of the targets, and that of a member's error.
+        kernel: Float[members, 9, C], 3 x 3 on one channel, stride 2 along the ranks; kernel_bias: Float[members, C].
+        hidden: Float[members, S * WIDTH / 2 * C, H]; hidden_bias: Float[members, H].
+        last: Float[members, H]; last_bias: Float[members].
+        scale: Float[3]: mean and standard deviation of the targets, and that of the ensemble's error.
     """
 
     kind: ClassVar[str] = "cnn"
     WIDTH: ClassVar[int] = 8
     units: np.ndarray
-    conv1: np.ndarray
-    bias1: np.ndarray
-    conv2: np.ndarray
-    bias2: np.ndarray
-    conv3: np.ndarray
-    bias3: np.ndarray
-    dense: np.ndarray
-    bias: np.ndarray
+    kernel: np.ndarray
+    kernel_bias: np.ndarray
+    hidden: np.ndarray
+    hidden_bias: np.ndarray
+    last: np.ndarray
+    last_bias: np.ndarray
     scale: np.ndarray
 
     def estimate(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See ``Estimator``."""
-        batches = np.split(kept, range(_BATCH, len(kept), _BATCH))
-        members = [np.concatenate([self._member(index, batch) for batch in batches]) for index in range(len(self.bias))]
+        answers = np.concatenate([self._members(batch) for batch in np.split(kept, range(_BATCH, len(kept), _BATCH))], axis=1)
         mean, std, error = self.scale
-        answers = np.array(members) * std + mean
-        total = np.exp(answers.mean(axis=0))
-        return np.maximum(total - NOISE, 0.0), total * np.sqrt(answers.var(axis=0) + error**2)
+        total = np.exp(answers.mean(axis=0) * std + mean)
+        return np.maximum(total - NOISE, 0.0), total * np.sqrt((answers * std).var(axis=0) + error**2)
 
-    def _member(self, index: int, kept: np.ndarray) -> np.ndarray:
-        image = (mask_matrices(kept, self.units, self.WIDTH)[..., None] - 0.5).astype(np.float32)
-        image = _convolve(image, self.conv1[index], self.bias1[index], stride=1)
-        image = _convolve(image, self.conv2[index], self.bias2[index], stride=2)
-        image = _convolve(image, self.conv3[index], self.bias3[index], stride=2)
-        return image.reshape(len(kept), -1) @ self.dense[index] + self.bias[index]
+    def _members(self, kept: np.ndarray) -> np.ndarray:
+        """Float[members, N], standardised."""
+        columns = patches(mask_matrices(kept, self.units, self.WIDTH).astype(np.float32) - 0.5)
+        images = np.maximum(columns @ self.kernel + self.kernel_bias[:, None], 0)
+        hidden = np.maximum(images.reshape(len(self.last), len(kept), -1) @ self.hidden + self.hidden_bias[:, None], 0)
+        return np.einsum("mnh,mh->mn", hidden, self.last) + self.last_bias[:, None]
 
 
 ESTIMATORS: dict[str, type] = {cls.kind: cls for cls in (Additive, Corrected, Convolutional)}
@@ -233,10 +231,7 @@ def kernel(u: np.ndarray, t: np.ndarray, v: np.ndarray, w: np.ndarray, hyper: np
     return a**2 * np.exp((cosine - 1) / angle**2 - gap / (2 * size**2)) + b**2 * (1 + cosine)
 
 
-def _convolve(image: np.ndarray, weight: np.ndarray, bias: np.ndarray, stride: int) -> np.ndarray:
-    """3 x 3 convolution with zero padding and ReLU; Float[N, H, W, C] -> Float[N, H', W', C_out]."""
-    padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))[:, ::stride, ::stride]
-    n, height, width, channels = windows.shape[:4]
-    columns = windows.transpose(0, 1, 2, 4, 5, 3).reshape(n * height * width, 9 * channels)
-    return np.maximum(columns @ weight.reshape(9 * channels, -1) + bias, 0).reshape(n, height, width, -1)
+def patches(image: np.ndarray) -> np.ndarray:
+    """All 3 x 3 patches of zero-padded images, every second one along the columns; Float[N, H, W] -> Float[N * H * W / 2, 9]."""
+    padded = np.pad(image, ((0, 0), (1, 1), (1, 1)))
+    return np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))[:, :, ::2].reshape(-1, 9)

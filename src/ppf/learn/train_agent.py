@@ -33,14 +33,14 @@ class AgentConfig:
         noise: Standard deviation of the action at the start and at the end, in keep-ratio.
     """
 
-    iterations: int = 300
+    iterations: int = 800
     ratios: int = 16
     group: int = 32
     epochs: int = 4
     hidden: int = 64
     learning_rate: float = 3e-3
     clip_coef: float = 0.2
-    noise: tuple[float, float] = (0.1, 0.01)
+    noise: tuple[float, float] = (0.15, 0.01)
 
 
 def train_agent(

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ppf.errors import UnsupportedError
-from ppf.llm import pruned_model
+from ppf.llm.auto import register
 from ppf.space.layout import Layout, Rows, Site
 
 
@@ -48,23 +48,6 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], Iterator[Site]]] = {
     "qwen2": _llama_like,
     "qwen3": _llama_like,
 }
-
-PRUNED: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]] = {
-    "llama": (pruned_model.PPFLlamaConfig, pruned_model.PPFLlamaModel, pruned_model.PPFLlamaForCausalLM),
-    "mistral": (pruned_model.PPFMistralConfig, pruned_model.PPFMistralModel, pruned_model.PPFMistralForCausalLM),
-    "qwen2": (pruned_model.PPFQwen2Config, pruned_model.PPFQwen2Model, pruned_model.PPFQwen2ForCausalLM),
-    "qwen3": (pruned_model.PPFQwen3Config, pruned_model.PPFQwen3Model, pruned_model.PPFQwen3ForCausalLM),
-}
-"""Per family the config, model and causal LM whose layers differ in width."""
-
-
-def register() -> None:
-    """Lets transformers' auto classes load pruned models without remote code."""
-    for config_class, model_class, lm_class in PRUNED.values():
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModel.register(config_class, model_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, lm_class, exist_ok=True)
-
 
 def family_of(config: PreTrainedConfig) -> str:
     """The family's name; a pruned model belongs to the family that it was cut from.

@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ppf.errors import ResourceError
-from ppf.llm.load import load_model
+from ppf.llm.load import convert, load_model
 from ppf.llm.masking import masked
 from ppf.llm.perplexity import Reference, measure, reference_of
 from ppf.llm.text import Text
@@ -238,7 +238,7 @@ def _serve() -> None:
     torch.set_num_threads(1)
     setup = json.loads(sys.stdin.readline())
     loaded = load_model(setup["folder"])
-    model = loaded.model.to(getattr(torch, setup["dtype"]))
+    model = convert(loaded.model, torch.device("cpu"), getattr(torch, setup["dtype"]))
     blocks = Text.load(Path(setup["text"]), setup["fingerprint"]).search
     reference = reference_of(model, blocks, setup["tokens_per_batch"])
     print("{}", file=answers, flush=True)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ppf.artifact import atomic_folder, write_json
 from ppf.errors import DamagedError, ResourceError
 from ppf.llm import pruned_model
-from ppf.llm.architectures import register
+from ppf.llm.auto import register
 
 MODELING_FILE = "modeling_ppf.py"
 PLAN_FILE = "ppf.json"

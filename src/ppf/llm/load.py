@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from ppf.errors import DamagedError, InputError, ResourceError, UnsupportedError
-from ppf.llm.architectures import family_of, layout_of_model, register, skeleton
+from ppf.llm.architectures import family_of, layout_of_model, skeleton
+from ppf.llm.auto import register
 from ppf.space.layout import Layout
 
 EMBEDDED = {"ref-a": Path(__file__).parent.parent / "models" / "ref-a"}
@@ -57,8 +58,9 @@ class LoadedModel:
         """
         same = self.model.device == device and self.model.dtype == dtype
         lossless = torch.promote_types(self.dtype, dtype) == dtype
-        ours = self.model if same or (self.folder is not None and lossless) else copy.deepcopy(self.model)
-        return ours.to(device, dtype)
+        if same:
+            return self.model
+        return convert(self.model if self.folder is not None and lossless else copy.deepcopy(self.model), device, dtype)
 
 
 def load_model(name: str) -> LoadedModel:
@@ -100,6 +102,20 @@ def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     return LoadedModel(model.eval(), tokenizer, layout, name, None, weights_digest(model), model.dtype)
 
 
+def convert(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Moves a model and converts its weights, in place.
+
+    Unlike ``model.to(dtype)`` it leaves the rotary frequencies as exact as transformers loads them; in bfloat16 they
+    would turn far positions by wrong angles.
+    """
+    exact = {name: buffer.to(device) for name, buffer in model.named_buffers()}
+    model.to(device, dtype)
+    for name, buffer in exact.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
+    return model
+
+
 def resolve(name: str) -> Path:
     """The folder that holds a model's files, fetched from the hub if need be.
 
@@ -121,9 +137,9 @@ def resolve(name: str) -> Path:
     try:
         patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        raise InputError(f"a model must be a folder, a hub id or ref-a; {name!r} is none; check the spelling") from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub's HTTP layer raises what it will
+        if isinstance(error, (HFValidationError, RepositoryNotFoundError)) and not isinstance(error, GatedRepoError):
+            raise InputError(f"a model must be a folder, a hub id or ref-a; {name!r} is none; check the spelling") from error
         message = f"{name} must be fetched from the hub; that failed: {_first_line(error)}; go online or give a folder"
         raise ResourceError(message) from error
 

@@ -3,10 +3,10 @@
 import copy
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ppf.llm.architectures import PRUNED, family_of, linear
+from ppf.llm.architectures import family_of, linear
+from ppf.llm.auto import PRUNED
 from ppf.space.allocation import Allocation
 from ppf.space.layout import Layout, Site
 from ppf.space.mask import Mask
@@ -33,7 +33,8 @@ def cut(model: PreTrainedModel, layout: Layout, mask: Mask) -> PreTrainedModel:
         _cut_site(model, source, site, torch.from_numpy(bits.copy()))
     state = {name: source[name].clone() for name in smaller.state_dict()}
     smaller.load_state_dict(state, strict=True, assign=True)
-    _copy_buffers(model, smaller)
+    # Rotary frequencies lie in no state dict; computed afresh they are exact even if the dense model was cast as a whole.
+    smaller.model.rotary_emb = type(smaller.model.rotary_emb)(smaller.config).to(model.device)
     smaller.tie_weights()
     smaller.generation_config = _generation_config(model)
     return smaller.eval()
@@ -95,13 +96,3 @@ def _generation_config(model: PreTrainedModel) -> GenerationConfig:
     if not config.do_sample:
         config.update(**dict.fromkeys(_SAMPLING))
     return config
-
-
-def _copy_buffers(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
-    """Buffers that no state dict holds (rotary frequencies) are not pruned: they are the dense model's."""
-    dense = dict(model.named_buffers())
-    for name, _ in list(smaller.named_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        module: nn.Module = smaller.get_submodule(owner)
-        persistent = leaf not in module._non_persistent_buffers_set
-        module.register_buffer(leaf, dense[name].clone(), persistent=persistent)

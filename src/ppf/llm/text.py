@@ -27,12 +27,13 @@ from ppf.llm import pydocs
 
 PARTS = ("calibration", "search", "test")
 _SHARES = {"calibration": 0.2, "search": 0.4, "test": 0.4}
-_HUB = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
-    "c4": ("allenai/c4", "en", "text"),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence"),
+_HUB = {  # repository, configuration, column, and what joins rows that are lines; None where rows are documents
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text", ""),
+    "c4": ("allenai/c4", "en", "text", None),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "\n\n"),
 }
-_HUB_DOCUMENTS = 20_000
+_HUB_ROWS = 20_000
+_LINES = 200
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SAMPLED_BLOCKS = {"calibration": 64, "search": 128, "test": 128}
 
@@ -281,19 +282,20 @@ def _same(name: str, other: str) -> bool:
 
 
 def _hub_documents(name: str, split: str) -> list[str]:
-    """At most the first 20,000 rows of a data set, streamed."""
-    repository, config, column = _HUB[name]
+    """At most the first 20,000 rows of a data set, streamed; 200 lines are a document."""
+    repository, config, column, joint = _HUB[name]
     datasets = _extra("datasets")
     if name == "c4":
         split = {"test": "validation"}.get(split, split)
     try:
-        rows = datasets.load_dataset(repository, config, split=split, streaming=True).take(_HUB_DOCUMENTS)
-        documents = [row[column] for row in rows]
+        rows = datasets.load_dataset(repository, config, split=split, streaming=True).take(_HUB_ROWS)
+        texts = [row[column] for row in rows]
     except Exception as error:  # datasets raises what its file system and HTTP layers raise
         reason = " ".join(str(error).split())[:160]
         raise ResourceError(f"text {name} must come from the hub; that failed: {reason}; go online or give a file or pydocs") from error
-    text = "\n\n" if column == "sentence" else ""
-    return [text.join(documents[start : start + 200]) for start in range(0, len(documents), 200)]
+    if joint is None:
+        return texts
+    return [joint.join(texts[start : start + _LINES]) for start in range(0, len(texts), _LINES)]
 
 
 def _extra(module: str):  # noqa: ANN202 (a module)

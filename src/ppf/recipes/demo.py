@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ppf.config import DemoConfig, FitConfig, Target
 from ppf.decide import Decider
-from ppf.llm.load import LoadedModel, load_model
+from ppf.llm.load import LoadedModel, convert, load_model
 from ppf.llm.perplexity import evaluate
 from ppf.llm.surgery import cut
 from ppf.llm.text import Text
@@ -62,6 +63,6 @@ def _uniform(folder: str, loaded: LoadedModel, ratio: float) -> float:
     """Measured perplexity of the uniform policy at the same budget, on the same text."""
     decider = Decider(folder)
     decision = decider.decide(Target(ratio=ratio), Policy.uniform(decider.layout))
-    smaller = cut(loaded.model, loaded.layout, decision.mask).float()
+    smaller = convert(cut(loaded.model, loaded.layout, decision.mask), torch.device("cpu"), torch.float32)
     text = Text.load(decider.study.path("text"), decider.layout.fingerprint)
     return float(np.exp(evaluate(smaller, text.test, TOKENS_PER_BATCH["cpu"]).log_ppl))

@@ -17,11 +17,12 @@ from ppf.artifact import read_json, write_json
 from ppf.config import FitConfig
 from ppf.errors import InputError
 from ppf.learn.agent import Prior
-from ppf.learn.baselines import knapsack, refine
+from ppf.learn.baselines import knapsack
 from ppf.learn.fit_predictor import FITS, fit_curves, fit_predictor
 from ppf.learn.metrics import Figures, figures
 from ppf.learn.objective import predicted
 from ppf.learn.predictor import Predictor
+from ppf.learn.search import refine
 from ppf.learn.train_agent import AgentConfig, train_agent
 from ppf.llm.collect import Wanted, probes, spread, stratified_ratios
 from ppf.llm.load import LoadedModel

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppf.config import FitConfig, Target
 from ppf.decide import Decider, Decision
 from ppf.errors import DamagedError
-from ppf.learn.baselines import refine as search
 from ppf.learn.objective import predicted
+from ppf.learn.search import refine as search
 from ppf.llm.collect import Wanted
 from ppf.llm.export import export, weight_bytes
-from ppf.llm.load import LoadedModel
+from ppf.llm.load import LoadedModel, convert
 from ppf.llm.perplexity import Evaluation, evaluate
 from ppf.llm.surgery import cut
 from ppf.llm.text import Text
@@ -92,7 +92,7 @@ def prune(
     if candidates:
         decision = refined(decider, decision, loaded, target, device, candidates, progress)
     with progress.stage("cutting"):
-        smaller = cut(loaded.model, loaded.layout, decision.mask).to(loaded.dtype)
+        smaller = convert(cut(loaded.model, loaded.layout, decision.mask), loaded.model.device, loaded.dtype)
     with progress.stage("measuring the result"):
         measured, speeds = _measured(decider, loaded, smaller, choose_device(device))
     return Pruned(smaller, loaded.tokenizer, decision, _plan(decider, decision, measured, speeds, bool(candidates)))
@@ -143,7 +143,7 @@ def _measured(
     """Perplexity of the small model on the study's test text, and tokens/s of both, in the study's dtype."""
     dtype = getattr(torch, decider.study.record["dtype"])
     text = Text.load(decider.study.path("text"), decider.layout.fingerprint)
-    models = [loaded.on(device, dtype), copy.deepcopy(smaller).to(device, dtype)]
+    models = [loaded.on(device, dtype), convert(copy.deepcopy(smaller), device, dtype)]
     evaluation = evaluate(models[1], text.test, TOKENS_PER_BATCH.get(device.type, 4096))
     speeds = tokens_per_second(models, text.test)
     return evaluation, {"before": speeds[0], "after": speeds[1]}

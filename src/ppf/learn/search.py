@@ -1,0 +1,53 @@
+"""Search on an objective at one budget. Budgets are met by ``allocate``, so any exchange between sites is a legal move."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ppf.learn.objective import Objective
+from ppf.space.allocation import allocate_many
+from ppf.space.layout import Layout
+
+_STEP_SHARES = (0.3, 0.1, 0.03, 0.01)
+_PROPOSALS = 256
+
+
+def refine(
+    objective: Objective, starts: np.ndarray, remove: int, layout: Layout, steps: int, rng: np.random.Generator, align: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Local search at one budget: exchanges between sites, from coarse to fine, several starts side by side.
+
+    Args:
+        objective: Scores kept units.
+        starts: Float[K, S] wished keep-ratios.
+        remove: Parameters that must go.
+        layout: Of the dense model.
+        steps: Rounds; each asks the objective for up to 256 allocations.
+        rng: Source of randomness.
+        align: FFN channels stay in multiples of this.
+
+    Returns:
+        Int[M, S] distinct allocations, best first, and Float[M] their objective.
+    """
+    beam = max(2, len(starts))
+    kept = np.unique(allocate_many(starts, np.full(len(starts), remove), layout, align), axis=0)
+    scores = objective(kept)
+    seen: dict[bytes, tuple[float, np.ndarray]] = {row.tobytes(): (score, row) for row, score in zip(kept, scores, strict=True)}
+    for step in range(steps):
+        share = _STEP_SHARES[min(step * len(_STEP_SHARES) // steps, len(_STEP_SHARES) - 1)]
+        elite = [row for _, row in sorted(seen.values(), key=lambda item: item[0])[:beam]]
+        wishes = np.concatenate([_exchanges(row / layout.units, layout.units, share, _PROPOSALS // len(elite), rng) for row in elite])
+        moved = np.unique(allocate_many(wishes, np.full(len(wishes), remove), layout, align), axis=0)
+        new = [row for row in moved if row.tobytes() not in seen]
+        if new:
+            for row, score in zip(new, objective(np.array(new)), strict=True):
+                seen[row.tobytes()] = (score, row)
+    ranked: Sequence[tuple[float, np.ndarray]] = sorted(seen.values(), key=lambda item: item[0])
+    return np.array([row for _, row in ranked]), np.array([score for score, _ in ranked])
+
+
+def _exchanges(keep: np.ndarray, units: np.ndarray, share: float, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Float[count, S]: wishes in which a few sites give or take, at least one unit; ``allocate`` balances the rest."""
+    few = rng.random((count, len(keep))) < rng.choice([1.5, 3, 6], (count, 1)) / len(keep)
+    size = np.maximum(share * np.exp(rng.normal(0, 0.7, (count, 1))), 0.7 / units)
+    return keep + few * rng.normal(0, 1.5, (count, len(keep))) * size

@@ -1,0 +1,118 @@
+"""A made-up model whose damage is known in closed form, and the samples and the study that it gives. No language model."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from builders import importance, layout
+from ppf.learn.agent import Agent, Prior
+from ppf.learn.features import Curves
+from ppf.learn.predictor import Predictor
+from ppf.samples import Measurement, Sample
+from ppf.space.allocation import Allocation, allocate
+from ppf.space.budget import Budget
+from ppf.space.layout import Layout
+from ppf.space.mask import select
+from ppf.space.policy import Policy
+from ppf.study import StudyFolder
+
+LAYOUT = layout(layers=4, heads=4, groups=4, ffn=48)
+IMPORTANCE = importance(LAYOUT)
+DENSE_LOG_PPL = 2.0
+LEVELS = (0.9, 0.75, 0.5, 0.25, 0.0)
+RATIOS = (0.2, 0.35, 0.5)
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """Damage of an allocation: convex for each site alone, and more or less than the sum for sites together.
+
+    Attributes:
+        of: Whose sites these are.
+        weights: Float[S], damage of a whole site.
+        powers: Float[S], how convex.
+        pairs: Float[S, S], upper triangle: what two sites add to the sum, as a share of the root of their product.
+    """
+
+    of: Layout
+    weights: np.ndarray
+    powers: np.ndarray
+    pairs: np.ndarray
+
+    def single(self, kept: np.ndarray) -> np.ndarray:
+        """Float[..., S] damages of each site alone."""
+        return self.weights * (1 - kept / self.of.units) ** self.powers
+
+    def __call__(self, kept: np.ndarray) -> np.ndarray:
+        """Float[...] damages."""
+        single = self.single(kept)
+        root = np.sqrt(single)
+        return np.maximum(single.sum(-1) + np.einsum("...i,ij,...j->...", root, self.pairs, root), 0.0)
+
+
+def truth(seed: int = 0, strength: float = 1.0, of: Layout = LAYOUT) -> Truth:
+    """A random one; ``strength`` 0 is a plain sum."""
+    rng, sites = np.random.default_rng(seed), len(of.sites)
+    pairs = np.triu(rng.choice([0.0, 2.0, -0.6], (sites, sites), p=[0.6, 0.25, 0.15]), 1)
+    return Truth(of, rng.uniform(0.3, 3.0, sites), rng.uniform(1.2, 2.5, sites), strength * pairs)
+
+
+def curves_of(of: Truth) -> Curves:
+    """The single-site damages, known exactly."""
+    units = np.array(of.of.units)
+    table = [w * (1 - np.arange(u + 1) / u) ** p for w, u, p in zip(of.weights, units, of.powers, strict=True)]
+    return Curves(units, np.concatenate(table))
+
+
+def sample(of: Truth, kept: np.ndarray, purpose: str = "spread", ratio: float = 0.3, **changes: object) -> Sample:
+    """What measuring an allocation gives; log-perplexity rises by 0.8 of the damage."""
+    damage = float(of(kept))
+    mask = select(Allocation(kept), importance(of.of), of.of)
+    result = Measurement(DENSE_LOG_PPL + 0.8 * damage, damage, 100, 0.1)
+    return replace(Sample.of(mask, "made up", purpose, ratio, 0, result), **changes)
+
+
+def probes(of: Truth, levels: Iterable[float] = LEVELS) -> list[Sample]:
+    """Each site alone at each level, without repetition."""
+    samples = []
+    for index, site in enumerate(of.of.sites):
+        for count in sorted({max(site.floor, round(level * site.units)) for level in levels}, reverse=True):
+            kept = of.of.units.copy()
+            kept[index] = count
+            samples.append(sample(of, kept, "probe"))
+    return samples
+
+
+def allocations(count: int, ratio: float, seed: int, scale: float = 0.2, of: Layout = LAYOUT) -> np.ndarray:
+    """Int[count, S]: scattered ones of one size."""
+    rng, budget = np.random.default_rng(seed), Budget.from_ratio(ratio, of)
+    return np.array([allocate(Policy(rng.normal(0, scale, len(of.sites))), budget, of).kept for _ in range(count)])
+
+
+def spread(of: Truth, count: int, seed: int = 0, purpose: str = "spread", ratios: Iterable[float] = RATIOS) -> list[Sample]:
+    """So many scattered samples at each of a few ratios."""
+    return [
+        sample(of, kept, purpose, ratio)
+        for index, ratio in enumerate(ratios)
+        for kept in allocations(count, ratio, 100 * seed + index, of=of.of)
+    ]
+
+
+def fitted_study(folder: Path, predictor: Predictor, agent: Agent) -> StudyFolder:
+    """The folder that a fit leaves, as far as decisions need it."""
+    folder.mkdir()
+    record = {
+        "model": {"name": "made up", "digest": "0", "bytes_per_param": 2},
+        "layout": LAYOUT.to_json(),
+        "settings": {},
+        "dense": {"search": {"log_ppl": DENSE_LOG_PPL}, "test": {"log_ppl": 2.5}},
+        "context": "made up",
+        "dtype": "float32",
+    }
+    study = StudyFolder.create(folder, record)
+    IMPORTANCE.save(study.path("importance"), LAYOUT)
+    predictor.save(study.path("predictor"), LAYOUT)
+    agent.save(study.path("agent"), LAYOUT)
+    return study
