@@ -1,4 +1,4 @@
-"""A made-up model whose damage is known in closed form, and the samples and the study that it gives. No language model."""
+"""A made-up model whose damage is a formula, and the samples and the study that it gives. No language model."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from builders import importance, layout
-from ppf.learn.agent import Agent, Prior
+from ppf.learn.agent import Agent
 from ppf.learn.features import Curves
 from ppf.learn.predictor import Predictor
-from ppf.samples import Measurement, Sample
-from ppf.space.allocation import Allocation, allocate
+from ppf.samples import Sample
+from ppf.space.allocation import allocate
 from ppf.space.budget import Budget
 from ppf.space.layout import Layout
-from ppf.space.mask import select
 from ppf.space.policy import Policy
 from ppf.study import StudyFolder
 
@@ -69,16 +68,15 @@ def curves_of(of: Truth) -> Curves:
 def sample(of: Truth, kept: np.ndarray, purpose: str = "spread", ratio: float = 0.3, **changes: object) -> Sample:
     """What measuring an allocation gives; log-perplexity rises by 0.8 of the damage."""
     damage = float(of(kept))
-    mask = select(Allocation(kept), importance(of.of), of.of)
-    result = Measurement(DENSE_LOG_PPL + 0.8 * damage, damage, 100, 0.1)
-    return replace(Sample.of(mask, "made up", purpose, ratio, 0, result), **changes)
+    log_ppl, kept = DENSE_LOG_PPL + 0.8 * damage, tuple(kept.tolist())
+    return replace(Sample("made up", str(kept), purpose, ratio, kept, b"", "done", "", log_ppl, damage, 100, 0.1), **changes)
 
 
 def probes(of: Truth, levels: Iterable[float] = LEVELS) -> list[Sample]:
     """Each site alone at each level, without repetition."""
     samples = []
     for index, site in enumerate(of.of.sites):
-        for count in sorted({max(site.floor, round(level * site.units)) for level in levels}, reverse=True):
+        for count in sorted({max(site.floor, round(level * site.units)) for level in levels} - {site.units}, reverse=True):
             kept = of.of.units.copy()
             kept[index] = count
             samples.append(sample(of, kept, "probe"))

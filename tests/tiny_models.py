@@ -110,7 +110,9 @@ def save(to: Path, name: str = "llama-gqa-tied", seed: int = 0, dtype: torch.dty
 def snapshot(of: PreTrainedModel) -> dict[str, object]:
     """Everything of a model that must not change, in a form to compare."""
     tensors = {**dict(of.named_parameters()), **dict(of.named_buffers())}
-    state = {name: (tensor.dtype, tensor.requires_grad, tensor.detach().clone().view(torch.uint8)) for name, tensor in tensors.items()}
+    state = {
+        name: (tensor.dtype, tensor.requires_grad, tensor.detach().clone().view(torch.uint8)) for name, tensor in tensors.items()
+    }
     hooks = [name for name, module in of.named_modules() if module._forward_pre_hooks or module._forward_hooks]
     return {
         "state": {name: (dtype, grad, raw.numpy().tobytes()) for name, (dtype, grad, raw) in state.items()},

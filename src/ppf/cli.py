@@ -94,19 +94,23 @@ def _one_line(box: str, arguments: list[str]) -> str:
     """tyro's framed message in one line."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     words = " ".join(re.sub(r"[╭╮╰╯─│]+", " ", plain).split())
-    words = words.removeprefix("Parsing error ").removeprefix("Required options ").split(" For full helptext")[0].rstrip(". ")
-    command = next((word for word in arguments if not word.startswith("-")), "")
-    return f"the command must be one that ppf knows; {words}; see ppf {command} --help".replace("ppf  --help", "ppf --help")
+    for frame in ("Parsing error", "Required options", "Unrecognized options", "Value error", "Invalid input"):
+        words = words.removeprefix(f"{frame} ")
+    words = re.split(r" For full helptext| Argument helptext| Available subcommands| Perhaps you meant", words)[0].rstrip(". ")
+    if own := re.match(r"Error parsing \w*(?:Config|Target): (.*)", words):
+        return own[1]
+    if number := re.match(r"Error parsing (--[\w-]+): .*from \['?(.*?)'?\]", words):
+        words = f"{number[1]} does not take {number[2]!r}"
+    command = f" {arguments[0]}" if arguments[0] in ("fit", "prune", "policy", "eval", "demo") else ""
+    return f"the command line must be one that ppf knows; {words}; see ppf{command} --help"
 
 
 def _fit(config: FitConfig) -> None:
     from ppf.artifact import read_json
     from ppf.progress import Progress
     from ppf.recipes.fit import fit
-    from ppf.recipes.lab import load_for
 
-    progress = Progress()
-    study = fit(config, load_for(config.model, progress), progress)
+    study = fit(config, Progress())
     _print_report(read_json(study.folder / "report.json"), config.study)
 
 
@@ -198,7 +202,8 @@ def _print_json(record: dict[str, Any]) -> None:
 
 def _warn_range(record: dict[str, Any]) -> None:
     if not record["in_range"]:
-        print(f"warning: ratio {record['ratio']['asked']:.3g} is beyond what the agent was trained on; judge by measuring", file=sys.stderr)
+        asked = record["ratio"]["asked"]
+        print(f"warning: ratio {asked:.3g} is beyond what the agent was trained on; judge by measuring", file=sys.stderr)
 
 
 def _print_pruned(record: dict[str, Any]) -> None:
@@ -232,22 +237,19 @@ def _print_policy(record: dict[str, Any]) -> None:
 
 
 def _print_report(report: dict[str, Any], study: str) -> None:
+    first = next(iter(report["heldout"].values()))
+    ratios = " / ".join(f"{100 * float(ratio):.0f}" for ratio in first["tau_within"])
     rows = []
     for kind, found in report["heldout"].items():
         within = " / ".join(f"{value:.2f}" for value in found["tau_within"].values())
-        star = " (used)" if kind == report["predictor"] else ""
-        rows.append(
-            [
-                kind + star, f"{found['mse']:.2e}", f"{found['mae']:.4f}", f"{found['tau']:.3f}",
-                f"{found['tau_mean']:.3f}  ({within})", f"{found['z']:.2f}",
-            ]
-        )  # fmt: skip
-    ratios = " / ".join(f"{float(ratio):.0%}" for ratio in next(iter(report["heldout"].values()))["tau_within"])
+        used = "*" if kind == report["predictor"] else ""
+        rows.append([kind + used, f"{found['mse']:.2e}", f"{found['mae']:.4f}", f"{found['tau']:.2f}", within, f"{found['z']:.2f}"])
     _table(
-        f"the predictors on {next(iter(report['heldout'].values()))['count']} held-out masks",
-        ["predictor", "MSE of PPL_dense/PPL", "MAE nats", "tau", f"tau within a ratio ({ratios})", "z"],
+        f"predictors on {first['count']} held-out masks",
+        ["predictor", "MSE", "MAE", "tau", f"tau within {ratios} %", "error/std"],
         rows,
     )
+    print("* decides. MSE of PPL_dense/PPL, MAE in nats/token, Kendall's tau of the damage: of all, and within a ratio.")
     samples = ", ".join(f"{count} {purpose}" for purpose, count in report["samples"].items())
     print(f"samples  {samples}; {report['failed']} failed; {report['tokens']['measured']:,} tokens through the model")
     print("seconds  " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in report["seconds"].items()))
@@ -255,18 +257,20 @@ def _print_report(report: dict[str, Any], study: str) -> None:
 
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    from rich.box import SIMPLE
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index in (0, len(header) - 1) else "right", no_wrap=True)
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False)
-    console.print(table, width=max(console.width, 132) if not console.is_terminal else None)
+    wide = Console(highlight=False, width=160)
+    (console if console.is_terminal and console.width >= 100 else wide).print(table)
 
 
 def _size(count: int) -> str:
-    return next((f"{count / unit:.2f} {name}" for name, unit in (("GB", 1e9), ("MB", 1e6)) if count >= unit), f"{count / 1e3:.1f} kB")
+    unit, name = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= pair[0] or pair[1] == "kB")
+    return f"{count / unit:.2f} {name}"

@@ -23,23 +23,23 @@ def _check_count(flag: str, value: int | None, least: int) -> None:
 class FitConfig:
     """Learn how to prune a model: importance, samples, predictor, agent. Stop it and start it again at any time."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A folder, a hub id, or ref-a, the small model that comes with ppf."""
-    study: str
+    study: Annotated[str, arg(metavar="DIR")]
     """The study folder; a started one is continued."""
-    text: str = "pydocs"
+    text: Annotated[str, arg(metavar="TEXT")] = "pydocs"
     """Text to calibrate and search on: pydocs, self, wikitext2, c4, ptb, or a .txt, .jsonl or .parquet file."""
-    test_text: str | None = None
+    test_text: Annotated[str | None, arg(metavar="TEXT")] = None
     """Another text for the reported figures; by default a part of TEXT that is used for nothing else."""
     samples: int = 600
     """Masks to measure, the held-out ones included."""
     score: ScoreName = "taylor"
     """Importance criterion: the order in which units go inside a layer."""
     predictor: PredictorName = "auto"
-    """Which predictor decides; auto takes the one that ranked best within a ratio before it was fitted."""
+    """Which predictor decides; auto takes the one that ranks masks of one size best in cross-validation."""
     max_ratio: float = 0.65
     """The agent learns ratios up to this one."""
-    seq_len: int | None = None
+    seq_len: Annotated[int | None, arg(metavar="N")] = None
     """Tokens a block; by default half of the model's context, 2048 at most."""
     calibration_tokens: int = 16_384
     """Tokens for importance."""
@@ -53,7 +53,7 @@ class FitConfig:
     """cpu, cuda, cuda:1, mps; auto takes an accelerator if there is one."""
     dtype: DtypeName = "auto"
     """Precision to measure in; auto is float32 on a CPU and the checkpoint's own elsewhere."""
-    workers: int | None = None
+    workers: Annotated[int | None, arg(metavar="N")] = None
     """Measuring processes on a CPU, one thread each; by default one a core."""
     seed: int = 0
     """Of everything random."""
@@ -75,13 +75,13 @@ class FitConfig:
 class Target:
     """How small, in one of three wordings."""
 
-    ratio: float | None = None
+    ratio: Annotated[float | None, arg(metavar="R")] = None
     """Share of the prunable parameters to remove, in [0, 1)."""
-    params: str | None = None
+    params: Annotated[str | None, arg(metavar="COUNT")] = None
     """Or: parameters that the whole model may keep, such as 3M or 6.5B."""
-    memory: str | None = None
+    memory: Annotated[str | None, arg(metavar="SIZE")] = None
     """Or: size that the weights may have in the checkpoint's dtype, such as 500MiB or 8GB."""
-    align: int = 1
+    align: Annotated[int, arg(metavar="N")] = 1
     """Keep FFN channels in multiples of this (32, 64, 128, 256 suit hardware and quantisation)."""
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class Target:
 class PolicyConfig:
     """Decide alone, in milliseconds: what stays at each layer. No model is loaded."""
 
-    study: Positional[str]
+    study: Annotated[Positional[str], arg(metavar="STUDY")]
     """The study folder."""
     target: Annotated[Target, arg(name="")]
     json: bool = False
@@ -111,9 +111,9 @@ class PolicyConfig:
 class PruneConfig:
     """Cut a smaller checkpoint that loads in transformers, checked before it gets its name."""
 
-    study: Positional[str]
+    study: Annotated[Positional[str], arg(metavar="STUDY")]
     """The study folder."""
-    out: str
+    out: Annotated[str, arg(metavar="DIR")]
     """The new folder."""
     target: Annotated[Target, arg(name="")]
     refine: bool = False
@@ -135,13 +135,13 @@ class PruneConfig:
 class EvalConfig:
     """Perplexity of a model or an exported folder, with its protocol and a 95 % interval."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A folder (dense or exported), a hub id, or ref-a."""
-    text: str = "pydocs"
+    text: Annotated[str, arg(metavar="TEXT")] = "pydocs"
     """Text: the test part of pydocs, wikitext2, c4 or ptb, or a whole .txt, .jsonl or .parquet file."""
-    seq_len: int | None = None
+    seq_len: Annotated[int | None, arg(metavar="N")] = None
     """Tokens a block; by default half of the model's context, 2048 at most."""
-    tokens: int | None = None
+    tokens: Annotated[int | None, arg(metavar="N")] = None
     """Use only so many tokens, spread evenly; by default all."""
     device: str = "auto"
     """As in fit."""
@@ -159,7 +159,7 @@ class EvalConfig:
 class DemoConfig:
     """The main job on the embedded model and text: fit, prune at 20, 30 and 50 %, one table."""
 
-    out: str = "runs/demo"
+    out: Annotated[str, arg(metavar="DIR")] = "runs/demo"
     """The study folder; checkpoints go into it."""
     samples: int = 600
     """As in fit."""

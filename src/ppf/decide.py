@@ -93,6 +93,7 @@ class Decider:
             return Budget.from_ratio(target.ratio, self.layout, target.align)
         if target.params is not None:
             return Budget.from_params(parse_count(target.params), self.layout, target.align)
+        assert target.memory is not None  # a target is given in exactly one wording
         size = parse_size(target.memory)
         return Budget.from_memory(size, self.layout, self.study.record["model"]["bytes_per_param"], target.align)
 

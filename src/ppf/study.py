@@ -1,9 +1,11 @@
-"""The study folder: where each artefact of one fitted model lies. Opened by many readers and one writer.
+"""The study folder: where each artefact of one fitted model lies.
 
-    study.json            model, layout, settings, dense figures          text.safetensors        token blocks
-    importance.safetensors  order of the units                            samples.sqlite          what was measured
-    plans.json            which masks each round wanted                   predictor.safetensors   agent.safetensors
-    report.json           held-out figures, times, costs                  lock                    held by the writer
+    study.json              model, layout, settings, dense figures      text.safetensors        token blocks
+    importance.safetensors  order of the units                          samples.sqlite          what was measured
+    plans.json              which masks each round wanted               predictor.safetensors   agent.safetensors
+    report.json             held-out figures, times, costs              lock                    held by the writer
+
+It has many readers and one writer.
 """
 
 import fcntl
@@ -84,7 +86,9 @@ class StudyFolder:
             InputError: It can answer nothing yet.
         """
         if not self.is_fitted:
-            raise InputError(f"{self.folder} must be a fitted study; its fit was stopped early; go on with the same ppf fit command")
+            raise InputError(
+                f"{self.folder} must be a fitted study; its fit was stopped early; go on with the same ppf fit command"
+            )
 
     def store(self, write: bool = False) -> SampleStore:
         """The measured samples of this study."""
@@ -123,7 +127,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InUseError(f"{folder} must have one writer; another process is fitting it; wait or choose another folder") from error
+            raise InUseError(
+                f"{folder} must have one writer; another process is fitting it; wait or choose another folder"
+            ) from error
         yield
 
 

@@ -1,13 +1,11 @@
 import pytest
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, LlamaModel
+from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaModel
 
 import tiny_models as tiny
 from builders import refuses
 from ppf.errors import UnsupportedError
 from ppf.llm.architectures import FAMILIES, family_of, layout_of, layout_of_model, linear, skeleton
-from ppf.llm.auto import PRUNED, register
 from ppf.space.layout import Layout
 
 
@@ -119,15 +117,3 @@ def test_only_plain_linear_layers_of_a_whole_causal_lm_will_do():
     assert isinstance(linear(tiny.model(), "model.layers.0.mlp.up_proj"), nn.Linear)
     with refuses(UnsupportedError):
         linear(tiny.model(), "model.norm")
-
-
-def test_every_family_has_its_pruned_classes_registered():
-    register()
-    assert set(PRUNED) == set(FAMILIES)
-    for family, (config_class, model_class, lm_class) in PRUNED.items():
-        config = AutoConfig.for_model(f"ppf_{family}", **tiny.SIZES, num_key_value_heads=2, head_dim=8)
-        assert type(config) is config_class and family_of(config) == family
-        config.per_layer_config = {}
-        with torch.device("meta"):
-            assert type(AutoModel.from_config(config)) is model_class
-            assert type(AutoModelForCausalLM.from_config(config)) is lm_class

@@ -167,7 +167,11 @@ def test_the_config_says_the_widths_in_both_ways(exported, case):
     folder, model = exported[case].folder, exported[case].model
     config = json.loads((folder / "config.json").read_text())
     family = case[0].split("-")[0]
-    assert config["model_type"] == f"ppf_{family}" and set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert config["model_type"] == f"ppf_{family}" and set(config["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+    }
     for layer, block in enumerate(model.model.layers):
         widths = {
             "intermediate_size": block.mlp.up_proj.out_features,

@@ -22,10 +22,12 @@ def test_the_bucket_of_a_name_never_changes():
 
 
 def test_another_process_reads_the_same():
-    code = "import sys, hashlib; from ppf.llm import pydocs; print(hashlib.sha256('\\0'.join(pydocs.documents(1)).encode()).hexdigest())"
+    code = "import hashlib; from ppf.llm import pydocs; print(hashlib.sha256(repr(pydocs.documents(1)).encode()).hexdigest())"
     source = str(Path(pydocs.__file__).parents[2])
     seeds = [
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": source, "PYTHONHASHSEED": seed}, capture_output=True, text=True)
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONPATH": source, "PYTHONHASHSEED": seed}, capture_output=True, text=True
+        )
         for seed in ("1", "2")
     ]
     assert seeds[0].stdout == seeds[1].stdout and len(seeds[0].stdout.strip()) == 64, seeds[0].stderr
@@ -33,7 +35,9 @@ def test_another_process_reads_the_same():
 
 def test_only_docstrings_of_some_length_are_taken(tmp_path):
     long = "A docstring that says a good deal about what it stands for, and so is longer than eighty."
-    (tmp_path / "a.py").write_text(f'"""Short."""\n\nclass A:\n    """{long}"""\n\n    async def f(self):\n        """{long[::-1]}"""\n')
+    (tmp_path / "a.py").write_text(
+        f'"""Short."""\n\nclass A:\n    """{long}"""\n\n    async def f(self):\n        """{long[::-1]}"""\n'
+    )
     assert list(pydocs._docstrings(tmp_path / "a.py")) == [long, long[::-1]]
     (tmp_path / "broken.py").write_text("def")
     (tmp_path / "latin.py").write_bytes(b"# \xff")

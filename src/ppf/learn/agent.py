@@ -1,6 +1,6 @@
 """The agent: from a wanted ratio to a policy in well under a millisecond. Inference alone, in numpy.
 
-    ratio ── prior policy of that ratio (additive knapsack) ── network ── correction ── prior + correction = Policy
+ratio ── prior policy of that ratio (additive knapsack) ── network ── correction ── prior + correction = Policy
 """
 
 from dataclasses import dataclass, fields

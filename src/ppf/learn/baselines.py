@@ -26,7 +26,7 @@ def knapsack(curves: Curves, layout: Layout, bins: int = KNAPSACK_BINS) -> np.nd
     sites = len(layout.sites)
     best = np.zeros(bins + 1)
     best[1:] = np.inf
-    choice = np.zeros((sites, bins + 1), dtype=np.int64)
+    choice: np.ndarray = np.zeros((sites, bins + 1), dtype=np.int64)
     for index, site in enumerate(layout.sites):
         counts = np.unique(np.linspace(site.floor, site.units, min(_LEVELS, site.units - site.floor + 1)).round().astype(int))[::-1]
         gain = np.floor((site.units - counts) * site.cost / layout.prunable * bins + 1e-9).astype(int)

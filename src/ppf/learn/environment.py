@@ -30,7 +30,7 @@ class PruningEnv(gymnasium.Env):
     def __init__(self, prior: Prior, objective: Objective, layout: Layout, low: float, high: float) -> None:
         sites = len(layout.sites)
         self.prior, self.objective, self.layout, self.low, self.high = prior, objective, layout, low, high
-        self.observation_space = spaces.Box(-np.inf, np.inf, (1 + 2 * sites,), np.float32)
+        self.observation_space = spaces.Box(0.0, 1.0, (1 + 2 * sites,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (sites,), np.float32)
         self._ratio = low
 

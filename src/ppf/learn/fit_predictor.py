@@ -19,6 +19,7 @@ from ppf.learn.predictor import (
     directions_and_sizes,
     patches,
 )
+from ppf.learn.threads import one_thread
 from ppf.samples import Sample, kept_matrix
 from ppf.space.layout import Layout
 from ppf.space.mask import mask_matrices
@@ -31,6 +32,7 @@ _CNN_MEMBERS, _CNN_CHANNELS, _CNN_HIDDEN = 3, 8, 64
 _CNN_STEPS, _CNN_BATCH, _CNN_RATE = 1200, 64, 3e-3
 
 
+@one_thread()
 def fit_predictor(
     kind: str, samples: Sequence[Sample], failed: Sequence[Sample], layout: Layout, dense_log_ppl: float, seed: int
 ) -> Predictor:
@@ -45,7 +47,7 @@ def fit_predictor(
         seed: Of the networks.
 
     Raises:
-        InputError: A site that can shrink has no probe.
+        InputError: A site that can shrink has no probe, or all probes failed.
     """
     curves = fit_curves(samples, failed, layout)
     rest = [sample for sample in samples if sample.purpose != "probe" or kind == "cnn"]
@@ -59,11 +61,13 @@ def fit_curves(samples: Sequence[Sample], failed: Sequence[Sample], layout: Layo
     """Single-site damage curves through the probes: monotone cubic on the square root of the damage.
 
     Raises:
-        InputError: A site that can shrink has no probe.
+        InputError: A site that can shrink has no probe, or all probes failed.
     """
     probes = [sample for sample in [*samples, *failed] if sample.purpose == "probe"]
+    if probes and all(sample.status == "failed" for sample in probes):
+        raise InputError(f"some probe must give a number; all {len(probes)} failed ({probes[0].reason}); mend that and fit again")
     worst = max((sample.kl for sample in probes if sample.status == "done"), default=0.0)
-    table = []
+    table: list[np.ndarray] = []
     for index, site in enumerate(layout.sites):
         points = {site.units: 0.0}
         for sample in probes:
@@ -73,7 +77,7 @@ def fit_curves(samples: Sequence[Sample], failed: Sequence[Sample], layout: Layo
             raise InputError(f"every site must have been probed; {site.label} was not; measure more samples")
         removed = site.units - np.array(sorted(points, reverse=True))
         root = np.sqrt(np.maximum.accumulate([max(points[site.units - int(gone)], 0.0) for gone in removed]))
-        counts = site.units - np.arange(site.units + 1)
+        counts: np.ndarray = site.units - np.arange(site.units + 1)
         curve = PchipInterpolator(removed, root)(np.minimum(counts, removed[-1])) if len(points) > 1 else np.zeros(site.units + 1)
         table.append(curve.astype(np.float64) ** 2)
     return Curves(np.array(layout.units), np.concatenate(table))
@@ -83,13 +87,13 @@ def fit_link(samples: Sequence[Sample], dense_log_ppl: float) -> np.ndarray:
     """Monotone map from damage to log-perplexity above dense: medians of samples sorted by damage.
 
     Returns:
-        Float[2, K], from (0, 0) on, both rising.
+        Float[2, K], from (0, 0) on: damages, all different, and rises in log-perplexity that never fall.
     """
     order = sorted(samples, key=lambda sample: sample.kl)
     groups = [group for group in np.array_split(np.array([(s.kl, s.log_ppl) for s in order]), _LINK_KNOTS) if len(group)]
-    knots = np.array([np.median(group, axis=0) for group in groups]).T
-    x, y = np.maximum(knots[0], 0.0), np.maximum.accumulate(np.maximum(knots[1] - dense_log_ppl, 0.0))
-    return np.concatenate([[[0.0], [0.0]], np.stack([np.maximum.accumulate(x), y])], axis=1)
+    knots = np.array([(0.0, dense_log_ppl), *(np.median(group, axis=0) for group in groups)]).T
+    x, first = np.unique(np.maximum(knots[0], 0.0), return_index=True)
+    return np.stack([x, np.maximum.accumulate(np.maximum(knots[1] - dense_log_ppl, 0.0))[first]])
 
 
 def fit_additive(curves: Curves, kept: np.ndarray, truth: np.ndarray, seed: int) -> Additive:
@@ -124,8 +128,8 @@ def fit_corrected(curves: Curves, kept: np.ndarray, truth: np.ndarray, seed: int
         factor = torch.linalg.cholesky(_covariance(cosine, gap, t, raw))
         weights = torch.cholesky_solve((target - mean)[:, None], factor)[:, 0]
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(t), dtype=torch.float64), upper=False)
-    single = [array.numpy().astype(np.float32) for array in (u, t, weights, inverse)]
-    return Corrected(curves.units, curves.table, *single, np.append(raw.detach().exp().numpy(), mean.item()))
+    hyper: np.ndarray = np.append(raw.detach().exp().numpy(), mean.item())
+    return Corrected(curves.units, curves.table, u.numpy(), t.numpy(), weights.numpy(), inverse.numpy(), hyper)
 
 
 def _covariance(cosine: torch.Tensor, gap: torch.Tensor, t: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
@@ -160,12 +164,13 @@ def fit_cnn(curves: Curves, kept: np.ndarray, truth: np.ndarray, seed: int) -> E
         _train(member, images[seen], goal[seen], generator)
     with torch.no_grad():
         missed = torch.stack([member(images[unseen]) for member in members]).mean(0) - goal[unseen]
-    arrays = [torch.stack(parts).detach().numpy() for parts in zip(*(member.parameters() for member in members), strict=True)]
-    return Convolutional(curves.units, *arrays, np.array([mean, std, std * missed.square().mean().sqrt().item()]))
+    names = [name for name, _ in members[0].named_parameters()]
+    arrays = {name: torch.stack([member.get_parameter(name) for member in members]).detach().numpy() for name in names}
+    return Convolutional(curves.units, **arrays, scale=np.array([mean, std, std * missed.square().mean().sqrt().item()]))
 
 
 class _Network(nn.Module):
-    """The training twin of ``Convolutional``; parameters in the order of its fields."""
+    """The training twin of ``Convolutional``; parameters are named as its fields."""
 
     def __init__(self, places: int, generator: torch.Generator) -> None:
         super().__init__()

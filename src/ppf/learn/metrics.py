@@ -63,7 +63,7 @@ def figures(predictor: Predictor, samples: Sequence[Sample], layout: Layout, den
         tau(predicted.damage, damage),
         {name: tau(predicted.damage[rows], damage[rows]) for name, rows in groups.items()},
         {name: tau(predicted.damage[rows], log_ppl[rows]) for name, rows in groups.items()},
-        float(np.sqrt((((predicted.damage - damage) / predicted.std) ** 2).mean())),
+        float(np.sqrt((((predicted.damage - damage) / np.maximum(predicted.std, 1e-9)) ** 2).mean())),
     )
 
 
@@ -71,3 +71,12 @@ def tau(first: np.ndarray, second: np.ndarray) -> float:
     """Kendall's tau-b in [-1, 1]; 0 where one side is constant."""
     value = kendalltau(first, second).statistic
     return float(value) if np.isfinite(value) else 0.0
+
+
+def tau_near(predicted: np.ndarray, truth: np.ndarray, ratios: np.ndarray, width: float = 0.03) -> float:
+    """Kendall's tau-a over the pairs of masks whose ratios differ by at most ``width``; 0 where there is no pair."""
+    first, second = np.triu_indices(len(ratios), 1)
+    near = np.abs(ratios[first] - ratios[second]) <= width
+    first, second = first[near], second[near]
+    agree = np.sign(predicted[first] - predicted[second]) * np.sign(truth[first] - truth[second])
+    return float(agree.mean()) if len(agree) else 0.0

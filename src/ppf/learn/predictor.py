@@ -8,10 +8,10 @@ Damage is the KL divergence of the dense model from the pruned one on the search
 log-perplexity measured on as many tokens. A fitted monotone link gives the log-perplexity that goes with it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -42,8 +42,9 @@ class Prediction:
 
 
 class Estimator(Protocol):
-    """What turns allocations into damages; all state is arrays."""
+    """What turns allocations into damages: a dataclass whose fields are arrays."""
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     kind: ClassVar[str]
 
     def estimate(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -116,10 +117,11 @@ class Corrected:
 
     def _estimate(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         directions, sizes = directions_and_sizes(self.curves.damages(kept))
-        cross = kernel(directions.astype(np.float32), sizes.astype(np.float32), self.directions, self.sizes, self.hyper)
+        cross = kernel(directions, sizes, self.directions, self.sizes, self.hyper)
         shrunk = self.inverse @ cross.T
-        a, _, _, b, floor, small, mean = self.hyper
-        own = a**2 + b**2 * (1 + (directions**2).sum(axis=1) ** 2)
+        a, angle, _, b, floor, small, mean = self.hyper
+        cosine = (directions**2).sum(axis=1) ** 2  # with itself; below 1 by the share of the noise
+        own = a**2 * np.exp((cosine - 1) / angle**2) + b**2 * (1 + cosine)
         noise = floor**2 + (small * NOISE / np.exp(sizes)) ** 2
         std = np.sqrt(np.maximum(own - np.einsum("nm,nm->m", shrunk, shrunk), 0) + noise)
         total = np.exp(np.clip(mean + cross @ self.weights, -5, 5) + sizes)
@@ -162,7 +164,8 @@ class Convolutional:
         """Float[members, N], standardised."""
         columns = patches(mask_matrices(kept, self.units, self.WIDTH).astype(np.float32) - 0.5)
         images = np.maximum(columns @ self.kernel + self.kernel_bias[:, None], 0)
-        hidden = np.maximum(images.reshape(len(self.last), len(kept), -1) @ self.hidden + self.hidden_bias[:, None], 0)
+        flat = images.reshape(len(self.last), len(kept), self.hidden.shape[1])
+        hidden = np.maximum(flat @ self.hidden + self.hidden_bias[:, None], 0)
         return np.einsum("mnh,mh->mn", hidden, self.last) + self.last_bias[:, None]
 
 
@@ -175,7 +178,7 @@ class Predictor:
 
     Attributes:
         estimator: One of ``ESTIMATORS``.
-        link: Float[2, K]: damages, rising, and the log-perplexities above dense that go with them.
+        link: Float[2, K]: damages from 0, rising, and the log-perplexities above dense that go with them.
     """
 
     estimator: Estimator
@@ -193,9 +196,9 @@ class Predictor:
 
     def log_ppl_of(self, damage: np.ndarray) -> np.ndarray:
         """Log-perplexity above dense, nats/token, that goes with a damage; linear beyond the last knot."""
-        (x0, x1), (y0, y1) = self.link[0, -2:], self.link[1, -2:]
-        beyond = np.maximum(damage - x1, 0) * (y1 - y0) / max(x1 - x0, 1e-9)
-        return np.interp(damage, self.link[0], self.link[1]) + beyond
+        run, rise = np.diff(self.link[:, -2:])
+        slope = (rise / run).sum()  # of the last piece; 0 where no sample did damage and there is none
+        return np.interp(damage, self.link[0], self.link[1]) + np.maximum(damage - self.link[0, -1], 0) * slope
 
     def save(self, path: Path, layout: Layout) -> None:
         """Writes the artefact."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ppf.learn.objective import Objective
+from ppf.learn.threads import one_thread
 from ppf.space.allocation import allocate_many
 from ppf.space.layout import Layout
 
@@ -12,6 +13,7 @@ _STEP_SHARES = (0.3, 0.1, 0.03, 0.01)
 _PROPOSALS = 256
 
 
+@one_thread()
 def refine(
     objective: Objective, starts: np.ndarray, remove: int, layout: Layout, steps: int, rng: np.random.Generator, align: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +38,9 @@ def refine(
     for step in range(steps):
         share = _STEP_SHARES[min(step * len(_STEP_SHARES) // steps, len(_STEP_SHARES) - 1)]
         elite = [row for _, row in sorted(seen.values(), key=lambda item: item[0])[:beam]]
-        wishes = np.concatenate([_exchanges(row / layout.units, layout.units, share, _PROPOSALS // len(elite), rng) for row in elite])
+        wishes = np.concatenate(
+            [_exchanges(row / layout.units, layout.units, share, _PROPOSALS // len(elite), rng) for row in elite]
+        )
         moved = np.unique(allocate_many(wishes, np.full(len(wishes), remove), layout, align), axis=0)
         new = [row for row in moved if row.tobytes() not in seen]
         if new:

@@ -15,6 +15,7 @@ from torch import nn
 from ppf.learn.agent import Agent, Prior
 from ppf.learn.environment import PruningEnv
 from ppf.learn.objective import Objective
+from ppf.learn.threads import one_thread
 from ppf.space.layout import Layout
 
 
@@ -43,6 +44,7 @@ class AgentConfig:
     noise: tuple[float, float] = (0.15, 0.01)
 
 
+@one_thread()
 def train_agent(
     prior: Prior,
     objective: Objective,
@@ -83,7 +85,8 @@ def train_agent(
 
 def _network(env: PruningEnv, hidden: int, generator: torch.Generator) -> nn.Sequential:
     inputs, outputs = env.observation_space.shape[0], env.action_space.shape[0]
-    layers = [nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)]
+    sizes = [(inputs, hidden), (hidden, hidden), (hidden, outputs)]
+    layers = [nn.utils.skip_init(nn.Linear, *size) for size in sizes]  # its own start would draw from torch's global generator
     for layer in layers[:2]:
         nn.init.orthogonal_(layer.weight, gain=2**0.5, generator=generator)
         nn.init.zeros_(layer.bias)
@@ -98,8 +101,8 @@ def _act(
     """Actions Float[R, group, S] and rewards Float[R, 1 + group]; the first reward is that of the mean."""
     actions = means[:, None] + std * torch.randn((len(ratios), group, means.shape[1]), generator=generator)
     tried = torch.cat([means[:, None], actions], dim=1).numpy()
-    repeated = np.repeat(ratios, group + 1)
-    baseline = np.repeat(env.baseline(ratios), group + 1)
+    repeated: np.ndarray = np.repeat(ratios, group + 1)
+    baseline: np.ndarray = np.repeat(env.baseline(ratios), group + 1)
     rewards = env.rewards(repeated, tried.reshape(len(repeated), -1), baseline).reshape(len(ratios), group + 1)
     return actions, torch.from_numpy(rewards).float()
 
@@ -136,7 +139,8 @@ def _log_density(means: torch.Tensor, actions: torch.Tensor, std: float) -> torc
 
 
 def _frozen(network: nn.Sequential, prior: Prior, max_ratio: float) -> Agent:
-    arrays = []
-    for layer in (network[0], network[2], network[4]):
-        arrays += [layer.weight.detach().T.numpy().copy(), layer.bias.detach().numpy().copy()]
-    return Agent(prior.keep, prior.damage, *arrays, np.array(max_ratio))
+    arrays = {}
+    for number, layer in enumerate((network[0], network[2], network[4]), 1):
+        arrays[f"weight{number}"] = layer.weight.detach().T.numpy().copy()
+        arrays[f"bias{number}"] = layer.bias.detach().numpy().copy()
+    return Agent(prior.keep, prior.damage, **arrays, max_ratio=np.array(max_ratio))

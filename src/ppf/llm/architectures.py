@@ -49,6 +49,7 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], Iterator[Site]]] = {
     "qwen3": _llama_like,
 }
 
+
 def family_of(config: PreTrainedConfig) -> str:
     """The family's name; a pruned model belongs to the family that it was cut from.
 

@@ -3,6 +3,8 @@
     probes    each site alone at a few levels: the single-site damage curves
     spread    random policies: every ratio, from nearly uniform to wild, around a given policy
     heldout   masks of one size spread around a good policy: never fitted, only predicted
+
+The caller chooses the policies; nothing here knows a predictor.
 """
 
 from collections.abc import Callable, Iterator, Sequence

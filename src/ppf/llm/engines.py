@@ -34,6 +34,7 @@ from ppf.space.layout import Layout
 from ppf.space.mask import Mask
 
 _TRIES = 3
+_READY = "{}"
 _MALLOC = str(2**32 - 1)
 
 
@@ -170,7 +171,7 @@ class _Worker:
         # glibc gives large buffers back to the kernel at every step; raising its thresholds saves the page faults.
         extra = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": _MALLOC, "MALLOC_TRIM_THRESHOLD_": _MALLOC}
         path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ppf.llm.engines"],
             stdin=subprocess.PIPE,
@@ -211,8 +212,7 @@ class _Worker:
         if not line.endswith(b"\n"):
             return None
         self.is_ready, self.task = True, None
-        fields = {"log_ppl": None, "kl": None, "tokens": 0, "seconds": 0.0, **json.loads(line)}
-        return Measurement(**{name: math.nan if value is None else value for name, value in fields.items()})
+        return _from_line(line)
 
     def _last_words(self) -> str:
         """The last line that the process wrote to its error stream, and how it ended."""
@@ -231,6 +231,18 @@ class _Worker:
         self._errors.close()
 
 
+def _to_line(result: Measurement) -> str:
+    """Strict JSON: what is not finite becomes null."""
+    fields = vars(result).items()
+    return json.dumps({name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in fields})
+
+
+def _from_line(line: str | bytes) -> Measurement:
+    """The inverse, with NaN for null; the line of a worker that is ready gives an empty measurement."""
+    fields = {"log_ppl": None, "kl": None, "tokens": 0, "seconds": 0.0, **json.loads(line)}
+    return Measurement(**{name: math.nan if value is None else value for name, value in fields.items()})
+
+
 def _serve() -> None:
     """The worker's loop: a set-up line, then a mask a line in and a measurement a line out."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -241,12 +253,11 @@ def _serve() -> None:
     model = convert(loaded.model, torch.device("cpu"), getattr(torch, setup["dtype"]))
     blocks = Text.load(Path(setup["text"]), setup["fingerprint"]).search
     reference = reference_of(model, blocks, setup["tokens_per_batch"])
-    print("{}", file=answers, flush=True)
+    print(_READY, file=answers, flush=True)
     for line in sys.stdin:
         mask = Mask.unpack(base64.b64decode(json.loads(line)["mask"]), loaded.layout)
         result = measure_mask(model, loaded.layout, mask, blocks, reference, setup["tokens_per_batch"])
-        record = {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in vars(result).items()}
-        print(json.dumps(record), file=answers, flush=True)
+        print(_to_line(result), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ MODELING_FILE = "modeling_ppf.py"
 PLAN_FILE = "ppf.json"
 
 
-def export(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: dict[str, Any], out: Path, force: bool = False
-) -> int:
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: dict[str, Any], out: Path, force: bool = False) -> int:
     """Writes safetensors, config, modeling file, tokenizer, generation config and ``ppf.json``.
 
     Args:
@@ -67,7 +65,9 @@ def verify(model: PreTrainedModel, folder: Path) -> None:
         ours, theirs = model(input_ids=ids).logits, again(input_ids=ids).logits
     difference = (ours - theirs).abs().max().item()
     if not difference == 0:
-        raise DamagedError(f"the exported folder must answer as the model does; logits differ by {difference:g}; nothing was written")
+        raise DamagedError(
+            f"the exported folder must answer as the model does; logits differ by {difference:g}; nothing was written"
+        )
 
 
 def weight_bytes(folder: Path) -> int:

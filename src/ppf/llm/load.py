@@ -185,7 +185,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= vocab_size:
         raise InputError(
-            f"the tokenizer must fit the model's {vocab_size} embeddings; its highest id is {highest}; use the model's own tokenizer"
+            f"the tokenizer must fit the model's {vocab_size} embeddings; its highest id is {highest}; use its own tokenizer"
         )
     return tokenizer
 
@@ -271,7 +271,9 @@ def _header(path: Path) -> Iterator[tuple[str, list[int]]]:
             shapes = [(name, list(entry["shape"])) for name, entry in tensors.items()]
             others = {entry["dtype"] for entry in tensors.values()} - _FLOATS
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
-            raise DamagedError(f"{path} must be a safetensors file; its header is bad: {_first_line(error)}; fetch it again") from error
+            raise DamagedError(
+                f"{path} must be a safetensors file; its header is bad: {_first_line(error)}; fetch it again"
+            ) from error
     if end != size - 8 - length:
         raise DamagedError(f"{path} must hold {end:,} bytes of weights; it holds {size - 8 - length:,}; fetch it again")
     if others:

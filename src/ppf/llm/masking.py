@@ -33,7 +33,7 @@ def masked(model: PreTrainedModel, layout: Layout, mask: Mask) -> Iterator[PreTr
         yield model
 
 
-def _multiply(columns: torch.Tensor):  # noqa: ANN202 (a hook, typed by torch)
+def _multiply(columns: torch.Tensor):
     def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (inputs[0] * columns, *inputs[1:])
 

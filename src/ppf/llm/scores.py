@@ -66,7 +66,8 @@ def flap(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int) 
     inside a site is used).
     """
     moments = _moments(model, layout, blocks)
-    return [(square - mean**2).clamp(min=0) * _weights(model, site).square().sum(0) for (mean, square), site in zip(moments, layout.sites)]
+    sites = zip(moments, layout.sites, strict=True)
+    return [(square - mean**2).clamp(min=0) * _weights(model, site).square().sum(0) for (mean, square), site in sites]
 
 
 def wanda_sp(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int) -> list[torch.Tensor]:
@@ -75,7 +76,8 @@ def wanda_sp(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: i
     Reference: arXiv:2306.11695, section 3, in the structured form of arXiv:2312.11983.
     """
     moments = _moments(model, layout, blocks)
-    return [square.sqrt() * _weights(model, site).abs().mean(0) for (_, square), site in zip(moments, layout.sites)]
+    sites = zip(moments, layout.sites, strict=True)
+    return [square.sqrt() * _weights(model, site).abs().mean(0) for (_, square), site in sites]
 
 
 def magnitude(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int) -> list[torch.Tensor]:

@@ -115,7 +115,9 @@ def load_text(
         ResourceError: An optional package or the network is missing.
     """
     if test_name is not None and _same(name, test_name):
-        raise InputError(f"a test text must be another text; {test_name!r} came twice; leave --test-text out: a part is kept for tests")
+        raise InputError(
+            f"a test text must be another text; {test_name!r} came twice; leave --test-text out: a part is kept for tests"
+        )
     if name == "self":
         if model is None:
             raise InputError("text self must be sampled from a model; none is at hand; name another text")
@@ -161,7 +163,9 @@ def take_blocks(stream: np.ndarray, seq_len: int, tokens: int | None, seed: int,
     """
     count = len(stream) // seq_len
     if count < 1:
-        raise InputError(f"text {name} must fill a block of {seq_len} tokens; it has {len(stream)}; give more text or a smaller --seq-len")
+        raise InputError(
+            f"text {name} must fill a block of {seq_len} tokens; it has {len(stream)}; give more text or a smaller --seq-len"
+        )
     blocks = stream[: count * seq_len].reshape(count, seq_len)
     wanted = count if tokens is None else max(1, min(count, tokens // seq_len))
     start = np.random.default_rng(seed).random()
@@ -169,9 +173,7 @@ def take_blocks(stream: np.ndarray, seq_len: int, tokens: int | None, seed: int,
 
 
 @torch.inference_mode()
-def sample_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sizes: TextSizes, part: str, seed: int
-) -> np.ndarray:
+def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sizes: TextSizes, part: str, seed: int) -> np.ndarray:
     """Int[T]: text drawn from the model itself at temperature 1, one block after another, seeded by part."""
     first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
     generator = torch.Generator().manual_seed(seed * len(PARTS) + PARTS.index(part))
@@ -292,16 +294,18 @@ def _hub_documents(name: str, split: str) -> list[str]:
         texts = [row[column] for row in rows]
     except Exception as error:  # datasets raises what its file system and HTTP layers raise
         reason = " ".join(str(error).split())[:160]
-        raise ResourceError(f"text {name} must come from the hub; that failed: {reason}; go online or give a file or pydocs") from error
+        raise ResourceError(
+            f"text {name} must come from the hub; that failed: {reason}; go online or give a file or pydocs"
+        ) from error
     if joint is None:
         return texts
     return [joint.join(texts[start : start + _LINES]) for start in range(0, len(texts), _LINES)]
 
 
-def _extra(module: str):  # noqa: ANN202 (a module)
+def _extra(module: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ResourceError(f"this text needs the package {module.split('.')[0]}; it is missing; pip install 'ppf[data]'") from error
-
-
+        raise ResourceError(
+            f"this text needs the package {module.split('.')[0]}; it is missing; pip install 'ppf[data]'"
+        ) from error

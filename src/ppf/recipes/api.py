@@ -40,7 +40,9 @@ class Study:
         """What the fit reported: the predictor's held-out figures, times, tokens."""
         return read_json(self.folder / "report.json")
 
-    def policy(self, ratio: float | None = None, *, params: str | None = None, memory: str | None = None, align: int = 1) -> Decision:
+    def policy(
+        self, ratio: float | None = None, *, params: str | None = None, memory: str | None = None, align: int = 1
+    ) -> Decision:
         """Decides alone, in milliseconds; no model is loaded.
 
         Args:
@@ -106,7 +108,7 @@ def fit(
     temporary = tempfile.TemporaryDirectory(prefix="ppf-") if study is None else None
     folder = temporary.name if temporary else str(study)
     loaded = load_model(model) if isinstance(model, str) else adopt_model(model, tokenizer)
-    fit_study(FitConfig(loaded.name, folder, **settings), loaded, Progress(quiet))
+    fit_study(FitConfig(loaded.name, folder, **settings), Progress(quiet), loaded)
     fitted = Study(folder, loaded)
     fitted._temporary = temporary
     return fitted

@@ -36,7 +36,7 @@ def demo(config: DemoConfig, progress: Progress) -> list[dict[str, Any]]:
     """
     with progress.stage("loading"):
         loaded = load_model("ref-a")
-    fit(FitConfig("ref-a", config.out, samples=config.samples, seed=config.seed, device="cpu"), loaded, progress)
+    fit(FitConfig("ref-a", config.out, samples=config.samples, seed=config.seed, device="cpu"), progress, loaded)
     rows = []
     for ratio in RATIOS:
         pruned = prune(config.out, loaded, Target(ratio=ratio), "cpu", 0, progress)

@@ -1,9 +1,9 @@
 """fit: importance -> samples -> predictor -> agent, into a study folder that can be stopped and started at any point.
 
-    probes        each site alone at a few levels: the damage curves
-    spread        random policies of every ratio around the additive optimum
-    heldout       masks of one size at 20, 30, 40 and 50 %: predicted, never fitted
-    round 1..R    search on the predictor, measure what it found, fit again
+probes        each site alone at a few levels: the damage curves
+spread        random policies of every ratio around the additive optimum
+heldout       masks of one size at 20, 30, 40 and 50 %: predicted, never fitted
+round 1..R    search on the predictor, measure what it found, fit again
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from ppf.errors import InputError
 from ppf.learn.agent import Prior
 from ppf.learn.baselines import knapsack
 from ppf.learn.fit_predictor import FITS, fit_curves, fit_predictor
-from ppf.learn.metrics import Figures, figures
+from ppf.learn.metrics import figures, tau_near
 from ppf.learn.objective import predicted
 from ppf.learn.predictor import Predictor
 from ppf.learn.search import refine
@@ -27,8 +27,8 @@ from ppf.learn.train_agent import AgentConfig, train_agent
 from ppf.llm.collect import Wanted, probes, spread, stratified_ratios
 from ppf.llm.load import LoadedModel
 from ppf.progress import Progress
-from ppf.recipes.lab import Lab
-from ppf.samples import Sample
+from ppf.recipes.lab import Lab, check_study_place, load_for
+from ppf.samples import Sample, kept_matrix
 from ppf.space.allocation import Allocation
 from ppf.space.budget import Budget
 from ppf.space.layout import Layout
@@ -45,13 +45,13 @@ _ROUND_RATIOS = 12
 _SEARCH_STEPS = 24
 
 
-def fit(config: FitConfig, loaded: LoadedModel, progress: Progress) -> StudyFolder:
+def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None) -> StudyFolder:
     """Learns how to prune a model.
 
     Args:
         config: What to do.
-        loaded: The dense model; its weights are not changed.
         progress: Shows what happens.
+        loaded: The dense model, if it is at hand; by default it is loaded.
 
     Returns:
         The fitted study; its ``report.json`` holds the predictor's held-out figures.
@@ -60,6 +60,8 @@ def fit(config: FitConfig, loaded: LoadedModel, progress: Progress) -> StudyFold
         InputError: Too few samples for this model, or a folder that holds something else.
         InUseError: Another process is fitting this study.
     """
+    check_study_place(Path(config.study))
+    loaded = loaded or load_for(config.model, progress)
     levels = _levels(loaded.layout, config.samples)
     with locked(Path(config.study)), Lab(loaded, config, progress) as lab:
         study = lab.open_study()
@@ -150,7 +152,7 @@ def _most(lab: Lab) -> float:
 def _found(lab: Lab, round: int, count: int) -> list[Wanted]:
     """Per ratio what search on the predictor found, and masks near it."""
     rng, layout = _rng(lab, 10 + round), lab.layout
-    kind = _best_kind(lab) if lab.config.predictor == "auto" else lab.config.predictor
+    kind = "corrected" if lab.config.predictor == "auto" else lab.config.predictor
     objective = predicted(refit(lab, kind))
     keep, wanted = _prior_keep(lab), []
     ratios = sorted(stratified_ratios(0.1, _most(lab), min(_ROUND_RATIOS, count), rng).tolist())
@@ -189,42 +191,43 @@ def _fit(lab: Lab, kind: str, samples: Sequence[Sample]) -> Predictor:
     return fit_predictor(kind, samples, lab.store.failed(), lab.layout, dense, lab.config.seed)
 
 
-def _best_kind(lab: Lab) -> str:
-    """The kind that ranked the newest masks best before it had seen them."""
+def _ranks_best(lab: Lab) -> dict[str, float]:
+    """Per kind Kendall's tau among masks of nearly one size that it had not seen, by two-fold cross-validation."""
     samples = _fitted(lab)
-    newest = max(sample.round for sample in samples)
-    if newest == 0:
-        return "corrected"
-    old, new = [s for s in samples if s.round < newest], [s for s in samples if s.round == newest]
-    return _ranked(_judge(lab, old, new)[1])
-
-
-def _judge(lab: Lab, fitted: Sequence[Sample], judged: Sequence[Sample]) -> tuple[dict[str, Predictor], dict[str, Figures]]:
-    dense = lab.study.record["dense"]["search"]["log_ppl"]
-    predictors = {kind: _fit(lab, kind, fitted) for kind in FITS}
-    return predictors, {kind: figures(predictor, judged, lab.layout, dense) for kind, predictor in predictors.items()}
-
-
-def _ranked(judged: dict[str, Figures]) -> str:
-    return max(judged, key=lambda kind: judged[kind].tau_mean)
+    rest = [sample for sample in samples if sample.purpose != "probe"]
+    fold = _rng(lab, 3).permutation(len(rest)) % 2
+    kept, ratios = kept_matrix(rest, lab.layout), np.array([sample.ratio for sample in rest])
+    found = {}
+    for kind in FITS:
+        predicted_kl = np.zeros(len(rest))
+        for part in (0, 1):
+            seen = [sample for sample, where in zip(rest, fold, strict=True) if where != part]
+            predictor = _fit(lab, kind, [*(sample for sample in samples if sample.purpose == "probe"), *seen])
+            predicted_kl[fold == part] = predictor.predict(kept[fold == part]).damage
+        found[kind] = tau_near(predicted_kl, np.array([sample.kl for sample in rest]), ratios)
+    return found
 
 
 def _predictors(lab: Lab) -> tuple[dict[str, Predictor], dict[str, Any]]:
     """All kinds fitted to all that may be fitted, and their figures on the held-out masks."""
     heldout, samples = lab.store.all("heldout"), lab.store.all()
+    dense = lab.study.record["dense"]
     with lab.progress.stage("predictor"):
-        predictors, judged = _judge(lab, _fitted(lab), heldout)
-        chosen = lab.config.predictor
-        if chosen == "auto":
-            chosen = _best_kind(lab)
+        predictors = {kind: refit(lab, kind) for kind in FITS}
+        judged = {
+            kind: figures(predictor, heldout, lab.layout, dense["search"]["log_ppl"]) for kind, predictor in predictors.items()
+        }
+        ranks = _ranks_best(lab)
+    chosen = lab.config.predictor
     report = {
-        "predictor": chosen,
+        "predictor": max(ranks, key=lambda kind: ranks[kind]) if chosen == "auto" else chosen,
+        "cross_validated_tau": ranks,
         "heldout": {kind: {**asdict(found), "tau_mean": found.tau_mean} for kind, found in judged.items()},
         "samples": {purpose: sum(s.purpose == purpose for s in samples) for purpose in sorted({s.purpose for s in samples})},
         "failed": len(lab.store.failed()),
         "tokens": {"measured": sum(sample.tokens for sample in samples), "calibration": int(lab.text.calibration.size)},
         "measuring_seconds": round(sum(sample.seconds for sample in samples), 2),
-        "dense": lab.study.record["dense"],
+        "dense": dense,
     }
     return predictors, report
 

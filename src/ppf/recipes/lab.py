@@ -23,7 +23,6 @@ from ppf.space.allocation import Allocation
 from ppf.study import StudyFolder, context_of
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16_384, "mps": 4096}
-_OWN_FILES = {"lock", "study.json", "text.safetensors"}
 _DECISIVE = ("text", "test_text", "score", "seq_len", "calibration_tokens", "search_tokens", "test_tokens", "dtype", "seed")
 
 
@@ -84,7 +83,8 @@ class Lab:
         """The study folder, new or continued; text and dense figures are made when it is new.
 
         Raises:
-            InputError: The folder holds something else, or a study of other settings or of another model.
+            InputError: A study of other settings.
+            DamagedError: A study of another model.
         """
         folder = Path(self.config.study)
         if (folder / "study.json").exists():
@@ -92,9 +92,6 @@ class Lab:
             self._check_same()
             self.text = Text.load(self.study.path("text"), self.layout.fingerprint)
         else:
-            strangers = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} - _OWN_FILES
-            if strangers:
-                raise InputError(f"{folder} must be a new or a study folder; it holds {sorted(strangers)[0]!r}; choose another")
             self.study = self._create(folder)
         self.store = self._stack.enter_context(contextlib.closing(self.study.store(write=True)))
         return self.study
@@ -188,6 +185,21 @@ class Lab:
 
 def _record(evaluation: Evaluation) -> dict[str, Any]:
     return {"log_ppl": evaluation.log_ppl, "interval": list(evaluation.interval), "tokens": evaluation.tokens}
+
+
+def check_study_place(folder: Path) -> None:
+    """Refuses a folder that holds anything but a study, before anything is written into it.
+
+    Raises:
+        InputError: It holds something else, or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} must be a folder; a file is there; choose another place")
+    if not folder.is_dir() or (folder / "study.json").exists():
+        return
+    strangers = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} - {"lock", "text.safetensors"}
+    if strangers:
+        raise InputError(f"{folder} must be a new or a study folder; it holds {min(strangers)!r}; choose another")
 
 
 def load_for(name: str, progress: Progress) -> LoadedModel:

@@ -67,9 +67,7 @@ class Pruned:
         return export(self.model, self.tokenizer, self.plan, Path(out), force)
 
 
-def prune(
-    folder: str | Path, loaded: LoadedModel, target: Target, device: str, candidates: int, progress: Progress
-) -> Pruned:
+def prune(folder: str | Path, loaded: LoadedModel, target: Target, device: str, candidates: int, progress: Progress) -> Pruned:
     """Makes a smaller model.
 
     Args:

@@ -1,0 +1,143 @@
+"""Writes docs/results.md from benchmarks/results/*.json: no figure in it is typed by hand."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+INTRO = """# Results
+
+Every figure comes from a file in `benchmarks/results`, named above each table, with its command, seed, commit and machine.
+This page is written by `python benchmarks/tables.py`. Times were taken on shared, busy cores; read them as upper bounds.
+"""
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = HERE / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def heading(title: str, name: str, record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    where = f"{machine['cores']} cores of {machine['cpu']}, load {machine['load']}, torch {machine['torch']}"
+    return f"## {title}\n\n`benchmarks/results/{name}.json`: `{record['command']}`, seed {record['seed']}; {where}.\n"
+
+
+def demo() -> str:
+    record = load("demo")
+    result = record["result"]
+    rows = [
+        [
+            f"{100 * row['ratio']:.1f} %", f"{row['predicted']:.2f}", f"{row['measured']:.2f}", f"{row['uniform']:.2f}",
+            f"{row['params']:,}", f"{row['bytes'] / 1e6:.2f} MB",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    first = result["heldout"]["corrected"]
+    judged = [
+        [
+            kind + (" (decides)" if kind == result["predictor"] else ""), f"{found['mse']:.1e}", f"{found['mae']:.4f}", f"{found['tau']:.3f}",
+            " / ".join(f"{value:.2f}" for value in found["tau_within"].values()),
+            " / ".join(f"{value:.2f}" for value in found["tau_log_ppl_within"].values()), f"{found['z']:.2f}",
+        ]
+        for kind, found in result["heldout"].items()
+    ]  # fmt: skip
+    ratios = " / ".join(f"{100 * float(ratio):.0f}" for ratio in first["tau_within"])
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in result["seconds"].items())
+    return "\n".join(
+        [
+            heading("The demo: `ref-a` on `pydocs`", "demo", record),
+            f"Dense perplexity {result['rows'][0]['dense']:.2f} on 32,768 test tokens. The whole demo took {result['wall_seconds']:.0f} s.\n",
+            table(["ratio", "predicted", "measured", "uniform policy", "parameters", "file"], rows),
+            "\nSeconds by stage: " + seconds + ".\n",
+            f"### The predictors on {first['count']} held-out masks\n",
+            "MSE is on the scale PPL_dense / PPL, MAE in nats/token of log-perplexity; tau is Kendall's, of the damage over all masks,",
+            f"then among masks of one size ({ratios} %) against measured damage and against measured log-perplexity; error/std is the",
+            "root mean square of error over predicted standard deviation.\n",
+            table(["predictor", "MSE", "MAE", "tau", "tau within, damage", "tau within, log-perplexity", "error/std"], judged),
+        ]
+    )
+
+
+def policies(name: str) -> str:
+    record = load(name)
+    result = record["result"]
+    kinds = ("uniform", "additive", "agent", "refined")
+    rows = []
+    for row in result["rows"]:
+        cells = [
+            f"{row[kind]['above_dense']:.4f} ({row[kind]['interval'][0]:.4f} to {row[kind]['interval'][1]:.4f})" for kind in kinds
+        ]
+        rows.append([f"{100 * row['ratio']:.0f} %", *cells, f"{row['agent']['predicted']:.4f}"])
+    return "\n".join(
+        [
+            heading(f"Policies, measured: `{result['model']}` on {result['text']}", name, record),
+            f"Log-perplexity above dense, nats/token, on {result['tokens']:,} test tokens (dense perplexity {result['dense_ppl']:.2f}), with 95 %",
+            "intervals of the paired difference, bootstrapped over blocks. One fit.\n",
+            table(["ratio", *kinds, "predicted for the agent"], rows),
+        ]
+    )
+
+
+def agents() -> str:
+    record = load("agents")
+    result = record["result"]
+    rows = []
+    for name, found in result["learners"].items():
+        worst = " / ".join(f"{value:.3f}" for value in found.get("worst_gain", [])) or "-"
+        seconds = " / ".join(f"{value:.0f}" for value in found.get("seconds", [])) or "-"
+        rows.append([name, " / ".join(f"{value:.4f}" for value in found["mean_gain"]), worst, seconds])
+    return "\n".join(
+        [
+            heading("Which learner for the agent", "agents", record),
+            f"Each learner asked the predictor {result['questions']:,} times. Mean and worst over {result['ratios']} ratios of",
+            "log(damage of the prior / damage of the policy), one figure a seed; 0 is the additive prior.\n",
+            table(["learner", "mean gain", "worst ratio", "seconds"], rows),
+        ]
+    )
+
+
+def speed() -> str:
+    record = load("decision_speed")
+    rows = []
+    for name, found in record["result"].items():
+        for kind, one in found["predictors"].items():
+            rows.append(
+                [
+                    f"{name}, {found['sites']} sites", kind, f"{one['one_mask_ms']['median']:.2f} ({one['one_mask_ms']['p99']:.2f})",
+                    f"{one['masks_per_second']:,}",
+                ]
+            )  # fmt: skip
+    decisions = [
+        [
+            name,
+            f"{found['decision_ms']['median']:.1f}",
+            f"{found['decision_ms']['p99']:.1f}",
+            f"{found['policy_process_seconds']:.2f}",
+        ]
+        for name, found in record["result"].items()
+    ]
+    return "\n".join(
+        [
+            heading("Prediction and decision, at the layouts of large models", "decision_speed", record),
+            "One thread; predictors fitted to 600 synthetic masks. No weights are involved.\n",
+            table(["layout", "predictor", "one mask, ms, median (p99)", "masks/s in batches"], rows),
+            "",
+            table(["layout", "decision, ms, median", "p99", "whole `ppf policy` process, s"], decisions),
+        ]
+    )
+
+
+def main() -> None:
+    parts = [INTRO, demo(), policies("policies"), policies("policies-wikitext2"), agents(), speed()]
+    (HERE.parent / "docs" / "results.md").write_text("\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()

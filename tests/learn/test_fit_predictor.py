@@ -1,0 +1,331 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builders import examples, refuses
+from learn_builders import DENSE_LOG_PPL, LAYOUT, allocations, curves_of, probes, sample, spread, truth
+from ppf.errors import InputError
+from ppf.learn import fit_predictor as module
+from ppf.learn.fit_predictor import FITS, fit_curves, fit_link, fit_predictor
+from ppf.learn.metrics import figures
+from ppf.learn.predictor import NOISE, Additive
+from ppf.samples import kept_matrix
+
+PROBES = len(probes(truth()))
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Networks that are hardly trained: enough where only their form counts."""
+    monkeypatch.setattr(module, "_CNN_STEPS", 20)
+
+
+def fitted(kind, of, count=40, seed=0):
+    return fit_predictor(kind, probes(of) + spread(of, count, 1), [], LAYOUT, DENSE_LOG_PPL, seed)
+
+
+def failed(sample):
+    return replace(sample, status="failed", reason="out of memory", kl=0.0, log_ppl=0.0)
+
+
+# --- curves ---
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("levels", [(0.0,), (0.5, 0.0), (0.9, 0.75, 0.5, 0.25, 0.0)])
+def test_curves_pass_through_their_probes_and_rise_from_zero(seed, levels):
+    of = truth(seed)
+    measured = probes(of, levels)
+    curves = fit_curves(measured, [], LAYOUT)
+    for one in measured:
+        assert curves.damages(np.array(one.kept)).sum() == pytest.approx(one.kl, rel=1e-9)
+    for index, site in enumerate(LAYOUT.sites):
+        curve = curves.site(index)
+        assert curve[-1] == 0 and (np.diff(curve) <= 1e-9).all()
+        assert (curve[: site.floor] == curve[site.floor]).all()
+
+
+def test_five_probes_a_site_tell_the_whole_curve():
+    of = truth()
+    found, true = fit_curves(probes(of), [], LAYOUT), curves_of(of)
+    for index, site in enumerate(LAYOUT.sites):
+        np.testing.assert_allclose(found.site(index)[site.floor :], true.site(index)[site.floor :], atol=0.01 * of.weights[index])
+
+
+def test_the_order_of_probes_and_other_samples_change_no_curve():
+    of = truth()
+    one, other = (fit_curves(measured, [], LAYOUT) for measured in (probes(of), [*spread(of, 3), *probes(of)[::-1]]))
+    np.testing.assert_array_equal(one.table, other.table)
+
+
+@examples(30)
+@given(st.lists(st.floats(-0.1, 5), min_size=PROBES, max_size=PROBES))
+def test_curves_of_noisy_probes_never_fall_with_what_is_removed(damages):
+    noisy = [replace(one, kl=kl) for one, kl in zip(probes(truth()), damages, strict=True)]
+    curves = fit_curves(noisy, [], LAYOUT)
+    for index in range(len(LAYOUT.sites)):
+        assert curves.site(index)[-1] == 0 and (np.diff(curves.site(index)) <= 1e-9).all()
+    for one in noisy:
+        assert curves.damages(np.array(one.kept)).sum() >= max(one.kl, 0) - 1e-9
+
+
+def test_a_failed_probe_counts_as_the_worst_of_all():
+    measured = probes(truth())
+    worst = max(one.kl for one in measured[3:])
+    curves = fit_curves(measured[3:], [failed(one) for one in measured[:3]], LAYOUT)
+    for one in measured[:3]:
+        assert curves.damages(np.array(one.kept)).sum() == pytest.approx(worst)
+
+
+def test_a_site_without_a_probe_is_refused():
+    measured = probes(truth())
+    label = LAYOUT.sites[2].label
+    without = [one for one in measured if one.kept[2] == LAYOUT.units[2]]
+    with refuses(InputError) as caught:
+        fit_curves(without, [], LAYOUT)
+    assert label in str(caught.value)
+
+
+def test_a_site_that_cannot_shrink_needs_no_probe():
+    fixed = replace(LAYOUT, sites=(replace(LAYOUT.sites[0], floor=LAYOUT.units[0]), *LAYOUT.sites[1:]))
+    measured = [one for one in probes(truth()) if one.kept[0] == LAYOUT.units[0]]
+    assert not fit_curves(measured, [], fixed).site(0).any()
+
+
+def test_probes_that_all_failed_are_refused():
+    with refuses(InputError) as caught:
+        fit_curves(spread(truth(), 3), [failed(one) for one in probes(truth())], LAYOUT)
+    assert "out of memory" in str(caught.value)
+
+
+# --- the link to log-perplexity ---
+
+
+def linked(damages, rises):
+    one = sample(truth(), LAYOUT.units)
+    return fit_link(
+        [replace(one, kl=kl, log_ppl=DENSE_LOG_PPL + rise) for kl, rise in zip(damages, rises, strict=True)], DENSE_LOG_PPL
+    )
+
+
+@examples(50)
+@given(st.lists(st.tuples(st.sampled_from([-0.01, 0.0, 0.5, 2.0]) | st.floats(0, 9), st.floats(-1, 9)), min_size=1, max_size=40))
+def test_the_link_starts_at_nothing_and_never_falls(pairs):
+    link = linked(*zip(*pairs, strict=True))
+    assert (link[:, 0] == 0).all()
+    assert (np.diff(link[0]) > 0).all() and (np.diff(link[1]) >= 0).all()
+
+
+def test_the_link_follows_the_samples():
+    rng = np.random.default_rng(0)
+    damage = rng.uniform(0, 5, 300)
+    link = linked(damage, np.sqrt(damage) + rng.normal(0, 0.05, 300))
+    np.testing.assert_allclose(link[1, 1:], np.sqrt(link[0, 1:]), atol=0.1)
+
+
+# --- all kinds ---
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_a_fit_is_decided_by_its_seed_alone(kind, short):
+    of, kept = truth(), allocations(10, 0.4, 3)
+    one, again, other = (fitted(kind, of, seed=seed).predict(kept) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one.damage, again.damage)
+    np.testing.assert_array_equal(one.std, again.std)
+    assert (one.damage != other.damage).any() == (kind == "cnn")
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_a_fit_leaves_global_randomness_alone(kind, short):
+    before = torch.get_rng_state(), np.random.get_state()
+    fitted(kind, truth(), 10)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1][1])
+    assert np.random.get_state()[2] == before[1][2]
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_a_model_that_nothing_damages_has_no_damage(kind, short):
+    harmless = [replace(one, kl=0.0, log_ppl=DENSE_LOG_PPL) for one in probes(truth()) + spread(truth(), 10)]
+    prediction = fit_predictor(kind, harmless, [], LAYOUT, DENSE_LOG_PPL, 0).predict(allocations(5, 0.4, 0))
+    np.testing.assert_allclose(prediction.damage, 0, atol=1e-6)
+    np.testing.assert_allclose(prediction.log_ppl, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["corrected", "cnn"])
+def test_too_few_samples_give_the_plain_sum(kind):
+    of, kept = truth(), allocations(7, 0.3, 0)
+    for count in (0, 1, 7):
+        estimator = FITS[kind](curves_of(of), kept[:count], of(kept[:count]), 0)
+        assert isinstance(estimator, Additive)
+        damage, std = estimator.estimate(kept)
+        np.testing.assert_allclose(damage, of.single(kept).sum(1))
+        assert (std > 0).all()
+
+
+# --- additive ---
+
+
+def test_the_sum_knows_how_far_off_it_is():
+    of, kept = truth(), allocations(400, 0.4, 0)
+    predictor = fitted("additive", of, 100)
+    damage, std = predictor.estimator.estimate(kept)
+    missed = np.log((of(kept) + NOISE) / (damage + NOISE))
+    assert (std / (damage + NOISE)) == pytest.approx(float(predictor.estimator.spread))
+    assert np.sqrt((missed**2).mean()) == pytest.approx(float(predictor.estimator.spread), rel=0.25)
+
+
+# --- corrected ---
+
+
+def plain_process(samples, curves, hyper, kept):
+    """Log of damage + e, its standard deviation, and the loss, by the textbook (Rasmussen and Williams, equations 2.25 to 2.30)."""
+    a, angle, size, b, floor, small, mean = hyper
+
+    def inputs(of):
+        single = curves.damages(of)
+        total = single.sum(1, keepdims=True) + NOISE
+        return np.sqrt(single / total), np.log(total)
+
+    def covariance(first, second):
+        cosine = (first[0] @ second[0].T) ** 2
+        near = np.exp(-(1 - cosine) / angle**2) * np.exp(-0.5 * (first[1] - second[1].T) ** 2 / size**2)
+        return a**2 * near + b**2 * (1 + cosine)
+
+    def noise(of):
+        return floor**2 + (small * NOISE) ** 2 * np.exp(-2 * of[1][:, 0])
+
+    seen, new = inputs(kept_matrix(samples, LAYOUT)), inputs(kept)
+    target = np.log([one.kl + NOISE for one in samples]) - seen[1][:, 0] - mean
+    inner = covariance(seen, seen) + np.diag(noise(seen) + 1e-6)
+    cross = covariance(new, seen)
+    variance = np.diag(covariance(new, new)) - np.sum(cross * np.linalg.solve(inner, cross.T).T, axis=1) + noise(new)
+    loss = 0.5 * target @ np.linalg.solve(inner, target) + 0.5 * np.linalg.slogdet(inner)[1]
+    return new[1][:, 0] + mean + cross @ np.linalg.solve(inner, target), np.sqrt(variance), loss
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_the_process_answers_as_a_plain_one_does(strength):
+    of, kept = truth(0, strength), np.concatenate([allocations(50, ratio, 7) for ratio in (0.05, 0.3, 0.7)])
+    estimator = fitted("corrected", of).estimator
+    log_damage, log_std, _ = plain_process(spread(of, 40, 1), estimator.curves, estimator.hyper, kept)
+    damage, std = estimator.estimate(kept)
+    np.testing.assert_allclose(damage, np.exp(log_damage) - NOISE, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(std, np.exp(log_damage) * log_std, rtol=1e-4)
+
+
+def test_fitting_makes_the_samples_likely():
+    of = truth()
+    estimator, samples = fitted("corrected", of).estimator, spread(of, 40, 1)
+    start = np.append(module._GP_START, estimator.hyper[-1])
+    after, before = (plain_process(samples, estimator.curves, hyper, LAYOUT.units[None])[2] for hyper in (estimator.hyper, start))
+    assert after < before - 20
+    for index in range(4):
+        for factor in (0.5, 2.0):
+            moved = estimator.hyper.copy()
+            moved[index] *= factor
+            assert plain_process(samples, estimator.curves, moved, LAYOUT.units[None])[2] > after - 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_interaction_the_correction_is_none(seed):
+    of, kept = truth(seed, strength=0.0), allocations(50, 0.4, 2)
+    corrected, plain = (fitted(kind, of).predict(kept) for kind in ("corrected", "additive"))
+    np.testing.assert_allclose(corrected.damage, plain.damage, rtol=0.01)
+    np.testing.assert_allclose(corrected.damage, of(kept), rtol=0.02)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_interaction_the_correction_ranks_and_predicts_better_than_the_sum(seed):
+    of = truth(seed)
+    unseen = spread(of, 40, 2, "heldout")
+    corrected, plain = (figures(fitted(kind, of), unseen, LAYOUT, DENSE_LOG_PPL) for kind in ("corrected", "additive"))
+    for ratio, tau in corrected.tau_within.items():
+        assert tau > max(0.9, plain.tau_within[ratio] + 0.15)
+    assert corrected.mae_damage < plain.mae_damage / 10 and corrected.mse < plain.mse / 10
+    assert 0.5 < corrected.z < 1.6
+
+
+def test_more_samples_make_the_process_better():
+    of = truth()
+    unseen = spread(of, 40, 2, "heldout")
+    few, many = (figures(fitted("corrected", of, count), unseen, LAYOUT, DENSE_LOG_PPL) for count in (10, 80))
+    assert many.mae_damage < few.mae_damage / 2 and many.tau_mean > few.tau_mean
+
+
+def test_the_process_is_less_sure_away_from_what_it_saw():
+    of = truth()
+    estimator = fitted("corrected", of).estimator
+    alone = LAYOUT.units - np.diag(LAYOUT.units - LAYOUT.floors)
+    spreads = []
+    for kept in (kept_matrix(spread(of, 40, 1), LAYOUT), kept_matrix(spread(of, 40, 2), LAYOUT), alone):
+        damage, std = estimator.estimate(kept)
+        spreads.append(np.median(std / (damage + NOISE)))
+    assert spreads[0] < spreads[1] / 2 and spreads[1] < spreads[2] / 2
+
+
+def test_only_the_newest_samples_fit_into_the_process(monkeypatch):
+    of, kept = truth(), allocations(20, 0.4, 5)
+    newest = spread(of, 10, 3)
+    alone = FITS["corrected"](curves_of(of), kept_matrix(newest, LAYOUT), of(kept_matrix(newest, LAYOUT)), 0)
+    monkeypatch.setattr(module, "_MOST_POINTS", 30)
+    both = kept_matrix(spread(of, 10, 1) + newest, LAYOUT)
+    np.testing.assert_array_equal(FITS["corrected"](curves_of(of), both, of(both), 0).estimate(kept), alone.estimate(kept))
+
+
+# --- cnn ---
+
+
+def test_the_network_learns(monkeypatch):
+    monkeypatch.setattr(module, "_CNN_STEPS", 300)
+    of = truth(2, strength=0.0)
+    predictor, unseen = fitted("cnn", of, 60), spread(of, 40, 2, "heldout")
+    found = figures(predictor, unseen, LAYOUT, DENSE_LOG_PPL)
+    damage = np.array([one.kl for one in unseen])
+    assert found.mae_damage < np.abs(damage - np.median(damage)).mean() / 4
+    assert min(found.tau_within.values()) > 0.7 and found.tau > 0.85
+    assert 0.4 < found.z < 2
+
+
+def test_the_network_answers_as_its_training_twin_does(short):
+    kept = allocations(30, 0.4, 0)
+    estimator = fitted("cnn", truth()).estimator
+    matrices = torch.from_numpy(np.clip(kept[..., None] / LAYOUT.units[:, None] * 8 - np.arange(8), 0, 1)).float() - 0.5
+    columns = torch.nn.functional.unfold(matrices[:, None], 3, padding=1, stride=(1, 2)).transpose(1, 2)
+    members = []
+    for index in range(len(estimator.last)):
+        twin = module._Network(columns.shape[1], torch.Generator())
+        names = [name for name, _ in twin.named_parameters()]
+        twin.load_state_dict({name: torch.from_numpy(np.asarray(getattr(estimator, name)[index])) for name in names})
+        members.append(twin(columns).detach().numpy())
+    mean, std, error = estimator.scale
+    answers = np.array(members) * std + mean
+    total = np.exp(answers.mean(0))
+    damage, spread_of = estimator.estimate(kept)
+    np.testing.assert_allclose(damage, np.maximum(total - NOISE, 0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(spread_of, total * np.sqrt(answers.var(0) + error**2), rtol=1e-4)
+
+
+def test_the_members_of_the_ensemble_differ(short):
+    estimator = fitted("cnn", truth()).estimator
+    assert len(estimator.last) == 3
+    for name in ("kernel", "hidden", "last"):
+        parameters = getattr(estimator, name)
+        assert (parameters[0] != parameters[1]).mean() > 0.9 and (parameters[1] != parameters[2]).mean() > 0.9
+
+
+@pytest.mark.parametrize(("kind", "probed"), [("corrected", False), ("additive", False), ("cnn", True)])
+def test_probes_are_samples_for_the_network_alone(kind, probed, monkeypatch):
+    seen = []
+
+    def fit(curves, kept, truth, seed):
+        seen.extend(kept)
+        return Additive(curves.units, curves.table, np.ones(()))
+
+    monkeypatch.setitem(FITS, kind, fit)
+    fitted(kind, truth(), 10)
+    assert len(seen) == 30 + probed * PROBES

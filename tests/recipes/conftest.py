@@ -1,0 +1,33 @@
+import numpy as np
+import pytest
+
+import ppf
+import tiny_models
+
+
+def words(count, seed):
+    """Random words of the tiny tokenizer."""
+    return " ".join(f"w{index}" for index in np.random.default_rng(seed).integers(3, tiny_models.VOCAB, count))
+
+
+SETTINGS = {
+    "samples": 60, "rounds": 2, "calibration_tokens": 128, "search_tokens": 256, "test_tokens": 512, "seq_len": 16, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with a tiny model and a text."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny_models.save(folder / "model", "llama-mha")
+    (folder / "text.txt").write_text(words(4000, 0))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fitted(place):
+    """A fitted study of that model, given as an object, so that measuring happens in this process."""
+    return ppf.fit(
+        tiny_models.model("llama-mha"), tokenizer=tiny_models.tokenizer(), study=place / "study", text=str(place / "text.txt"),
+        quiet=True, **SETTINGS,
+    )  # fmt: skip

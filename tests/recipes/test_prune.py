@@ -1,0 +1,119 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import ppf
+import tiny_models
+from builders import refuses
+from ppf.config import EvalConfig, Target
+from ppf.decide import Decider
+from ppf.errors import DamagedError, InputError
+from ppf.llm import export
+from ppf.llm.load import adopt_model, load_model
+from ppf.llm.masking import masked
+from ppf.llm.text import Text
+from ppf.progress import Progress
+from ppf.recipes.evaluate import evaluate
+from ppf.recipes.prune import prune, tokens_per_second
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.5, 0.8])
+def test_a_pruned_model_is_as_small_as_asked_and_measured_truly(fitted, ratio):
+    pruned = fitted.prune(ratio=ratio, device="cpu")
+    layout = Decider(fitted.folder).layout
+    params = sum(parameter.numel() for parameter in pruned.model.parameters())
+    assert params == pruned.plan["params"]["after"] == pruned.decision.params[1]
+    met = (layout.total - params) / layout.prunable
+    assert pruned.plan["ratio"]["met"] == pytest.approx(met) and ratio <= met < ratio + layout.costs.min() / layout.prunable
+    text = Text.load(fitted.folder / "text.safetensors", layout.fingerprint).test
+    losses = [
+        torch.nn.functional.cross_entropy(tiny_models.logits(pruned.model, row[None])[0, :-1], torch.from_numpy(row[1:])).item()
+        for row in text
+    ]
+    assert pruned.plan["measured"]["log_ppl"] == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+def test_nothing_pruned_is_the_dense_model(fitted):
+    pruned = fitted.prune(ratio=0.0, device="cpu")
+    assert pruned.plan["measured"]["log_ppl"] == pytest.approx(pruned.plan["dense"]["log_ppl"], abs=1e-6)
+    assert pruned.plan["predicted"]["log_ppl"] == pytest.approx(pruned.plan["dense"]["log_ppl"], abs=1e-2)
+
+
+def test_what_is_saved_answers_as_the_model_in_memory(fitted, tmp_path):
+    pruned = fitted.prune(ratio=0.4, device="cpu")
+    size = pruned.save_pretrained(tmp_path / "out")
+    assert size == (tmp_path / "out" / "model.safetensors").stat().st_size
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = tiny_models.blocks(2)
+    assert torch.equal(tiny_models.logits(again, ids), tiny_models.logits(pruned.model, ids))
+    plan = json.loads((tmp_path / "out" / "ppf.json").read_text())
+    assert plan == pruned.plan and plan["layout"] == Decider(fitted.folder).layout.fingerprint
+    dense = tiny_models.model("llama-mha")
+    with masked(dense, Decider(fitted.folder).layout, pruned.decision.mask):
+        assert torch.allclose(tiny_models.logits(dense, ids), tiny_models.logits(again, ids), atol=1e-5)
+    record = evaluate(EvalConfig(str(tmp_path / "out"), "pydocs", seq_len=16, tokens=64), load_model(str(tmp_path / "out")))
+    assert set(record) == {"ppl", "log_ppl", "interval", "tokens", "protocol"} and record["ppl"] == pytest.approx(
+        np.exp(record["log_ppl"])
+    )
+
+
+def test_the_plan_holds_the_mask(fitted):
+    pruned = fitted.prune(ratio=0.3, device="cpu")
+    for packed, bits in zip(pruned.plan["mask"], pruned.decision.mask.bits, strict=True):
+        unpacked = np.unpackbits(np.frombuffer(bytes.fromhex(packed), dtype=np.uint8))[: len(bits)]
+        assert (unpacked.astype(bool) == bits).all()
+
+
+def test_sizes_may_be_said_in_other_words(fitted):
+    layout = Decider(fitted.folder).layout
+    asked = layout.total - layout.prunable // 3
+    by_params, by_memory = fitted.policy(params=str(asked)), fitted.policy(memory=f"{asked * 4}B")
+    assert by_params.params[1] <= asked and by_params.params[1] > asked - layout.costs.min()
+    assert (by_params.allocation.kept == by_memory.allocation.kept).all()
+
+
+def test_refining_measures_and_never_chooses_worse(fitted):
+    plain = fitted.policy(ratio=0.45)
+    refined = fitted.prune(ratio=0.45, refine=True, candidates=6, device="cpu")
+    store = Decider(fitted.folder).study.store()
+    candidates = [one for one in store.all("refine") if one.ratio == 0.45]
+    assert 2 <= len(candidates) <= 6 and refined.plan["refined"]
+    found = {one.kept: one.kl for one in store.all()}
+    assert found[tuple(refined.decision.allocation.kept.tolist())] == min(one.kl for one in candidates)
+    assert found[tuple(refined.decision.allocation.kept.tolist())] <= found[tuple(plain.allocation.kept.tolist())]
+    assert refined.decision.met >= 0.45
+
+
+def test_a_study_of_another_model_is_refused(fitted):
+    other = adopt_model(tiny_models.model("llama-mha", seed=1), tiny_models.tokenizer())
+    with refuses(DamagedError):
+        prune(fitted.folder, other, Target(ratio=0.3), "cpu", 0, Progress(quiet=True))
+
+
+@pytest.mark.parametrize(
+    "wish", [{"ratio": 0.9999}, {"ratio": -0.1}, {"ratio": float("nan")}, {"params": "10"}, {"memory": "1KB"}, {}]
+)
+def test_a_size_that_cannot_be_is_refused_before_the_model_is_loaded(fitted, wish):
+    study = ppf.Study(fitted.folder)
+    with refuses(InputError):
+        study.prune(**wish)
+    assert study._loaded is None
+
+
+def test_an_export_that_fails_its_check_leaves_nothing(fitted, tmp_path, monkeypatch):
+    def broken(model, folder):
+        raise DamagedError("the exported folder must load; it does not: test; nothing was written")
+
+    monkeypatch.setattr(export, "verify", broken)
+    with refuses(DamagedError):
+        fitted.prune(ratio=0.3, device="cpu").save_pretrained(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_speed_is_that_of_each_model():
+    models = [tiny_models.model("llama-mha"), tiny_models.model("llama-mha", 1)]
+    speeds = tokens_per_second(models, tiny_models.blocks(8, 16))
+    assert len(speeds) == 2 and min(speeds) > 0

@@ -1,0 +1,149 @@
+import dataclasses
+import inspect
+import math
+from typing import get_args
+
+import pytest
+import tyro
+
+from builders import refuses
+from ppf import config
+from ppf.config import DemoConfig, EvalConfig, FitConfig, PolicyConfig, PredictorName, PruneConfig, ScoreName, Target
+from ppf.errors import InputError
+
+COMMANDS = {
+    FitConfig: ["ref-a", "--study", "s"],
+    PolicyConfig: ["s", "--ratio", "0.3"],
+    PruneConfig: ["s", "--out", "o", "--ratio", "0.3"],
+    EvalConfig: ["ref-a"],
+    DemoConfig: [],
+}
+every = pytest.mark.parametrize("command", COMMANDS)
+
+
+def parsed(command, *more):
+    return tyro.cli(command, args=[*COMMANDS[command], *more])
+
+
+def flag(field):
+    return f"--{field.replace('_', '-')}"
+
+
+# --- what the user types ---
+
+
+@every
+def test_a_command_without_options_takes_the_defaults(command):
+    found = parsed(command)
+    for field in dataclasses.fields(command):
+        if field.default is not dataclasses.MISSING:
+            assert getattr(found, field.name) == field.default
+
+
+@every
+def test_every_option_is_explained(command, capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(command, args=["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    source = " ".join(inspect.getsource(command).split())
+    for field in dataclasses.fields(command):
+        assert f"{field.name}:" in source
+    for line in inspect.getsource(command).splitlines():
+        if line.startswith('    """') and line.endswith('"""') and len(line) < 60:
+            assert " ".join(line.strip().strip('"').split()) in shown
+
+
+def test_options_arrive_as_they_were_typed():
+    found = parsed(
+        FitConfig, "--samples", "50", "--score", "flap", "--max-ratio", "0.5", "--seq-len", "64", "--text", "a.txt", "--seed", "7"
+    )
+    assert (found.model, found.study, found.samples, found.score, found.text) == ("ref-a", "s", 50, "flap", "a.txt")
+    assert (found.max_ratio, found.seq_len, found.seed, found.workers) == (0.5, 64, 7, None)
+    prune = parsed(PruneConfig, "--align", "32", "--refine", "--force", "--json")
+    assert prune.target == Target(ratio=0.3, align=32) and (prune.refine, prune.force, prune.json) == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--score", "hessian"), ("--predictor", "oracle"), ("--dtype", "int8"), ("--samples", "many")]
+)
+def test_what_is_no_choice_is_refused_by_the_parser(option, value, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parsed(FitConfig, option, value)
+    assert caught.value.code == 2 and option in capsys.readouterr().err
+
+
+def test_configs_are_values():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FitConfig("ref-a", "s").samples = 3
+    assert FitConfig("ref-a", "s") == FitConfig("ref-a", "s") != FitConfig("ref-a", "s", seed=1)
+    assert all(kind.__dataclass_params__.frozen for _, kind in inspect.getmembers(config, dataclasses.is_dataclass))
+
+
+# --- what is checked ---
+
+LEAST = {
+    FitConfig: {
+        "samples": 20, "seq_len": 8, "calibration_tokens": 1, "search_tokens": 1, "test_tokens": 1, "rounds": 0, "workers": 1,
+        "seed": 0,
+    },
+    PruneConfig: {"candidates": 1},
+    EvalConfig: {"seq_len": 8, "tokens": 1},
+}  # fmt: skip
+BOUNDS = [(command, field, least) for command, fields in LEAST.items() for field, least in fields.items()]
+
+
+@pytest.mark.parametrize(("command", "field", "least"), BOUNDS, ids=[f"{command.__name__}.{field}" for command, field, _ in BOUNDS])
+def test_counts_have_a_least_value_and_the_flag_is_named(command, field, least, capsys):
+    found = parsed(command, flag(field), str(least))
+    assert getattr(found, field) == least
+    for value in (least - 1, -(10**6)):
+        with refuses(InputError) as caught:
+            dataclasses.replace(found, **{field: value})
+        assert str(caught.value).startswith(f"{flag(field)} must be") and f" {value} " in str(caught.value)
+        with pytest.raises(SystemExit) as ended:
+            parsed(command, flag(field), str(value))
+        assert ended.value.code == InputError.exit_code and flag(field) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [0.05, 0, -1, 1, 1.5, math.nan, math.inf])
+def test_the_largest_ratio_has_bounds(value):
+    with refuses(InputError) as caught:
+        FitConfig("ref-a", "s", max_ratio=value)
+    assert "--max-ratio" in str(caught.value)
+    assert FitConfig("ref-a", "s", max_ratio=0.06).max_ratio == 0.06
+
+
+@pytest.mark.parametrize(
+    "wishes", [{}, {"ratio": 0.3, "params": "3M"}, {"ratio": 0.0, "memory": "1GB"}, {"ratio": 0.1, "params": "3M", "memory": "1GB"}]
+)
+def test_a_target_is_said_in_exactly_one_way(wishes):
+    with refuses(InputError) as caught:
+        Target(**wishes)
+    assert all(f"--{name}" in str(caught.value) for name in ("ratio", "params", "memory"))
+    assert ("none came" in str(caught.value)) is not bool(wishes)
+
+
+@pytest.mark.parametrize("wish", [{"ratio": 0.0}, {"ratio": 0.5}, {"params": "3M"}, {"params": "1.5B"}, {"memory": "500MiB"}])
+def test_one_way_is_enough(wish):
+    assert dataclasses.asdict(Target(**wish)) == {"ratio": None, "params": None, "memory": None, "align": 1, **wish}
+
+
+@pytest.mark.parametrize(
+    "wish", [{"params": "many"}, {"params": "-3M"}, {"params": "0"}, {"memory": "3M"}, {"memory": "1"}, {"ratio": 0.3, "align": 0}]
+)
+def test_a_target_that_says_nothing_is_refused(wish):
+    with refuses(InputError):
+        Target(**wish)
+
+
+# --- one name, one thing ---
+
+
+def test_the_scores_to_choose_from_are_those_that_there_are():
+    from ppf.llm.scores import SCORES
+
+    assert set(get_args(ScoreName)) == set(SCORES) and "auto" in get_args(PredictorName)
+
+
+def test_defaults_pass_their_own_checks():
+    assert FitConfig("ref-a", "s").max_ratio < 1 and DemoConfig().samples == FitConfig("ref-a", "s").samples

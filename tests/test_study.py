@@ -1,0 +1,263 @@
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from builders import full_disk, importance, layout, names_in, random_mask, refuses
+from ppf.errors import DamagedError, InputError, InUseError, ResourceError
+from ppf.samples import Measurement, Sample
+from ppf.study import STUDY_VERSION, StudyFolder, context_of, locked
+
+LAYOUT = layout()
+RECORD = {
+    "model": {"name": "ref-a", "digest": "d" * 32},
+    "layout": json.loads(json.dumps(LAYOUT.to_json())),
+    "settings": {"samples": 600, "text": "pydocs"},
+    "dense": {"log_ppl": 2.5},
+    "context": "c" * 32,
+    "note": "ü",
+}
+HOLDER = """
+import subprocess, sys, time
+from pathlib import Path
+from ppf.study import locked
+with locked(Path(sys.argv[1])):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"], stdout=subprocess.DEVNULL)
+    print(child.pid, flush=True)
+    time.sleep(30)
+"""
+
+
+def made(folder):
+    return StudyFolder.create(folder, RECORD)
+
+
+# --- the record ---
+
+
+def test_the_record_comes_back(tmp_path):
+    for study in (made(tmp_path), StudyFolder(tmp_path), StudyFolder(str(tmp_path))):
+        assert study.record == {"version": STUDY_VERSION, **RECORD}
+        assert study.layout == LAYOUT and study.layout.fingerprint == LAYOUT.fingerprint
+        assert (study.context, study.folder) == ("c" * 32, tmp_path)
+
+
+def test_a_folder_without_a_study_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "none", tmp_path / "file"):
+        with refuses(InputError):
+            StudyFolder(path)
+
+
+@pytest.mark.parametrize("version", [0, STUDY_VERSION + 1, "1", None, ...])
+def test_another_version_is_refused(tmp_path, version):
+    record = {**RECORD, "version": version} if version is not ... else RECORD
+    (tmp_path / "study.json").write_text(json.dumps(record))
+    with refuses(DamagedError):
+        StudyFolder(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"5", b"null", b'"study"', b"\xff", b"[" * 100_000])
+def test_a_record_that_is_no_object_is_refused(tmp_path, text):
+    (tmp_path / "study.json").write_bytes(text)
+    with refuses(DamagedError):
+        StudyFolder(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, 5, [1], ...])
+@pytest.mark.parametrize("field", ["model", "layout", "settings", "dense", "context"])
+def test_a_record_without_a_field_is_refused_by_name(tmp_path, field, value):
+    record = {"version": STUDY_VERSION, **RECORD, field: value}
+    (tmp_path / "study.json").write_text(json.dumps({name: value for name, value in record.items() if value is not ...}))
+    with refuses(DamagedError) as caught:
+        StudyFolder(tmp_path)
+    assert repr(field) in str(caught.value)
+
+
+def test_a_cut_record_is_refused_wherever_it_was_cut(tmp_path):
+    made(tmp_path)
+    data = (tmp_path / "study.json").read_bytes()
+    for size in range(0, len(data) - 2, 37):
+        (tmp_path / "study.json").write_bytes(data[:size])
+        with refuses(DamagedError):
+            StudyFolder(tmp_path)
+
+
+def test_a_damaged_layout_is_refused_when_it_is_asked_for(tmp_path):
+    StudyFolder.create(tmp_path, {**RECORD, "layout": {"sites": 5}})
+    with refuses(DamagedError):
+        _ = StudyFolder(tmp_path).layout
+
+
+def test_a_full_disk_leaves_no_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with refuses(ResourceError):
+        made(tmp_path)
+    assert names_in(tmp_path) == []
+
+
+# --- what lies in it ---
+
+
+def test_artefacts_are_found_by_name(tmp_path):
+    study, order = made(tmp_path), importance(LAYOUT)
+    assert study.path("agent") == tmp_path / "agent.safetensors"
+    with refuses(DamagedError):
+        _ = study.importance
+    order.save(study.path("importance"), LAYOUT)
+    assert [score.tolist() for score in study.importance.scores] == [score.tolist() for score in order.scores]
+    importance(layout(ffn=100)).save(study.path("importance"), layout(ffn=100))
+    with refuses(DamagedError):
+        _ = StudyFolder(tmp_path).importance
+
+
+def test_a_study_is_fitted_when_all_is_there(tmp_path):
+    study = made(tmp_path)
+    for name in ("agent", "importance", "predictor"):
+        assert not study.is_fitted
+        with refuses(InputError):
+            study.check_fitted()
+        study.path(name).touch()
+    assert study.is_fitted and study.check_fitted() is None
+
+
+def test_samples_are_those_of_the_context(tmp_path):
+    study = made(tmp_path)
+    with refuses(DamagedError):
+        study.store()
+    one = Sample.of(random_mask(LAYOUT), study.context, "probe", 0.3, 0, Measurement(2.5, 0.1, 7, 0.5))
+    with closing(study.store(write=True)) as store:
+        store.add(one)
+    with closing(StudyFolder(tmp_path).store()) as store:
+        assert store.all() == [one]
+    with closing(StudyFolder.create(tmp_path, {**RECORD, "context": "d" * 32}).store()) as store:
+        assert store.all() == []
+
+
+def test_plans_are_kept_beside_each_other(tmp_path):
+    study = made(tmp_path)
+    assert study.plan("probes") is None
+    study.keep_plan("probes", [[1, 2], [3, 4]])
+    study.keep_plan("round 1", {"kept": [5]})
+    study.keep_plan("empty", [])
+    study.keep_plan("probes", [[9]])
+    again = StudyFolder(tmp_path)
+    assert (again.plan("probes"), again.plan("round 1"), again.plan("empty"), again.plan("other")) == (
+        [[9]],
+        {"kept": [5]},
+        [],
+        None,
+    )
+
+
+def test_a_full_disk_leaves_the_older_plans(tmp_path, monkeypatch):
+    study = made(tmp_path)
+    study.keep_plan("probes", [1])
+    with monkeypatch.context() as patched, refuses(ResourceError):
+        patched.setattr(os, "fsync", full_disk)
+        study.keep_plan("probes", [2])
+    assert study.plan("probes") == [1]
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"5", b"\xff"])
+def test_damaged_plans_are_refused(tmp_path, text):
+    study = made(tmp_path)
+    (tmp_path / "plans.json").write_bytes(text)
+    with refuses(DamagedError):
+        study.plan("probes")
+    with refuses(DamagedError):
+        study.keep_plan("probes", [])
+    assert (tmp_path / "plans.json").read_bytes() == text
+
+
+# --- its one writer ---
+
+
+def test_the_folder_is_made_and_the_lock_given_back(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path / "a" / "b"):
+            assert names_in(tmp_path / "a" / "b") == ["lock"]
+    with pytest.raises(KeyError), locked(tmp_path):
+        raise KeyError
+    with locked(tmp_path):
+        pass
+
+
+def test_a_second_writer_of_this_process_is_refused(tmp_path):
+    with locked(tmp_path), refuses(InUseError), locked(tmp_path):
+        pytest.fail("two writers")
+    with locked(tmp_path):
+        pass
+
+
+def test_readers_need_no_lock(tmp_path):
+    made(tmp_path)
+    with locked(tmp_path):
+        assert StudyFolder(tmp_path).layout == LAYOUT
+
+
+def test_a_place_that_is_no_folder_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "study"):
+        with refuses(ResourceError), locked(path):
+            pytest.fail("locked a file")
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_another_process_holds_the_lock_until_it_dies(tmp_path, end):
+    environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.study"].__file__).parents[1])}
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        child = int(holder.stdout.readline())
+        with refuses(InUseError), locked(tmp_path):
+            pytest.fail("two writers")
+        holder.send_signal(end)
+        holder.wait()
+        try:
+            with locked(tmp_path):  # though a process that the holder started lives on
+                assert Path(f"/proc/{child}").exists()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def count_up(folder, times):
+    """Adds to a number in a file, each time alone."""
+    for _ in range(times):
+        while True:
+            try:
+                with locked(folder):
+                    value = int((folder / "number").read_text())
+                    time.sleep(0.001)
+                    (folder / "number").write_text(str(value + 1))
+                    break
+            except InUseError:
+                time.sleep(0.001)
+
+
+def test_writers_exclude_each_other(tmp_path):
+    (tmp_path / "number").write_text("0")
+    spawned = multiprocessing.get_context("spawn")
+    writers = [spawned.Process(target=count_up, args=(tmp_path, 20)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    count_up(tmp_path, 20)
+    for writer in writers:
+        writer.join()
+    assert (tmp_path / "number").read_text() == "60" and [writer.exitcode for writer in writers] == [0, 0]
+
+
+# --- the context ---
+
+
+def test_the_context_depends_on_every_part_and_not_on_their_order():
+    parts = {"model": "m", "text": "t", "dtype": "float32"}
+    assert context_of(**parts) == context_of(**dict(reversed(parts.items()))) and len(context_of(**parts)) == 32
+    others = {context_of(**{**parts, name: "other"}) for name in parts} | {context_of(**parts), context_of(**parts, seed=1)}
+    assert len(others) == 5
