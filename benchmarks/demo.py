@@ -1,5 +1,9 @@
 """What does the demo give, and how long does each stage take?"""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
+
 import argparse
 import tempfile
 import time

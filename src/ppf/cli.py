@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    # Threads that wait in a busy loop make two of them twenty times slower than one on cores that others use too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
@@ -93,7 +95,7 @@ def _description() -> str:
 def _one_line(box: str, arguments: list[str]) -> str:
     """tyro's framed message in one line."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    words = " ".join(re.sub(r"[╭╮╰╯─│]+", " ", plain).split())
+    words = " ".join(re.sub(r"[╭╮╰╯─│|]+|-{3,}", " ", plain).split())
     for frame in ("Parsing error", "Required options", "Unrecognized options", "Value error", "Invalid input"):
         words = words.removeprefix(f"{frame} ")
     words = re.split(r" For full helptext| Argument helptext| Available subcommands| Perhaps you meant", words)[0].rstrip(". ")

@@ -199,8 +199,8 @@ def plain_process(samples, curves, hyper, kept):
     def noise(of):
         return floor**2 + (small * NOISE) ** 2 * np.exp(-2 * of[1][:, 0])
 
-    seen, new = inputs(kept_matrix(samples, LAYOUT)), inputs(kept)
-    target = np.log([one.kl + NOISE for one in samples]) - seen[1][:, 0] - mean
+    seen, new = inputs(np.concatenate([LAYOUT.units[None], kept_matrix(samples, LAYOUT)])), inputs(kept)
+    target = np.log([NOISE, *(one.kl + NOISE for one in samples)]) - seen[1][:, 0] - mean
     inner = covariance(seen, seen) + np.diag(noise(seen) + 1e-6)
     cross = covariance(new, seen)
     variance = np.diag(covariance(new, new)) - np.sum(cross * np.linalg.solve(inner, cross.T).T, axis=1) + noise(new)
@@ -229,6 +229,11 @@ def test_fitting_makes_the_samples_likely():
             moved = estimator.hyper.copy()
             moved[index] *= factor
             assert plain_process(samples, estimator.curves, moved, LAYOUT.units[None])[2] > after - 1
+
+
+def test_the_process_never_believes_that_nothing_is_noise():
+    hyper = fitted("corrected", truth(0, strength=0.0)).estimator.hyper
+    assert 0.999e-3 < hyper[:-1].min() < 0.01 and hyper[:-1].max() < 100.1
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,5 +1,7 @@
 import copy
 import json
+import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, L
 
 import tiny_models as tiny
 from builders import refuses
-from ppf.errors import DamagedError, InputError, ResourceError, UnsupportedError
+from ppf.errors import DamagedError, InputError, PPFError, ResourceError, UnsupportedError
 from ppf.llm import load
 from ppf.llm.architectures import layout_of_model
-from ppf.llm.load import adopt_model, convert, load_model, resolve, weights_digest
+from ppf.llm.load import adopt_model, convert, load_model, resolve, model_digest
 
 IDS = tiny.blocks(2, 9)
 REPLY = SimpleNamespace(headers={}, request=None)
@@ -30,7 +32,7 @@ def test_a_folder_loads_as_it_was_saved(tmp_path, name, dtype):
     assert tiny.snapshot(loaded.model)["state"] == tiny.snapshot(saved)["state"]
     assert torch.equal(tiny.logits(loaded.model, IDS), tiny.logits(saved, IDS))
     assert loaded.layout == layout_of_model(saved) and not loaded.model.training
-    assert (loaded.name, loaded.folder, loaded.digest) == (str(tmp_path), tmp_path.resolve(), weights_digest(saved))
+    assert (loaded.name, loaded.folder, loaded.digest) == (str(tmp_path), tmp_path.resolve(), model_digest(saved))
 
 
 def test_the_tokenizer_is_the_one_beside_the_model(whole):
@@ -124,6 +126,41 @@ def test_being_offline_is_said(monkeypatch, tmp_path):
         load_model("no-such-owner/no-such-model")
 
 
+# --- nothing is run ---
+
+
+@pytest.mark.parametrize("field", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_folder_never_runs(folder, monkeypatch, field):
+    ran = folder / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    record = json.loads((folder / field).read_text())
+    classes = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    (folder / field).write_text(json.dumps(record | {"auto_map": classes, "tokenizer_class": "Evil"}))
+    try:
+        load_model(str(folder))
+    except PPFError as error:
+        assert "\n" not in str(error)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
+def test_pickles_are_never_opened(folder, name):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (folder / "ran",))
+
+    (folder / "model.safetensors").unlink()
+    with refuses(DamagedError):
+        load_model(str(folder))
+    (folder / name).write_bytes(pickle.dumps(Evil()))
+    with refuses(UnsupportedError):
+        load_model(str(folder))
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Evil()))
+    with refuses(DamagedError):
+        load_model(str(folder))
+    assert not (folder / "ran").exists()
+
+
 # --- the digest ---
 
 
@@ -134,21 +171,21 @@ def test_the_digest_tells_models_apart():
         tiny.model("qwen2-gqa"),
         tiny.model("qwen3-gqa"),
     ]
-    assert len({weights_digest(model) for model in models}) == len(models)
-    assert weights_digest(tiny.model()) == weights_digest(tiny.model())
+    assert len({model_digest(model) for model in models}) == len(models)
+    assert model_digest(tiny.model()) == model_digest(tiny.model())
 
 
 @pytest.mark.parametrize("place", [0, -1])
 def test_one_changed_weight_changes_the_digest(place):
     model = tiny.model()
-    before = weights_digest(model)
+    before = model_digest(model)
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             old = parameter.view(-1)[place].clone()
             parameter.view(-1)[place] += 0.5
-            assert weights_digest(model) != before, name
+            assert model_digest(model) != before, name
             parameter.view(-1)[place] = old
-    assert weights_digest(model) == before
+    assert model_digest(model) == before
 
 
 # --- models given as objects ---

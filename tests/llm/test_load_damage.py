@@ -1,8 +1,6 @@
 import json
-import pickle
 import shutil
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,20 +126,6 @@ def test_quantised_models_are_refused(folder, method):
         load_model(str(folder))
 
 
-@pytest.mark.parametrize("field", ["config.json", "tokenizer_config.json"])
-def test_code_in_a_folder_never_runs(folder, monkeypatch, field):
-    ran = folder / "ran"
-    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
-    record = json.loads((folder / field).read_text())
-    classes = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
-    (folder / field).write_text(json.dumps(record | {"auto_map": classes, "tokenizer_class": "Evil"}))
-    try:
-        load_model(str(folder))
-    except PPFError as error:
-        assert "\n" not in str(error)
-    assert not ran.exists()
-
-
 # --- tokenizers ---
 
 
@@ -211,6 +195,15 @@ def test_a_cut_file_is_refused(folder, whole):
         path.write_bytes(damaged)
         with refuses(DamagedError):
             check_weights(folder, shell)
+
+
+def test_a_bloated_header_is_refused_unread(folder):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    path.write_bytes(struct.pack("<Q", 2**24 + 1) + data[8:end].ljust(2**24 + 1) + data[end:])
+    with refuses(DamagedError):
+        load_model(str(folder))
 
 
 def every_entry(**changes):
@@ -311,30 +304,10 @@ def test_a_hostile_index_is_refused(folder, index):
         load_model(str(folder))
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
-def test_pickles_are_never_opened(folder, name):
-    class Evil:
-        def __reduce__(self):
-            return (Path.touch, (folder / "ran",))
-
-    (folder / "model.safetensors").unlink()
-    with refuses(DamagedError):
-        load_model(str(folder))
-    (folder / name).write_bytes(pickle.dumps(Evil()))
-    with refuses(UnsupportedError):
-        load_model(str(folder))
-    (folder / "model.safetensors").write_bytes(pickle.dumps(Evil()))
-    with refuses(DamagedError):
-        load_model(str(folder))
-    assert not (folder / "ran").exists()
-
-
-def test_damaged_generation_settings_are_refused_or_left_out(folder):
+def test_damaged_generation_settings_are_refused(folder):
     (folder / "generation_config.json").write_text("[]")
     with refuses(DamagedError):
         load_model(str(folder))
-    (folder / "generation_config.json").unlink()
-    load_model(str(folder))
 
 
 def test_tied_embeddings_may_be_written_once_or_twice(folder):

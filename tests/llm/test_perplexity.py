@@ -26,7 +26,7 @@ FAILURES = [
 def trained():
     """The embedded model in float32, its layout, and blocks of text."""
     loaded = load_model("ref-a")
-    blocks = load_text("pydocs", loaded.tokenizer, TextSizes(64, 64, 1024, 64), 0).search
+    blocks = load_text("pydocs", loaded.tokenizer, TextSizes(64, 64, 512, 64), 0).search
     return loaded.model.to(torch.float32), loaded.layout, blocks
 
 
@@ -67,8 +67,8 @@ def test_it_is_that_of_a_plain_loop(name):
 
 def test_it_is_that_of_a_plain_loop_on_real_text(trained):
     model, _, blocks = trained
-    expected = by_loop(model, blocks[:1])
-    assert evaluate(model, blocks[:1]).log_ppl == pytest.approx(expected, abs=1e-5)
+    expected = by_loop(model, blocks[:2, :24])
+    assert evaluate(model, blocks[:2, :24]).log_ppl == pytest.approx(expected, abs=1e-5)
     assert 1 < expected < 6
 
 
@@ -156,7 +156,7 @@ def test_the_dense_model_diverges_from_itself_by_nothing(name):
     assert measure(model, BLOCKS, None)[1] == 0
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_it_bounds_the_full_divergence_from_below_and_closely(trained, seed):
     model, layout, blocks = trained
     smaller = cut(model, layout, random_mask(layout, seed))

@@ -27,8 +27,8 @@ def count(model):
 
 
 def greedy(model, ids, **options):
-    """Twelve greedy tokens behind each prompt."""
-    settings = GenerationConfig(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=2, eos_token_id=2)
+    """Six greedy tokens behind each prompt."""
+    settings = GenerationConfig(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=2, eos_token_id=2)
     return model.generate(input_ids=torch.from_numpy(ids), generation_config=settings, **options)[:, ids.shape[1] :].tolist()
 
 

@@ -106,11 +106,13 @@ def fit_additive(curves: Curves, kept: np.ndarray, truth: np.ndarray, seed: int)
 def fit_corrected(curves: Curves, kept: np.ndarray, truth: np.ndarray, seed: int) -> Estimator:
     """Gaussian process on the log-residual of the sum; hyperparameters by marginal likelihood.
 
-    With fewer than eight samples there is nothing to learn from, and the sum is returned as it is.
+    The dense model, whose damage is 0, is a sample that costs nothing. With fewer than eight others there is nothing to
+    learn from, and the sum is returned as it is.
     """
     if len(kept) < 8:
         return fit_additive(curves, kept, truth, seed)
-    kept, truth = kept[-_MOST_POINTS:], truth[-_MOST_POINTS:]
+    kept = np.concatenate([curves.units[None], kept[-_MOST_POINTS:]])
+    truth = np.concatenate([[0.0], truth[-_MOST_POINTS:]])
     u, t = (torch.from_numpy(part) for part in directions_and_sizes(curves.damages(kept)))
     target = torch.from_numpy(np.log(truth + NOISE)) - t
     cosine, gap = (u @ u.T) ** 2, (t[:, None] - t[None]) ** 2

@@ -24,6 +24,7 @@ _MAX_HEADER = 16 * 2**20
 _MAX_LAYERS = 1000
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _SAMPLE = 4096
+_INCIDENTAL = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "auto_map"}
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
@@ -39,7 +40,7 @@ class LoadedModel:
         layout: Its removable places.
         name: As the user called it.
         folder: Where its files lie; None if it was given as an object.
-        digest: Hash of the weights: every name and shape, the ends of every tensor.
+        digest: See ``model_digest``.
         dtype: Of the checkpoint, whatever the model was converted to since.
     """
 
@@ -81,7 +82,7 @@ def load_model(name: str) -> LoadedModel:
     check_weights(folder, shell)
     tokenizer = load_tokenizer(folder, config.vocab_size)
     model = _read_weights(folder, config)
-    return LoadedModel(model.eval(), tokenizer, layout_of_model(shell), name, folder, weights_digest(model), model.dtype)
+    return LoadedModel(model.eval(), tokenizer, layout_of_model(shell), name, folder, model_digest(model), model.dtype)
 
 
 def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> LoadedModel:
@@ -99,7 +100,7 @@ def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
         if not Path(name).is_dir():
             raise InputError("a model given as an object needs its tokenizer; none came; pass tokenizer=...")
         tokenizer = load_tokenizer(Path(name), model.config.vocab_size)
-    return LoadedModel(model.eval(), tokenizer, layout, name, None, weights_digest(model), model.dtype)
+    return LoadedModel(model.eval(), tokenizer, layout, name, None, model_digest(model), model.dtype)
 
 
 def convert(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -221,14 +222,18 @@ def _read_weights(folder: Path, config: Any) -> PreTrainedModel:
     return model
 
 
-def weights_digest(model: PreTrainedModel) -> str:
-    """Hash of all names and shapes and of the first and last 4,096 values of every tensor, as float32."""
-    digest = hashlib.sha256()
+def model_digest(model: PreTrainedModel) -> str:
+    """Hash of what a model computes with: its config, and of every tensor the name, the shape and samples.
+
+    Of a tensor the first, the last and evenly spread values count, 4,096 of each, as float32.
+    """
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _INCIDENTAL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.named_parameters()):
         flat = tensor.detach().reshape(-1)
-        ends = torch.cat([flat[:_SAMPLE], flat[-_SAMPLE:]]).float().cpu()
+        some = torch.cat([flat[:_SAMPLE], flat[-_SAMPLE:], flat[:: max(1, flat.numel() // _SAMPLE)]]).float().cpu()
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(ends.numpy().tobytes())
+        digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
