@@ -42,7 +42,8 @@ def demo() -> str:
     first = result["heldout"]["corrected"]
     judged = [
         [
-            kind + (" (decides)" if kind == result["predictor"] else ""), f"{found['mse']:.1e}", f"{found['mae']:.4f}", f"{found['tau']:.3f}",
+            kind + (" (decides)" if kind == result["predictor"] else ""),
+            f"{found['mse']:.1e}", f"{found['mae']:.4f}", f"{found['tau']:.3f}",
             " / ".join(f"{value:.2f}" for value in found["tau_within"].values()),
             " / ".join(f"{value:.2f}" for value in found["tau_log_ppl_within"].values()), f"{found['z']:.2f}",
         ]
@@ -53,13 +54,14 @@ def demo() -> str:
     return "\n".join(
         [
             heading("The demo: `ref-a` on `pydocs`", "demo", record),
-            f"Dense perplexity {result['rows'][0]['dense']:.2f} on 32,768 test tokens. The whole demo took {result['wall_seconds']:.0f} s.\n",
+            f"Dense perplexity {result['rows'][0]['dense']:.2f} on 32,768 test tokens.",
+            f"The whole demo took {result['wall_seconds']:.0f} s.\n",
             table(["ratio", "predicted", "measured", "uniform policy", "parameters", "file"], rows),
             "\nSeconds by stage: " + seconds + ".\n",
             f"### The predictors on {first['count']} held-out masks\n",
-            "MSE is on the scale PPL_dense / PPL, MAE in nats/token of log-perplexity; tau is Kendall's, of the damage over all masks,",
-            f"then among masks of one size ({ratios} %) against measured damage and against measured log-perplexity; error/std is the",
-            "root mean square of error over predicted standard deviation.\n",
+            "MSE is on the scale PPL_dense / PPL, MAE in nats/token of log-perplexity; tau is Kendall's, of the damage over all",
+            f"masks, then among masks of one size ({ratios} %) against measured damage and against measured log-perplexity;",
+            "error/std is the root mean square of error over predicted standard deviation.\n",
             table(["predictor", "MSE", "MAE", "tau", "tau within, damage", "tau within, log-perplexity", "error/std"], judged),
         ]
     )
@@ -78,8 +80,8 @@ def policies(name: str) -> str:
     return "\n".join(
         [
             heading(f"Policies, measured: `{result['model']}` on {result['text']}", name, record),
-            f"Log-perplexity above dense, nats/token, on {result['tokens']:,} test tokens (dense perplexity {result['dense_ppl']:.2f}), with 95 %",
-            "intervals of the paired difference, bootstrapped over blocks. One fit.\n",
+            f"Log-perplexity above dense, nats/token, on {result['tokens']:,} test tokens (dense perplexity",
+            f"{result['dense_ppl']:.2f}), with 95 % intervals of the paired difference, bootstrapped over blocks. One fit.\n",
             table(["ratio", *kinds, "predicted for the agent"], rows),
         ]
     )
@@ -122,7 +124,7 @@ def speed() -> str:
             f"{found['policy_process_seconds']:.2f}",
         ]
         for name, found in record["result"].items()
-    ]
+    ]  # fmt: skip
     return "\n".join(
         [
             heading("Prediction and decision, at the layouts of large models", "decision_speed", record),

@@ -24,7 +24,13 @@ from ppf.space.importance import Importance
 from ppf.space.layout import Layout
 
 STUDY_VERSION = 1
-_FIELDS = {"model": (dict, str), "layout": dict, "settings": dict, "dense": dict, "context": str}
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "model": (dict, str),
+    "layout": dict,
+    "settings": dict,
+    "dense": dict,
+    "context": str,
+}
 
 
 class StudyFolder:

@@ -15,7 +15,7 @@ from builders import refuses
 from ppf.errors import DamagedError, InputError, PPFError, ResourceError, UnsupportedError
 from ppf.llm import load
 from ppf.llm.architectures import layout_of_model
-from ppf.llm.load import adopt_model, convert, load_model, resolve, model_digest
+from ppf.llm.load import adopt_model, convert, load_model, model_digest, resolve
 
 IDS = tiny.blocks(2, 9)
 REPLY = SimpleNamespace(headers={}, request=None)

@@ -135,9 +135,9 @@ class LocalEngine:
                         if mine and task.tries < _TRIES:
                             waiting.appendleft(task._replace(tries=task.tries + 1))
                         elif mine:
-                            yield task.index, Measurement(math.nan, math.nan, 0, 0.0, f"its worker died {_TRIES} times: {words}")
+                            yield task.place, Measurement(math.nan, math.nan, 0, 0.0, f"its worker died {_TRIES} times: {words}")
                     elif mine:
-                        yield task.index, answer
+                        yield task.place, answer
                     _give(worker, waiting, masks)
 
     def close(self) -> None:
@@ -150,14 +150,14 @@ class _Task(NamedTuple):
     """A mask that a worker measures; the answer to a task of an earlier, abandoned run is not wanted any more."""
 
     run: object
-    index: int
+    place: int
     tries: int
 
 
 def _give(worker: "_Worker", waiting: collections.deque[_Task], masks: Sequence[Mask]) -> None:
     if worker.is_ready and worker.task is None and waiting:
         worker.task = waiting.popleft()
-        worker.send({"mask": base64.b64encode(masks[worker.task.index].pack()).decode()})
+        worker.send({"mask": base64.b64encode(masks[worker.task.place].pack()).decode()})
 
 
 class _Worker:
@@ -180,7 +180,8 @@ class _Worker:
             env={**os.environ, **extra, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
             start_new_session=True,
         )
-        self.answers = self._process.stdout
+        assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
+        self._questions, self.answers = self._process.stdin, self._process.stdout
         self.is_ready = False
         self.task: _Task | None = None
         self.send(self._setup)
@@ -201,8 +202,8 @@ class _Worker:
 
     def send(self, record: dict[str, Any]) -> None:
         try:
-            self._process.stdin.write((json.dumps(record) + "\n").encode())
-            self._process.stdin.flush()
+            self._questions.write((json.dumps(record) + "\n").encode())
+            self._questions.flush()
         except BrokenPipeError:
             pass  # its end is seen when its answer is read
 
@@ -226,7 +227,7 @@ class _Worker:
             self._process.kill()
         self._process.wait()
         with contextlib.suppress(BrokenPipeError):  # what a dead process did not read
-            self._process.stdin.close()
+            self._questions.close()
         self.answers.close()
         self._errors.close()
 
@@ -239,8 +240,9 @@ def _to_line(result: Measurement) -> str:
 
 def _from_line(line: str | bytes) -> Measurement:
     """The inverse, with NaN for null; the line of a worker that is ready gives an empty measurement."""
-    fields = {"log_ppl": None, "kl": None, "tokens": 0, "seconds": 0.0, **json.loads(line)}
-    return Measurement(**{name: math.nan if value is None else value for name, value in fields.items()})
+    fields: dict[str, Any] = {"log_ppl": None, "kl": None, "tokens": 0, "seconds": 0.0, **json.loads(line)}
+    given: dict[str, Any] = {name: math.nan if value is None else value for name, value in fields.items()}
+    return Measurement(**given)
 
 
 def _serve() -> None:

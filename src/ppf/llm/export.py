@@ -1,6 +1,5 @@
 """A pruned model as a folder that loads anywhere, and the proof that it does, before the folder gets its name."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: dic
         except SafetensorError as error:
             raise ResourceError(f"{out} must be writable; {error}; free the disk or choose another place") from error
         tokenizer.save_pretrained(folder)
-        source = importlib.util.find_spec(pruned_model.__name__).origin
-        (folder / MODELING_FILE).write_bytes(Path(source).read_bytes())
+        (folder / MODELING_FILE).write_bytes(Path(pruned_model.__file__).read_bytes())
         write_json(folder / PLAN_FILE, plan)
         verify(model, folder)
         return weight_bytes(folder)

@@ -8,6 +8,7 @@ round 1..R    search on the predictor, measure what it found, fit again
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def _collect(lab: Lab, levels: tuple[float, ...]) -> None:
     for round in range(1, config.rounds + 1):
         share = (rest - first) * round // config.rounds - (rest - first) * (round - 1) // config.rounds
         if share > 0:
-            lab.measure(f"round {round}", lambda round=round, share=share: _found(lab, round, share), round)
+            lab.measure(f"round {round}", partial(_found, lab, round, share), round)
 
 
 def _rng(lab: Lab, stage: int) -> np.random.Generator:

@@ -99,7 +99,7 @@ def prune(folder: str | Path, loaded: LoadedModel, target: Target, device: str, 
 def refined(
     decider: Decider, decision: Decision, loaded: LoadedModel, target: Target, device: str, candidates: int, progress: Progress
 ) -> Decision:
-    """Static pruning: search on the predictor at one ratio, measure the best, learn from them, search again; the best measured wins.
+    """Static pruning: search on the predictor at one ratio, measure the best, learn, search again; the best measured wins.
 
     Every measurement goes into the study's store, so that a repetition costs nothing.
     """
