@@ -112,8 +112,8 @@ def speed() -> str:
         for kind, one in found["predictors"].items():
             rows.append(
                 [
-                    f"{name}, {found['sites']} sites", kind, f"{one['one_mask_ms']['median']:.2f} ({one['one_mask_ms']['p99']:.2f})",
-                    f"{one['masks_per_second']:,}",
+                    f"{name}, {found['sites']} sites", kind,
+                    f"{one['one_mask_ms']['median']:.2f} ({one['one_mask_ms']['p99']:.2f})", f"{one['masks_per_second']:,}",
                 ]
             )  # fmt: skip
     decisions = [

@@ -188,11 +188,12 @@ def test_workers_that_are_killed_while_they_start_get_another_chance(stand_ins):
 
 
 def test_a_worker_that_can_never_start_ends_the_measuring(stand_ins):
+    before = children()  # multiprocessing keeps a helper of its own
     tell(stand_ins, "broken")
     with pool(stand_ins, 2) as engine, refuses(ResourceError) as caught:
         list(engine.measure(masks(3)))
     assert "the model is not there" in str(caught.value)
-    assert len((stand_ins / "pids").read_text().split()) <= 2 and children() == []
+    assert len((stand_ins / "pids").read_text().split()) <= 2 and children() == before
 
 
 @pytest.mark.parametrize("taken", [1, 5])
