@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -114,7 +113,7 @@ def test_a_setting_that_does_not_exist_is_named():
 
 
 def command(place, study):
-    flags = {name: value for name, value in SETTINGS.items() if name != "samples"} | {"samples": 80, "workers": 1}
+    flags = {name: value for name, value in SETTINGS.items() if name != "samples"} | {"samples": 240, "workers": 1}
     words = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))]
     return [
         sys.executable,
@@ -145,18 +144,16 @@ def test_a_stopped_fit_goes_on_without_losing_a_sample(place, tmp_path, way):
     study = tmp_path / "study"
     with subprocess.Popen(command(place, study), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         deadline = time.time() + 120
-        while len(measured(study)) < 25 and time.time() < deadline and first.poll() is None:
-            time.sleep(0.05)
+        while len(measured(study)) < 10 and time.time() < deadline and first.poll() is None:
+            time.sleep(0.01)
         os.kill(first.pid, way)
         _, errors = first.communicate()
     kept = measured(study)
-    assert 25 <= len(kept) < 80 and not (study / "report.json").exists()
+    assert 10 <= len(kept) < 200 and not (study / "report.json").exists()
     if way == signal.SIGINT:
         assert first.returncode == 130 and errors.strip().splitlines()[-1].startswith("error: stopped")
     second = subprocess.run(command(place, study), capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert measured(study)[: len(kept)] == kept
-    whole = tmp_path / "whole"
-    shutil.copytree(study, whole)
-    report = json.loads((whole / "report.json").read_text())
-    assert sum(report["samples"].values()) > 70 and report["failed"] == 0
+    report = json.loads((study / "report.json").read_text())
+    assert sum(report["samples"].values()) > 200 and report["failed"] == 0
