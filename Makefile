@@ -1,6 +1,7 @@
 # make demo   set up .venv and run the main job on the embedded model (about 7 minutes on two cores)
 # make test   set up .venv and run the default tests
 # make check  lint, format and types
+# make bench  all benchmarks (about half an hour), and docs/results.md from them
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,8 +20,13 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.test
-	for question in benchmarks/*.py; do $(BIN)/python $$question || exit 1; done
+bench: .venv/.bench
+	rm -rf runs/bench
+	$(BIN)/python benchmarks/demo.py --out runs/bench
+	$(BIN)/python benchmarks/policies.py --study runs/bench
+	$(BIN)/python benchmarks/agents.py --study runs/bench
+	$(BIN)/python benchmarks/decision_speed.py
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf .venv
@@ -35,6 +41,10 @@ clean:
 
 .venv/.test: .venv/.ppf
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv/.bench: .venv/.test
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[rl]'
 	touch $@
 
 .venv/.dev: .venv/.test

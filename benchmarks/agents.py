@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import time
+from pathlib import Path
 
 import numpy as np
 from stable_baselines3 import PPO
@@ -76,7 +77,11 @@ def main() -> None:
         _, scores = refine(env.objective, start, int(env.removed(np.array([ratio]))[0]), env.layout, 80, rng)
         searched.append(before - np.log(scores[0] + NOISE))
     found["search, each ratio alone"] = {"mean_gain": [round(float(np.mean(searched)), 4)]}
-    write("agents", 0, {"study": arguments.study, "questions": arguments.questions, "ratios": len(RATIOS), "learners": found})
+    write(
+        "agents",
+        0,
+        {"study": Path(arguments.study).name, "questions": arguments.questions, "ratios": len(RATIOS), "learners": found},
+    )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from ppf.learn.agent import Prior
 from ppf.learn.baselines import knapsack
 from ppf.learn.fit_predictor import FITS, fit_curves, fit_predictor
 from ppf.learn.objective import predicted
+from ppf.learn.predictor import Predictor
 from ppf.learn.train_agent import AgentConfig, train_agent
 from ppf.llm.architectures import layout_of
 from ppf.llm.collect import probes, spread, stratified_ratios
@@ -55,8 +56,8 @@ MODELS = {
 DENSE = 2.0
 
 
-def synthetic_study(folder: Path, layout: Layout, count: int, seed: int) -> Decider:
-    """A fitted study of a model that does not exist."""
+def synthetic_study(folder: Path, layout: Layout, count: int, seed: int) -> tuple[Decider, dict[str, Predictor]]:
+    """A fitted study of a model that does not exist, and all kinds of predictors for it."""
     rng = np.random.default_rng(seed)
     importance = Importance(tuple(rng.random(units).astype(np.float32) for units in layout.units), "random", "none")
     ratios = stratified_ratios(0.05, 0.6, count, rng)
@@ -70,7 +71,10 @@ def synthetic_study(folder: Path, layout: Layout, count: int, seed: int) -> Deci
         mask = select(item.allocation, importance, layout)
         samples.append(Sample.of(mask, "c", item.purpose, item.ratio, 0, Measurement(DENSE + damage, damage, 4096, 1.0)))
     dense = {part: {"log_ppl": DENSE, "interval": [DENSE, DENSE], "tokens": 4096} for part in ("search", "test")}
-    record = {"model": {"bytes_per_param": 2}, "layout": layout.to_json(), "settings": {}, "dense": dense, "context": "c"}
+    record = {
+        "model": {"name": "", "digest": "", "bytes_per_param": 2}, "layout": layout.to_json(), "settings": {}, "dense": dense,
+        "context": "c", "seq_len": 2048, "dtype": "float32",
+    }  # fmt: skip
     study = StudyFolder.create(folder, record)
     importance.save(study.path("importance"), layout)
     predictors = {kind: fit_predictor(kind, samples, [], layout, DENSE, seed) for kind in FITS}
@@ -79,9 +83,8 @@ def synthetic_study(folder: Path, layout: Layout, count: int, seed: int) -> Deci
     prior = Prior.of(knapsack(curves, layout), curves)
     agent = train_agent(prior, predicted(predictors["additive"]), layout, 0.02, 0.6, seed, AgentConfig(iterations=2))
     agent.save(study.path("agent"), layout)
-    decider = Decider(folder)
-    decider.all = predictors
-    return decider
+    (folder / "report.json").write_text("{}")
+    return Decider(folder), predictors
 
 
 def milliseconds(action, runs: int) -> dict[str, float]:
@@ -98,12 +101,12 @@ def measure(name: str, seed: int, samples: int) -> dict:
     layout = layout_of(MODELS[name])
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
-        decider = synthetic_study(Path(folder), layout, samples, seed)
+        decider, predictors = synthetic_study(Path(folder), layout, samples, seed)
         ratios = iter(rng.uniform(0.05, 0.6, 10_000))
         result = {"sites": len(layout.sites), "samples": samples, "predictors": {}}
         kept = np.array([decider.decide(Target(ratio=float(next(ratios)))).allocation.kept for _ in range(32)])
         many = np.tile(kept, (640, 1))
-        for kind, predictor in decider.all.items():
+        for kind, predictor in predictors.items():
             seconds = []
             for _ in range(3):
                 start = time.perf_counter()

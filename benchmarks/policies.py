@@ -4,8 +4,14 @@ Same importance, same exact budget, same surgery for all: uniform, the additive 
 the agent as it comes, and the agent refined by search and 16 true measurements on the search text.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
+
 import argparse
 import math
+import shutil
+import tempfile
 
 import numpy as np
 import torch
@@ -28,7 +34,9 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     parser.add_argument("--name", default="policies")
     arguments = parser.parse_args()
-    decider = Decider(arguments.study)
+    copy = tempfile.TemporaryDirectory()  # refining adds samples; the study itself stays as it was fitted
+    shutil.copytree(arguments.study, f"{copy.name}/study")
+    decider = Decider(f"{copy.name}/study")
     record = decider.study.record
     loaded = load_model(record["model"]["name"])
     model = loaded.on(torch.device("cpu"), torch.float32)

@@ -20,10 +20,11 @@ def write(name: str, seed: int, result: dict[str, Any]) -> Path:
         seed: That it ran with.
         result: What it saw.
     """
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!/benchmarks/results", ":!/docs")
     record = {
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], HERE.parent), *sys.argv[1:]]),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], HERE.parent), *map(_inside, sys.argv[1:])]),
         "seed": seed,
-        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": _git("rev-parse", "HEAD") + ("-dirty" if changed else ""),
         "machine": machine(),
         "result": result,
     }
@@ -45,6 +46,11 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
     }
+
+
+def _inside(argument: str) -> str:
+    """A path outside the project is named by its last part: results say nothing of the machine's folders."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _git(*arguments: str) -> str:

@@ -107,10 +107,12 @@ def fitted_study(folder: Path, predictor: Predictor, agent: Agent) -> StudyFolde
         "settings": {},
         "dense": {"search": {"log_ppl": DENSE_LOG_PPL}, "test": {"log_ppl": 2.5}},
         "context": "made up",
+        "seq_len": 16,
         "dtype": "float32",
     }
     study = StudyFolder.create(folder, record)
     IMPORTANCE.save(study.path("importance"), LAYOUT)
     predictor.save(study.path("predictor"), LAYOUT)
     agent.save(study.path("agent"), LAYOUT)
+    (folder / "report.json").write_text("{}")
     return study

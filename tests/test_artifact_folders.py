@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -10,6 +11,17 @@ from ppf.errors import DamagedError, InputError, ResourceError
 def fill(folder, text="new"):
     (folder / "inner").mkdir()
     (folder / "inner" / "a.txt").write_text(text)
+
+
+def earlier(folder):
+    """What force may replace."""
+    folder.mkdir()
+    fill(folder, "old")
+    (folder / "ppf.json").touch()
+
+
+def denied(*_):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def test_a_folder_appears_whole_at_the_end(tmp_path):
@@ -25,8 +37,7 @@ def test_a_folder_appears_whole_at_the_end(tmp_path):
 @pytest.mark.parametrize("force", [False, True])
 def test_nothing_changes_when_the_block_fails(tmp_path, error, force):
     if force:
-        (tmp_path / "out").mkdir()
-        fill(tmp_path / "out", "old")
+        earlier(tmp_path / "out")
     with pytest.raises(type(error)) as caught, atomic_folder(tmp_path / "out", force) as folder:
         fill(folder)
         raise error
@@ -38,8 +49,7 @@ def test_nothing_changes_when_the_block_fails(tmp_path, error, force):
 @pytest.mark.parametrize("force", [False, True])
 def test_nothing_changes_when_the_disk_is_full(tmp_path, monkeypatch, force):
     if force:
-        (tmp_path / "out").mkdir()
-        fill(tmp_path / "out", "old")
+        earlier(tmp_path / "out")
     with refuses(ResourceError), atomic_folder(tmp_path / "out", force) as folder:
         fill(folder)
         monkeypatch.setattr(os, "fsync", full_disk)
@@ -61,8 +71,7 @@ def failing_renames(monkeypatch, failure, *which):
 
 @pytest.mark.parametrize("failing", [1, 2])
 def test_the_old_folder_comes_back_when_the_last_step_fails(tmp_path, monkeypatch, failing):
-    (tmp_path / "out").mkdir()
-    fill(tmp_path / "out", "old")
+    earlier(tmp_path / "out")
     calls = failing_renames(monkeypatch, full_disk, failing)
     with refuses(ResourceError), atomic_folder(tmp_path / "out", force=True) as folder:
         fill(folder)
@@ -71,8 +80,7 @@ def test_the_old_folder_comes_back_when_the_last_step_fails(tmp_path, monkeypatc
 
 
 def test_the_old_folder_comes_back_when_the_last_step_is_interrupted(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    fill(tmp_path / "out", "old")
+    earlier(tmp_path / "out")
     failing_renames(monkeypatch, interrupted, 2)
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out", force=True) as folder:
         fill(folder)
@@ -80,8 +88,7 @@ def test_the_old_folder_comes_back_when_the_last_step_is_interrupted(tmp_path, m
 
 
 def test_the_old_folder_is_never_lost(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    fill(tmp_path / "out", "old")
+    earlier(tmp_path / "out")
     failing_renames(monkeypatch, full_disk, 2, 3)
     with refuses(ResourceError), atomic_folder(tmp_path / "out", force=True) as folder:
         fill(folder)
@@ -89,7 +96,7 @@ def test_the_old_folder_is_never_lost(tmp_path, monkeypatch):
 
 
 def test_force_replaces_a_folder_and_all_in_it(tmp_path):
-    (tmp_path / "out").mkdir()
+    earlier(tmp_path / "out")
     (tmp_path / "out" / "stale").touch()
     with refuses(InputError), atomic_folder(tmp_path / "out"):
         pytest.fail("the block must not start")
@@ -99,9 +106,42 @@ def test_force_replaces_a_folder_and_all_in_it(tmp_path):
     assert names_in(tmp_path) == ["out"] and names_in(tmp_path / "out") == ["inner"]
 
 
-def test_an_empty_folder_is_filled(tmp_path):
+@pytest.mark.parametrize("marker", ["ppf.json", "other"])
+def test_force_replaces_nothing_that_no_earlier_call_wrote(tmp_path, marker):
+    for path in ("out/study.json", "out/inner/ppf.json", "out/inner/other"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("keep")
+    for place in (tmp_path / "out", tmp_path):
+        with refuses(InputError) as caught, atomic_folder(place, force=True, marker=marker):
+            pytest.fail("the block must not start")
+        assert marker in str(caught.value)
+        with refuses(InputError):
+            check_new_folder(place, True, marker)
+    assert sum(path.read_text() == "keep" for path in tmp_path.rglob("*") if path.is_file()) == 3
+    with atomic_folder(tmp_path / "out" / "inner", True, marker) as folder:
+        fill(folder)
+    assert names_in(tmp_path / "out" / "inner") == ["inner"]
+
+
+def test_force_keeps_what_another_process_put_there_meanwhile(tmp_path):
+    with refuses(InputError), atomic_folder(tmp_path / "out", force=True):
+        (tmp_path / "out").mkdir()
+        fill(tmp_path / "out", "theirs")
+    assert (tmp_path / "out" / "inner" / "a.txt").read_text() == "theirs"
+
+
+def test_a_place_that_cannot_be_looked_at_is_said(tmp_path, monkeypatch):
+    with refuses(ResourceError):
+        check_new_folder(tmp_path / ("x" * 5000))
+    monkeypatch.setattr(type(tmp_path), "iterdir", denied)
+    with refuses(ResourceError):
+        check_new_folder(tmp_path)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_empty_folder_is_filled(tmp_path, force):
     (tmp_path / "out").mkdir()
-    with atomic_folder(f"{tmp_path}/out/") as folder:
+    with atomic_folder(f"{tmp_path}/out/", force) as folder:
         fill(folder)
     assert names_in(tmp_path) == ["out"] and names_in(tmp_path / "out") == ["inner"]
 

@@ -106,7 +106,7 @@ def test_the_record_has_these_fields_and_is_strict_json(decider):
         ],
         "predicted": {
             "log_ppl": decision.log_ppl,
-            "std": decision.prediction.std[0],
+            "std": decision.prediction.log_ppl_std[0],
             "ppl": pytest.approx(np.exp(decision.log_ppl)),
         },
         "params": {"before": LAYOUT.total, "after": decision.params[1]},

@@ -6,6 +6,13 @@ from pathlib import Path
 import pytest
 
 import ppf
+import tiny_models
+from builders import random_mask
+from ppf.llm.architectures import layout_of_model
+from ppf.llm.auto import PRUNED
+from ppf.llm.export import export
+from ppf.llm.stand_ins import MODEL_TYPES
+from ppf.llm.surgery import cut
 
 SOURCE = Path(ppf.__file__).parent
 FLOORS = {
@@ -85,8 +92,39 @@ def test_public_names_are_there_and_documented():
         ppf.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("first", ["import ppf", "from transformers import AutoModelForCausalLM\nimport ppf"])
-def test_importing_ppf_is_enough_for_the_auto_classes(first):
-    code = "\nfrom transformers import AutoConfig\nprint(AutoConfig.for_model('ppf_qwen3').model_type)"
-    result = run(first + "\nfrom transformers import AutoModelForCausalLM" + code)
-    assert result.stdout.strip() == "ppf_qwen3", result.stderr
+USES = {
+    "AutoConfig.for_model": "AutoConfig.for_model('ppf_qwen3')",
+    "AutoConfig.from_pretrained": "AutoConfig.from_pretrained(sys.argv[1])",
+    "AutoTokenizer": "AutoTokenizer.from_pretrained(sys.argv[1]) and AutoConfig.from_pretrained(sys.argv[1])",
+    "AutoModel": "AutoModel.from_pretrained(sys.argv[1]).config",
+    "AutoModelForCausalLM": "AutoModelForCausalLM.from_pretrained(sys.argv[1]).config",
+    "from_config": "AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1])).config",
+}
+OTHERS = "Qwen3ForCausalLM, GenerationConfig, ProcessorMixin, LlavaForConditionalGeneration"
+ORDERS = [
+    *(("import ppf", use) for use in USES),
+    *(("from transformers import AutoConfig\nimport ppf", use) for use in ("AutoConfig.from_pretrained", "AutoModel")),
+    *((f"import ppf\nfrom transformers import {OTHERS}", use) for use in ("AutoConfig.for_model", "AutoModelForCausalLM")),
+]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A pruned model with its tokenizer."""
+    model = tiny_models.model("qwen3-gqa")
+    layout = layout_of_model(model)
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export(cut(model, layout, random_mask(layout)), tiny_models.tokenizer(), {}, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("first", "use"), ORDERS)
+def test_importing_ppf_is_enough_for_the_auto_classes(exported, first, use):
+    used = sorted({node.id for node in ast.walk(ast.parse(USES[use])) if getattr(node, "id", "").startswith("Auto")}, reverse=True)
+    code = f"import sys\n{first}\nfrom transformers import {', '.join(used)}\nprint(type({USES[use]}))"
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code, str(exported)], capture_output=True, text=True)
+    assert result.stdout == "<class 'ppf.llm.pruned_model.PPFQwen3Config'>\n", result.stderr
+
+
+def test_there_is_a_stand_in_for_every_pruned_model():
+    assert set(MODEL_TYPES) == {config.model_type for config, *_ in PRUNED.values()} == {f"ppf_{family}" for family in PRUNED}

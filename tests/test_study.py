@@ -13,15 +13,17 @@ import pytest
 from builders import full_disk, importance, layout, names_in, random_mask, refuses
 from ppf.errors import DamagedError, InputError, InUseError, ResourceError
 from ppf.samples import Measurement, Sample
-from ppf.study import STUDY_VERSION, StudyFolder, context_of, locked
+from ppf.study import _FIELDS, STUDY_VERSION, StudyFolder, context_of, locked
 
 LAYOUT = layout()
 RECORD = {
-    "model": {"name": "ref-a", "digest": "d" * 32},
+    "model": {"name": "ref-a", "digest": "d" * 32, "bytes_per_param": 2},
     "layout": json.loads(json.dumps(LAYOUT.to_json())),
     "settings": {"samples": 600, "text": "pydocs"},
-    "dense": {"log_ppl": 2.5},
+    "dense": {"search": {"log_ppl": 2.5}, "test": {"log_ppl": 2.25}},
     "context": "c" * 32,
+    "seq_len": 256,
+    "dtype": "float32",
     "note": "ü",
 }
 HOLDER = """
@@ -72,10 +74,19 @@ def test_a_record_that_is_no_object_is_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize("value", [None, 5, [1], ...])
-@pytest.mark.parametrize("field", ["model", "layout", "settings", "dense", "context"])
+@pytest.mark.parametrize("field", _FIELDS)
 def test_a_record_without_a_field_is_refused_by_name(tmp_path, field, value):
-    record = {"version": STUDY_VERSION, **RECORD, field: value}
-    (tmp_path / "study.json").write_text(json.dumps({name: value for name, value in record.items() if value is not ...}))
+    if isinstance(value, _FIELDS[field]):
+        value = "another type"
+    record = json.loads(json.dumps({"version": STUDY_VERSION, **RECORD}))
+    *path, last = field.split(".")
+    inner = record
+    for name in path:
+        inner = inner[name]
+    inner[last] = value
+    if value is ...:
+        del inner[last]
+    (tmp_path / "study.json").write_text(json.dumps(record))
     with refuses(DamagedError) as caught:
         StudyFolder(tmp_path)
     assert repr(field) in str(caught.value)
@@ -125,6 +136,8 @@ def test_a_study_is_fitted_when_all_is_there(tmp_path):
         with refuses(InputError):
             study.check_fitted()
         study.path(name).touch()
+    assert not study.is_fitted
+    (tmp_path / "report.json").touch()
     assert study.is_fitted and study.check_fitted() is None
 
 

@@ -1,4 +1,4 @@
-"""ppf makes a language model smaller, by any ratio, and the result loads everywhere.
+"""ppf makes a language model smaller, by any ratio, and the result loads in transformers.
 
     ratio ─► Budget ─► [agent] Policy ─allocate─► Allocation ─select(Importance)─► Mask ─cut─► model ─export─► folder
     fitting only:  Mask ─measure─► Sample ─► SampleStore ─► Predictor ─► Objective(masks)->damage ─► agent training

@@ -1,6 +1,7 @@
-"""Tells transformers of the pruned classes at the moment when its auto classes are first used, and not before.
+"""Tells transformers' AutoConfig of the pruned models at the moment when it is loaded, and not before.
 
-`import ppf` must stay light, so nothing is imported here: a finder waits for `transformers.models.auto.modeling_auto`.
+`import ppf` must stay light, so nothing is imported here: a finder waits for `transformers.models.auto.configuration_auto`,
+which every auto class needs. That module is often loaded in the midst of others, so only stand-ins are registered then.
 """
 
 import importlib.abc
@@ -10,11 +11,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_AWAITED = "transformers.models.auto.modeling_auto"
+_AWAITED = "transformers.models.auto.configuration_auto"
 
 
 def register_with_transformers() -> None:
-    """Registers now if the auto classes are loaded already, else as soon as they are."""
+    """Registers now if AutoConfig is loaded already, else as soon as it is."""
     if _AWAITED in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -22,7 +23,7 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("ppf.llm.auto").register()
+    importlib.import_module("ppf.llm.stand_ins").register_stand_ins()
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -22,7 +22,11 @@ from safetensors.numpy import save
 from ppf.errors import DamagedError, InputError, PPFError, ResourceError
 
 FORMAT_VERSION = 1
-_MAX_HEADER = 16 * 2**20
+MAX_HEADER = 16 * 2**20
+"""Bytes that the JSON header of a safetensors file may have; more is read by nobody."""
+
+MARKER = "ppf.json"
+"""What a folder must hold so that ``force`` may replace it."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -99,7 +103,7 @@ def load_artifact(path: Path, kind: str, fingerprint: str | None = None) -> tupl
     """
     with _reading(path, "be a whole ppf artefact"):
         with open(path, "rb") as start:
-            if int.from_bytes(start.read(8), "little") > _MAX_HEADER:
+            if int.from_bytes(start.read(8), "little") > MAX_HEADER:
                 raise ValueError("it announces a header of more than 16 MB")
         with safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get("ppf", "{}"))
@@ -111,22 +115,23 @@ def load_artifact(path: Path, kind: str, fingerprint: str | None = None) -> tupl
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, force: bool = False, marker: str = MARKER) -> Iterator[Path]:
     """A folder that appears under its name only when the block ended without an error.
 
     Args:
         path: The name that it gets at the end.
-        force: Replace a folder of that name; a file or a link is never replaced.
+        force: Replace a folder of that name that holds ``marker``; nothing else is ever replaced.
+        marker: The file that shows what an earlier call wrote.
 
     Yields:
         A temporary folder beside it to fill.
 
     Raises:
-        InputError: Something of that name exists (and ``force`` is off).
+        InputError: Something of that name exists, and ``force`` is off or may not replace it.
         ResourceError: The place cannot be written.
     """
     path = Path(os.path.abspath(path))
-    check_new_folder(path, force)
+    check_new_folder(path, force, marker)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -140,7 +145,7 @@ def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
                 _sync(file)
         work.chmod(0o777 & ~_umask())
         _sync(work)
-        check_new_folder(path, force)  # again: filling takes long, and another process may have come first
+        check_new_folder(path, force, marker)  # again: filling takes long, and another process may have come first
         _swap_in(work, path, force)
     except OSError as error:
         if error.errno is None:
@@ -150,19 +155,31 @@ def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def check_new_folder(path: Path, force: bool = False) -> None:
+def check_new_folder(path: Path, force: bool = False, marker: str = MARKER) -> None:
     """Refuses a place where a folder would overwrite something.
 
+    Args:
+        path: Where it is wanted; an empty folder may be there.
+        force: A folder that holds ``marker`` may be there too.
+        marker: The file that shows what an earlier call wrote.
+
     Raises:
-        InputError: A file or link of that name exists, or a folder while ``force`` is off.
+        InputError: A file, a link or a folder with other things in it is there.
+        ResourceError: It cannot be looked at.
     """
     path = Path(path)
     if "\n" in str(path) or "\0" in str(path):
         raise InputError(f"an output folder must have a plain name; {str(path)!r} came; choose another")
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise InputError(f"{path} must be a new folder; a file or link is there; choose another name")
-    if path.exists() and any(path.iterdir()) and not force:
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise InputError(f"{path} must be a new folder; a file or link is there; choose another name")
+        names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    except OSError as error:
+        raise ResourceError(f"{path} must be a place for a folder; {error.strerror}; choose another place") from error
+    if names and not force:
         raise InputError(f"{path} must be a new folder; it exists and is not empty; choose another name or add --force")
+    if names and marker not in names:
+        raise InputError(f"{path} must hold {marker} to be replaced by --force; it holds other things; choose another name")
 
 
 def _swap_in(work: Path, path: Path, force: bool) -> None:

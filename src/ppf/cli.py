@@ -43,17 +43,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = _parse([argument for argument in given if argument != "--debug"])
         if command is not None:
-            _RUN[type(command)](command)
+            _run(command, debug)
         return 0
     except PPFError as error:
         return _fail(str(error), error.exit_code, debug)
     except KeyboardInterrupt:
-        return _fail("stopped; what was measured is kept; the same command goes on", 130, debug)
+        return _fail("stopped; a fit keeps what it measured; the same command goes on", 130, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
-        return _fail("there must be enough memory; there was not; take a smaller model, --seq-len or --dtype bfloat16", 5, debug)
+    except OSError as error:
+        return _fail(f"a file or folder must be usable; {error}; check its name and its permissions", 5, debug)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)):
+            raise
+        return _fail("there must be enough memory; there was not; take a smaller --seq-len or --dtype bfloat16", 5, debug)
+
+
+def _run(command: Any, debug: bool) -> None:
+    if not isinstance(command, PolicyConfig) and not debug:
+        from ppf.llm.load import quiet_transformers
+
+        quiet_transformers()
+    _RUN[type(command)](command)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
@@ -89,7 +101,7 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _description() -> str:
-    return "Make a language model smaller, by any ratio; the result loads in transformers and vLLM. Add --debug for tracebacks."
+    return "Make a language model smaller, by any ratio; the result loads in transformers. Add --debug for tracebacks."
 
 
 def _one_line(box: str, arguments: list[str]) -> str:
@@ -117,23 +129,22 @@ def _fit(config: FitConfig) -> None:
 
 
 def _prune(config: PruneConfig) -> None:
-    from pathlib import Path
-
-    from ppf.artifact import check_new_folder
     from ppf.decide import Decider
     from ppf.progress import Progress
     from ppf.recipes.lab import load_for
-    from ppf.recipes.prune import dense_bytes, prune
+    from ppf.recipes.prune import check_out, dense_bytes, prune
 
-    check_new_folder(Path(config.out), config.force)
+    check_out(config.out, config.force, config.study)
     decider, progress = Decider(config.study), Progress()
     decider.budget(config.target)
     model = decider.study.record["model"]
-    loaded = load_for(model["name"], progress)
+    loaded = load_for(config.model or model["name"], progress)
     pruned = prune(config.study, loaded, config.target, config.device, config.candidates if config.refine else 0, progress)
     with progress.stage("writing and checking"):
         size = pruned.save_pretrained(config.out, config.force)
-    plan = {key: value for key, value in pruned.plan.items() if key not in ("mask", "layout", "format")}
+    plan = {
+        key: value for key, value in pruned.plan.items() if key not in ("mask", "policy", "report", "layout", "context", "format")
+    }
     record = {**plan, "bytes": {"before": dense_bytes(loaded, model["bytes_per_param"]), "after": size}, "out": config.out}
     _warn_range(record)
     if config.json:
@@ -235,7 +246,9 @@ def _print_policy(record: dict[str, Any]) -> None:
     _table("what stays", ["layer", *kinds], [[str(layer), *(cells.get((layer, kind), "") for kind in kinds)] for layer in layers])
     print(f"ratio       asked {ratio['asked']:.4f}, met {ratio['met']:.4f}")
     print(f"perplexity  predicted {predicted['ppl']:.2f}  ({predicted['log_ppl']:.4f} +- {predicted['std']:.4f} nats/token)")
-    print(f"parameters  {params['before']:,} -> {params['after']:,}, decided in {record['milliseconds']:.1f} ms")
+    gone = 100 * (1 - params["after"] / params["before"])
+    print(f"parameters  {params['before']:,} -> {params['after']:,}  ({gone:.1f} % of all gone)")
+    print(f"decided in  {record['milliseconds']:.1f} ms")
 
 
 def _print_report(report: dict[str, Any], study: str) -> None:
@@ -253,7 +266,9 @@ def _print_report(report: dict[str, Any], study: str) -> None:
     )
     print("* decides. MSE of PPL_dense/PPL, MAE in nats/token, Kendall's tau of the damage: of all, and within a ratio.")
     samples = ", ".join(f"{count} {purpose}" for purpose, count in report["samples"].items())
-    print(f"samples  {samples}; {report['failed']} failed; {report['tokens']['measured']:,} tokens through the model")
+    tokens = sum(report["tokens"].values())
+    lost = f"; {report['damaged']} damaged rows left out" if report["damaged"] else ""
+    print(f"samples  {samples}; {report['failed']} failed{lost}; {tokens:,} tokens through the model")
     print("seconds  " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in report["seconds"].items()))
     print(f"next     ppf prune {study} --ratio 0.3 --out smaller")
 

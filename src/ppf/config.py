@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from tyro.conf import Positional, arg
 
@@ -15,8 +15,21 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def _check_count(flag: str, value: int | None, least: int) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise InputError(f"{flag} must be a whole number; {value!r} came; give one")
     if value is not None and value < least:
         raise InputError(f"{flag} must be at least {least}; {value} came; raise it")
+
+
+def _check_choice(flag: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise InputError(f"{flag} must be one of {', '.join(get_args(choices))}; {value!r} came; choose one")
+
+
+def _check_words(**values: str | None) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{name} must be a string; {value!r} came; convert it")
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,10 @@ class FitConfig:
         _check_count("--rounds", self.rounds, 0)
         _check_count("--workers", self.workers, 1)
         _check_count("--seed", self.seed, 0)
+        _check_choice("--score", self.score, ScoreName)
+        _check_choice("--predictor", self.predictor, PredictorName)
+        _check_choice("--dtype", self.dtype, DtypeName)
+        _check_words(model=self.model, study=self.study, text=self.text, test_text=self.test_text, device=self.device)
         if not (math.isfinite(self.max_ratio) and 0.05 < self.max_ratio < 1):
             raise InputError(f"--max-ratio must lie in (0.05, 1); {self.max_ratio:g} came; 0.65 is usual")
 
@@ -90,6 +107,7 @@ class Target:
             came = " and ".join(f"--{name}" for name in given) or "none"
             raise InputError(f"exactly one of --ratio, --params and --memory must be given; {came} came; give one")
         _check_count("--align", self.align, 1)
+        _check_words(params=self.params, memory=self.memory)
         if self.params is not None:
             parse_count(self.params)
         if self.memory is not None:
@@ -121,7 +139,9 @@ class PruneConfig:
     candidates: int = 16
     """How many policies --refine measures."""
     force: bool = False
-    """Replace OUT if it exists."""
+    """Replace an earlier export of that name."""
+    model: Annotated[str | None, arg(metavar="MODEL")] = None
+    """Where the dense model lies now; by default where it was when the study was fitted."""
     device: str = "auto"
     """As in fit."""
     json: bool = False
@@ -153,6 +173,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _check_count("--seq-len", self.seq_len, 8)
         _check_count("--tokens", self.tokens, 1)
+        _check_choice("--dtype", self.dtype, DtypeName)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Decision:
         prediction: Of this one mask; arrays of length 1.
         log_ppl: Predicted log-perplexity on the study's test text, nats/token.
         params: Parameters of the model before and after.
-        in_range: Whether the agent was trained for this ratio.
+        in_range: Whether the ratio is at most the largest that the agent was trained on.
         milliseconds: Time that deciding took.
     """
 
@@ -50,10 +50,11 @@ class Decision:
     def to_json(self, layout: Layout) -> dict[str, Any]:
         """A JSON-ready record."""
         sites = zip(layout.sites, self.allocation.kept, strict=True)
+        expected = {"log_ppl": self.log_ppl, "std": float(self.prediction.log_ppl_std[0]), "ppl": float(np.exp(self.log_ppl))}
         return {
             "ratio": {"asked": self.asked, "met": self.met},
             "kept": [{"layer": site.layer, "kind": site.kind, "kept": int(kept), "of": site.units} for site, kept in sites],
-            "predicted": {"log_ppl": self.log_ppl, "std": float(self.prediction.std[0]), "ppl": float(np.exp(self.log_ppl))},
+            "predicted": expected,
             "params": {"before": self.params[0], "after": self.params[1]},
             "in_range": self.in_range,
             "milliseconds": self.milliseconds,

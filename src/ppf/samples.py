@@ -116,7 +116,7 @@ _SURROUNDINGS = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IO
 
 
 class SampleStore:
-    """Append-only samples of one context in one file.
+    """Samples of one context in one file, one a mask; none is removed, and only a new one of the same mask replaces it.
 
     Args:
         path: The SQLite file.
@@ -126,9 +126,9 @@ class SampleStore:
 
     def __init__(self, path: Path, context: str, write: bool = False) -> None:
         self.path, self.context, self.damaged = Path(path), context, 0
-        if not write and not self.path.exists():
-            raise DamagedError(f"{path} must exist; it does not; fit the study first")
         with _translated(self.path), ExitStack() as on_error:
+            if not write and not self.path.exists():
+                raise DamagedError(f"{path} must exist; it does not; fit the study first")
             mode = "rwc" if write else "ro"
             self._db = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode={mode}", uri=True, timeout=1.0, isolation_level=None)
             on_error.callback(self._db.close)
@@ -211,9 +211,11 @@ def _crc(row: list[Any]) -> int:
 
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
-    """Turns SQLite's errors into ours."""
+    """Turns SQLite's and the system's errors into ours."""
     try:
         yield
+    except OSError as error:
+        raise ResourceError(f"{path} must be readable; {error.strerror}; check its permissions") from error
     except UnicodeDecodeError as error:  # SQLite quotes a damaged schema in its message
         raise DamagedError(f"{path} must be a whole SQLite file; its schema is not text; start a new study") from error
     except sqlite3.DatabaseError as error:

@@ -24,13 +24,21 @@ from ppf.space.importance import Importance
 from ppf.space.layout import Layout
 
 STUDY_VERSION = 1
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "model": (dict, str),
-    "layout": dict,
-    "settings": dict,
-    "dense": dict,
-    "context": str,
+MEASURE_VERSION = 1
+"""To be raised when the same mask would give other figures."""
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "model.name": (str,),
+    "model.digest": (str,),
+    "model.bytes_per_param": (int, float),
+    "layout": (dict,),
+    "settings": (dict,),
+    "dense.search.log_ppl": (int, float),
+    "dense.test.log_ppl": (int, float),
+    "context": (str,),
+    "seq_len": (int,),
+    "dtype": (str,),
 }
+"""What the record must hold; a dot leads into a record within it."""
 
 
 class StudyFolder:
@@ -51,8 +59,11 @@ class StudyFolder:
         self.record: dict[str, Any] = read_json(self.folder / "study.json")
         if not isinstance(self.record, dict) or self.record.get("version") != STUDY_VERSION:
             raise DamagedError(f"{folder} must be a study of version {STUDY_VERSION}; it is not; fit again in a new folder")
-        for field, kind in _FIELDS.items():
-            if not isinstance(self.record.get(field), kind):
+        for field, kinds in _FIELDS.items():
+            value: Any = self.record
+            for name in field.split("."):
+                value = value.get(name) if isinstance(value, dict) else None
+            if not isinstance(value, kinds):
                 raise DamagedError(f"{folder}/study.json must have {field!r}; it has not; fit again in a new folder")
 
     @classmethod
@@ -82,8 +93,10 @@ class StudyFolder:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether all stages are done."""
-        return all(self.path(name).is_file() for name in ("importance", "predictor", "agent"))
+        """Whether all stages are done; the report is written last."""
+        return (self.folder / "report.json").is_file() and all(
+            self.path(name).is_file() for name in ("importance", "predictor", "agent")
+        )
 
     def check_fitted(self) -> None:
         """Refuses a study whose stages are not all done.
@@ -140,5 +153,6 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def context_of(**parts: Any) -> str:
-    """Hash of everything that a measurement depends on."""
+    """Hash of everything that a measurement depends on, and of how it is made."""
+    parts["measure"] = MEASURE_VERSION
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -28,7 +28,7 @@ class Given:
 
 def judged(damage, samples, std=1.0):
     damage = np.asarray(damage, dtype=float)
-    return figures(Predictor(Given(damage, np.full(len(damage), std)), LINK), samples, LAYOUT, DENSE_LOG_PPL)
+    return figures(Predictor(Given(damage, np.full(len(damage), std)), LINK, np.zeros(())), samples, LAYOUT, DENSE_LOG_PPL)
 
 
 def damages(samples):
@@ -62,7 +62,7 @@ def test_tau_of_a_constant_is_nothing():
 
 def test_a_perfect_predictor_makes_no_error():
     curves = curves_of(PLAIN)
-    predictor = Predictor(Additive(curves.units, curves.table, np.array(0.1)), LINK)
+    predictor = Predictor(Additive(curves.units, curves.table, np.array(0.1)), LINK, np.zeros(()))
     found = figures(predictor, spread(PLAIN, 10), LAYOUT, DENSE_LOG_PPL)
     assert found.count == 30 and found.tau == pytest.approx(1) and found.tau_mean == pytest.approx(1)
     for within in (found.tau_within, found.tau_log_ppl_within):

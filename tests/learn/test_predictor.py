@@ -78,7 +78,7 @@ def test_patches_are_the_neighbourhood_of_every_second_place():
 
 def test_the_link_is_read_between_its_knots_and_goes_on_straight_beyond():
     link = np.array([[0.0, 1.0, 3.0], [0.0, 2.0, 3.0]])
-    predictor = Predictor(Additive(curves_of(truth()).units, curves_of(truth()).table, np.array(0.1)), link)
+    predictor = Predictor(Additive(curves_of(truth()).units, curves_of(truth()).table, np.array(0.1)), link, np.zeros(()))
     np.testing.assert_allclose(predictor.log_ppl_of(np.array([0, 0.5, 1, 2, 3, 5, 103])), [0, 1, 2, 2.5, 3, 4, 53])
 
 

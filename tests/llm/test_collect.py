@@ -210,8 +210,16 @@ def test_failures_are_kept_with_their_reasons(tmp_path):
         assert failed[digests(items)[1]].reason == "its worker died 3 times"
         assert "inf" in failed[digests(items)[4]].reason
         assert Counter(sample.status for sample in found) == {"done": 6, "failed": 2}
-        again, _ = gather(store, nobody := Lab(), items)
-        assert nobody.asked == 0 and Counter(again) == Counter(found)
+
+
+def test_what_failed_is_measured_again(tmp_path):
+    items, failure = wanted(), Measurement(math.nan, math.nan, 0, 0.0, "too little memory")
+    with opened(tmp_path / "s") as store:
+        gather(store, Lab(reasons={1: failure, 4: failure}), items)
+        found, told = gather(store, lab := Lab(reasons={0: failure}), items)
+        assert lab.measured == [digests(items)[4], digests(items)[1]] and len(found) == len(told) == 8
+        assert [sample.digest for sample in store.failed()] == [digests(items)[1]]
+        assert len(store.all()) == 7
 
 
 def test_nothing_wanted_asks_nobody(tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import math
 import os
 import signal
@@ -7,23 +8,20 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import tiny_models as tiny
-from builders import layout, random_mask, refuses
+from builders import full_disk, layout, random_mask, refuses
 from ppf.errors import ResourceError
 from ppf.llm import engines
 from ppf.llm.architectures import layout_of_model
-from ppf.llm.engines import InProcessEngine, LocalEngine, measure_mask
+from ppf.llm.engines import InProcessEngine, LocalEngine
 from ppf.llm.export import export
 from ppf.llm.load import convert, load_model
-from ppf.llm.perplexity import reference_of
 from ppf.llm.surgery import cut
 from ppf.llm.text import Text
 from ppf.samples import Measurement
-from ppf.space.mask import Mask
 
 LAYOUT = layout(layers=1, ffn=40)
 BLOCKS = tiny.blocks(6, 12)
@@ -197,6 +195,31 @@ def test_a_worker_that_can_never_start_ends_the_measuring(stand_ins):
     assert len((stand_ins / "pids").read_text().split()) <= 2 and children() == before
 
 
+@pytest.mark.parametrize("failing", [1, 3])
+def test_processes_that_the_system_does_not_start_are_said_and_the_others_ended(stand_ins, monkeypatch, failing):
+    before, start, calls = children(), subprocess.Popen, []
+
+    def limited(*args, **options):
+        calls.append(1)
+        if len(calls) == failing:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return start(*args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", limited)
+    with refuses(ResourceError), pool(stand_ins, 4):
+        pytest.fail("one is missing")
+    assert len(calls) == failing and children() == before
+
+
+def test_a_worker_that_cannot_be_replaced_ends_the_measuring(stand_ins, monkeypatch):
+    before, wanted = children(), masks()
+    tell(stand_ins, "deadly", wanted[5])
+    with pool(stand_ins, 2) as engine, refuses(ResourceError):
+        monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: full_disk())
+        list(engine.measure(wanted))
+    assert children() == before
+
+
 @pytest.mark.parametrize("taken", [1, 5])
 def test_an_abandoned_run_leaves_nothing_in_the_next(stand_ins, taken):
     wanted = masks()
@@ -278,7 +301,7 @@ sys.stdin.read()
 
 
 @pytest.mark.slow
-def test_no_worker_outlives_its_parent(tmp_path):
+def test_workers_end_when_their_parent_dies(tmp_path):
     folder, text, _ = real(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(Path(engines.__file__).parents[2])}
     command = [sys.executable, "-c", PARENT, str(folder), str(text)]
@@ -290,43 +313,6 @@ def test_no_worker_outlives_its_parent(tmp_path):
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, workers))
-
-
-# --- this process ---
-
-
-def test_in_this_process_masks_are_answered_in_order():
-    model = tiny.model()
-    of = layout_of_model(model)
-    wanted, before = masks(5, of), tiny.snapshot(model)
-    with closing(InProcessEngine(model, of, BLOCKS, 4096)) as engine:
-        found = list(engine.measure(wanted))
-    assert [index for index, _ in found] == list(range(5)) and tiny.snapshot(model) == before
-    reference = reference_of(model, BLOCKS)
-    for index, result in found:
-        alone = measure_mask(model, of, wanted[index], BLOCKS, reference, 24)
-        assert (result.log_ppl, result.kl) == pytest.approx((alone.log_ppl, alone.kl), abs=1e-6)
-    assert len({result.log_ppl for _, result in found}) == 5 and all(result.kl > 0 for _, result in found)
-    everything = Mask(tuple(np.ones(units, dtype=bool) for units in of.units))
-    assert abs(measure_mask(model, of, everything, BLOCKS, reference, 4096).kl) < 1e-7
-
-
-def test_too_little_memory_is_a_result_with_a_reason():
-    model = tiny.model()
-    of = layout_of_model(model)
-    engine, wanted = InProcessEngine(model, of, BLOCKS, 4096), masks(3, of)
-    calls = []
-
-    def full_once(*_):
-        calls.append(1)
-        if len(calls) <= 4:  # one mask's: the batch and its halves, down to one block
-            raise MemoryError
-
-    model.register_forward_pre_hook(full_once)
-    found = [result for _, result in engine.measure(wanted)]
-    assert math.isnan(found[0].log_ppl) and "memory" in found[0].reason
-    assert [result.reason for result in found[1:]] == ["", ""]
-    assert len(tiny.snapshot(model)["hooks"]) == 1
 
 
 @pytest.mark.parametrize("log_ppl", [2.5, 1e-300, math.nan, math.inf, -math.inf])

@@ -232,16 +232,28 @@ def test_one_unit_everywhere_is_exported_too(tmp_path):
     assert load_model(str(tmp_path / "out")).layout.units.tolist() == [1] * 6
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_any_attention_is_checked_with_itself(tmp_path, attention):
+    tiny.save(tmp_path / "dense", "llama-wide-heads-rope")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", attn_implementation=attention)
+    layout = layout_of_model(dense)
+    export(cut(dense, layout, random_mask(layout)), tiny.tokenizer(), PLAN, tmp_path / "out")  # refuses the least difference
+    assert "attn" not in (tmp_path / "out" / "config.json").read_text()
+
+
 # --- refusals ---
 
 
-def test_an_existing_folder_is_refused_and_replaced_only_by_force(tmp_path):
+def test_only_an_earlier_export_is_replaced_and_only_by_force(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("keep")
     with refuses(InputError):
         export(smaller(), tiny.tokenizer(), PLAN, out)
+    with refuses(InputError):
+        export(smaller(), tiny.tokenizer(), PLAN, out, force=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+    (out / "ppf.json").touch()
     export(smaller(), tiny.tokenizer(), PLAN, out, force=True)
     assert not (out / "mine").exists() and (out / "config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,6 +1,11 @@
 import copy
+import errno
 import json
+import os
 import pickle
+import subprocess
+import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,14 +13,15 @@ import pytest
 import torch
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, LlamaModel, PreTrainedConfig
 
 import tiny_models as tiny
-from builders import refuses
+from builders import random_mask, refuses
 from ppf.errors import DamagedError, InputError, PPFError, ResourceError, UnsupportedError
 from ppf.llm import load
 from ppf.llm.architectures import layout_of_model
 from ppf.llm.load import adopt_model, convert, load_model, model_digest, resolve
+from ppf.llm.surgery import cut
 
 IDS = tiny.blocks(2, 9)
 REPLY = SimpleNamespace(headers={}, request=None)
@@ -80,6 +86,15 @@ def test_a_name_of_nothing_is_refused(name):
         load_model(name)
 
 
+def test_a_name_that_may_not_be_looked_at_is_said(monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "is_dir", denied)
+    with refuses(ResourceError):
+        resolve("/theirs/model")
+
+
 def test_a_file_is_no_model(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with refuses(InputError):
@@ -90,10 +105,30 @@ def test_a_hub_id_is_fetched_without_code_or_pickles(whole, monkeypatch):
     asked = []
     monkeypatch.setattr(load, "snapshot_download", lambda *args, **options: asked.append((args, options)) or str(whole))
     assert load_model("someone/model").folder == whole
-    [(args, options)] = asked
-    assert args == ("someone/model",)
-    wanted = [pattern.rpartition(".")[2] for pattern in options["allow_patterns"]]
-    assert set(wanted) == {"json", "safetensors", "model", "jinja"}
+    assert [args for args, _ in asked] == [("someone/model",)] * 2
+    config, rest = (options["allow_patterns"] for _, options in asked)
+    assert config == ["config.json"]
+
+    def fetched(name):
+        return any(fnmatch(name, pattern) for pattern in rest)
+
+    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", "chat_template.jinja", "tokenizer.model"):
+        assert fetched(name)
+    assert fetched("model.safetensors") and fetched("model-00001-of-00002.safetensors") and fetched("merges.txt")
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "modeling_x.py", "onnx/model.safetensors", "original/a.pth"):
+        assert not fetched(name)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("gpt2", UnsupportedError), (None, UnsupportedError), (..., DamagedError)])
+def test_a_hub_model_of_another_family_is_refused_before_its_weights_are_fetched(tmp_path, monkeypatch, kind, error):
+    def download(name, allow_patterns):
+        assert allow_patterns == ["config.json"]
+        return str(tmp_path)
+
+    (tmp_path / "config.json").write_text("{}" if kind is ... else json.dumps({"model_type": kind}))
+    monkeypatch.setattr(load, "snapshot_download", download)
+    with refuses(error):
+        load_model("someone/model")
 
 
 @pytest.mark.parametrize(
@@ -188,6 +223,39 @@ def test_one_changed_weight_changes_the_digest(place):
     assert model_digest(model) == before
 
 
+@pytest.mark.parametrize("name", ["llama-wide-heads-rope", "mistral-gqa", "qwen2-mha-tied-window", "qwen3-gqa"])
+def test_the_digest_is_that_of_the_folder_and_of_the_model_in_memory(tmp_path, name):
+    model = tiny.model(name)
+    layout = layout_of_model(model)
+    for folder, one in (("dense", model), ("cut", cut(model, layout, random_mask(layout)))):
+        one.save_pretrained(tmp_path / folder)
+        for attention in ("sdpa", "eager"):
+            again = AutoModelForCausalLM.from_pretrained(tmp_path / folder, attn_implementation=attention)
+            assert model_digest(again) == model_digest(one)
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "qwen3-gqa"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_field_that_a_later_transformers_adds_does_not_change_the_digest(monkeypatch, name, pruned):
+    model = tiny.model(name)
+    layout = layout_of_model(model)
+    model = cut(model, layout, random_mask(layout)) if pruned else model
+    before, to_dict = model_digest(model), PreTrainedConfig.to_dict
+    monkeypatch.setattr(PreTrainedConfig, "to_dict", lambda self: to_dict(self) | {"new_field": getattr(self, "new_field", 7)})
+    assert model_digest(model) == before
+    model.config.new_field = 8
+    assert model_digest(model) != before
+
+
+@pytest.mark.parametrize("change", [{"rms_norm_eps": 1e-3}, {"hidden_act": "gelu"}, {"sliding_window": 5}])
+def test_a_changed_setting_changes_the_digest(change):
+    model = tiny.model("mistral-gqa")
+    before = model_digest(model)
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    assert model_digest(model) != before
+
+
 # --- models given as objects ---
 
 
@@ -195,15 +263,25 @@ def test_a_given_model_is_known_as_one_that_was_loaded(whole):
     loaded = load_model(str(whole))
     model = tiny.model()
     adopted = adopt_model(model, tiny.tokenizer())
-    assert adopted.model is model and adopted.folder is None
+    assert type(adopted.model) is type(model) and adopted.folder is None
     assert (adopted.layout, adopted.digest, adopted.dtype) == (loaded.layout, loaded.digest, loaded.dtype)
 
 
-def test_a_given_model_is_only_put_into_evaluation_mode():
-    model = tiny.model()
+@pytest.mark.parametrize("mode", [True, False, "some"])
+def test_a_given_model_shares_its_weights_and_nothing_else(mode):
+    model = tiny.model().train(bool(mode))
+    if mode == "some":
+        model.model.layers[1].eval()
     before = tiny.snapshot(model)
-    assert not adopt_model(model.train(), tiny.tokenizer()).model.training
+    adopted = adopt_model(model, tiny.tokenizer()).model
+    assert not any(module.training for module in adopted.modules())
+    adopted.register_forward_pre_hook(lambda *_: None)
+    adopted.config.use_cache = not model.config.use_cache
     assert tiny.snapshot(model) == before
+    for ours, theirs in ((adopted.parameters(), model.parameters()), (adopted.buffers(), model.buffers())):
+        assert all(a is b for a, b in zip(ours, theirs, strict=True))
+    assert adopted.get_input_embeddings().weight is adopted.get_output_embeddings().weight
+    assert torch.equal(tiny.logits(adopted, IDS), tiny.logits(model, IDS))
 
 
 def test_its_tokenizer_is_found_where_it_came_from(whole):
@@ -211,6 +289,9 @@ def test_its_tokenizer_is_found_where_it_came_from(whole):
     assert adopt_model(model).tokenizer("w7")["input_ids"] == [7]
     with refuses(InputError):
         adopt_model(tiny.model())
+    model.config._name_or_path = "x" * 5000
+    with refuses(ResourceError):
+        adopt_model(model)
 
 
 def test_only_a_causal_lm_of_a_known_family_is_taken():
@@ -241,7 +322,7 @@ def test_a_given_model_is_never_converted_itself(dtype):
     loaded, before = adopt_model(model, tiny.tokenizer()), tiny.snapshot(model)
     other = loaded.on(torch.device("cpu"), dtype)
     assert other.dtype == dtype and tiny.snapshot(model) == before
-    assert (other is model) is (dtype == torch.bfloat16)
+    assert (other is loaded.model) is (dtype == torch.bfloat16)
 
 
 def test_a_loaded_model_is_converted_only_where_nothing_is_lost(tmp_path):
@@ -251,3 +332,18 @@ def test_a_loaded_model_is_converted_only_where_nothing_is_lost(tmp_path):
     assert tiny.snapshot(loaded.model)["state"] == before
     assert loaded.on(cpu, torch.float32) is loaded.model
     assert tiny.snapshot(loaded.on(cpu, torch.bfloat16))["state"] == before
+
+
+QUIET = """
+from transformers.utils import logging
+import ppf.llm.engines, ppf.llm.load
+before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+ppf.llm.load.quiet_transformers()
+print(before == (logging.WARNING, True), logging.get_verbosity() == logging.ERROR, logging.is_progress_bar_enabled())
+"""
+
+
+def test_transformers_is_silenced_only_on_demand():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRANSFORMERS_", "HF_"))}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", QUIET], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["True", "True", "False"], done.stderr

@@ -16,7 +16,8 @@ from builders import examples, refuses
 from ppf.errors import DamagedError, InputError, PPFError, UnsupportedError
 from ppf.llm import load
 from ppf.llm.architectures import FAMILIES, skeleton
-from ppf.llm.load import check_weights, load_model, read_config
+from ppf.llm.load import load_model, read_config
+from ppf.llm.weights import check_weights
 
 
 def set_config(folder, **changes):
@@ -50,7 +51,7 @@ def split(folder, index):
 def no_weights_read(monkeypatch):
     """Makes any reading of weights fail the test."""
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
-    monkeypatch.setattr(load, "_tensors", lambda *_: pytest.fail("weights were looked at"))
+    monkeypatch.setattr(load, "check_weights", lambda *_: pytest.fail("weights were looked at"))
 
 
 # --- configs ---

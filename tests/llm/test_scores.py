@@ -130,7 +130,7 @@ def test_taylor_is_the_squared_gradient_of_the_loss_by_the_mask(name):
     for index, site in enumerate(layout_of_model(model).sites):
         weight, expected = linear(model, site.reader).weight, 0
         for row in torch.from_numpy(BLOCKS):
-            loss = functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:])
+            loss = functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:], reduction="sum")
             gradient = torch.autograd.grad(loss, weight)[0]
             expected = expected + ((weight * gradient).sum(0) ** 2).detach().numpy()
         expected = expected[columns_of(model, site)].sum(1)
@@ -147,12 +147,24 @@ def test_taylor_is_the_slope_of_the_loss_along_the_mask():
         factors[7] = factor
         handle = reader.register_forward_pre_hook(lambda _, args: (args[0] * factors,))
         with torch.inference_mode():
-            value = functional.cross_entropy(model(row).logits[0, :-1], row[0, 1:]).item()
+            value = functional.cross_entropy(model(row).logits[0, :-1], row[0, 1:], reduction="sum").item()
         handle.remove()
         return value
 
     slope = (loss(1.02) - loss(0.98)) / 0.04
     assert scored(model, "taylor", blocks=BLOCKS[:1]).scores[1][7] == pytest.approx(slope**2, rel=0.01)
+
+
+def test_small_gradients_do_not_vanish_in_float16():
+    blocks = tiny.blocks(3, 48)
+    scores = []
+    for dtype in (torch.float32, torch.float16):
+        model = tiny.model("llama-mha", dtype=dtype)
+        with torch.no_grad():
+            model.lm_head.weight *= 5e-5
+        scores.append(scored(model, "taylor", blocks).scores)
+    for full, half in zip(*scores, strict=True):
+        assert np.corrcoef(full, half)[0, 1] > 0.99
 
 
 @pytest.mark.parametrize("name", tiny.TINY)

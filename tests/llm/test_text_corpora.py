@@ -46,7 +46,7 @@ def hub(monkeypatch, splits):
 
     def load_dataset(repository, config, split, streaming):
         asked.append((repository, split, streaming))
-        rows = [{"text": text, "sentence": text} for text in splits[split]]
+        rows = [{"text": text} for text in splits[split]]
         return SimpleNamespace(take=lambda count: rows[:count])
 
     package = ModuleType("datasets")
@@ -55,7 +55,7 @@ def hub(monkeypatch, splits):
     return asked
 
 
-@pytest.mark.parametrize(("name", "test_split"), [("wikitext2", "test"), ("ptb", "test"), ("c4", "validation")])
+@pytest.mark.parametrize(("name", "test_split"), [("wikitext2", "test"), ("c4", "validation")])
 def test_hub_texts_keep_train_and_test_apart(monkeypatch, name, test_split):
     lines = [f"w{index}\n" for index in range(3, 3003)]
     asked = hub(monkeypatch, {"train": lines, test_split: [words(3003, 3403) + "\n"]})
@@ -66,7 +66,7 @@ def test_hub_texts_keep_train_and_test_apart(monkeypatch, name, test_split):
     assert whole_text(name, TOKENIZER).tolist() == [*range(3003, 3403), END]
 
 
-@pytest.mark.parametrize(("name", "count"), [("wikitext2", 2), ("ptb", 2), ("c4", 400)])
+@pytest.mark.parametrize(("name", "count"), [("wikitext2", 2), ("c4", 400)])
 def test_rows_of_hub_texts_are_lines_or_documents(monkeypatch, name, count):
     ending = "\n" if name == "wikitext2" else ""
     hub(monkeypatch, {"test": [f"w3{ending}"] * 400, "validation": ["w3"] * 400})
@@ -85,6 +85,11 @@ def test_what_the_hub_answers_is_translated(monkeypatch):
     hub(monkeypatch, {})
     with refuses(ResourceError):
         load_text("c4", TOKENIZER, SOME, 0)
+
+
+def test_a_corpus_that_the_hub_has_only_as_a_script_is_none():
+    with refuses(InputError):
+        load_text("ptb", TOKENIZER, SOME, 0)
 
 
 # --- text of the model itself ---

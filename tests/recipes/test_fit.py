@@ -1,19 +1,26 @@
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import SETTINGS
+from transformers import AutoModelForCausalLM
 
 import ppf
 import tiny_models
 from builders import refuses
 from ppf.config import FitConfig
 from ppf.errors import DamagedError, InputError, InUseError
+from ppf.llm.text import Text
 from ppf.progress import Progress
 from ppf.recipes import fit as recipe
 from ppf.recipes.fit import HELDOUT_RATIOS
@@ -63,11 +70,108 @@ def test_a_finished_fit_is_not_done_again(fitted, monkeypatch):
     assert written() == before
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"score": "flap"}, {"search_tokens": 128}, {"seq_len": 32}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1}, {"score": "flap"}, {"search_tokens": 128}, {"seq_len": 32}, {"samples": 200}, {"rounds": 3},
+        {"max_ratio": 0.5}, {"dtype": "bfloat16"},
+    ],
+)  # fmt: skip
 def test_a_study_of_other_settings_is_refused(fitted, change):
     with refuses(InputError) as caught:
         again(fitted, **change)
     assert "--" + next(iter(change)).replace("_", "-") in str(caught.value)
+
+
+def test_another_predictor_needs_no_new_sample_and_a_stop_in_between_leaves_no_mixture(fitted, tmp_path, monkeypatch):
+    shutil.copytree(fitted.folder, tmp_path / "copy")
+    copy = ppf.Study(tmp_path / "copy")
+    samples = measured(copy.folder)
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "_agent", stop)
+        with pytest.raises(KeyboardInterrupt):
+            again(copy, predictor="cnn")
+    with refuses(InputError):
+        ppf.Study(copy.folder)
+    assert again(copy, predictor="cnn").report["predictor"] == "cnn"
+    assert measured(copy.folder) == samples
+
+
+def test_figures_do_not_depend_on_which_worker_was_faster(fitted, tmp_path):
+    shutil.copytree(fitted.folder, tmp_path / "copy")
+    with closing(sqlite3.connect(tmp_path / "copy" / "samples.sqlite")) as db, db:
+        db.execute("CREATE TABLE turned AS SELECT * FROM samples ORDER BY rowid DESC")
+        db.execute("DELETE FROM samples")
+        db.execute("INSERT INTO samples SELECT * FROM turned")
+    (tmp_path / "copy" / "report.json").unlink()
+    before, after = fitted.report, again(ppf_folder(tmp_path / "copy")).report
+    assert after["cross_validated_tau"] == before["cross_validated_tau"] and after["heldout"] == before["heldout"]
+
+
+def test_an_exchanged_text_is_refused(fitted, tmp_path):
+    shutil.copytree(fitted.folder, tmp_path / "copy")
+    folder = StudyFolder(tmp_path / "copy")
+    text = Text.load(folder.path("text"), folder.layout.fingerprint)
+    replace(text, search=text.search[::-1]).save(folder.path("text"), folder.layout.fingerprint)
+    with refuses(DamagedError):
+        again(ppf_folder(tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"samples": 24, "rounds": 1}, {"samples": 40, "max_ratio": 0.15}, {"samples": 30, "rounds": 0}]
+)
+def test_small_fits_have_a_report_too(place, tmp_path, changes):
+    model, tokenizer = tiny_models.model("llama-mha"), tiny_models.tokenizer()
+    settings = {**SETTINGS, **changes}
+    study = ppf.fit(model, tokenizer=tokenizer, study=tmp_path / "s", text=place / "text.txt", quiet=True, **settings)
+    assert all(found["count"] >= 4 and len(found["tau_within"]) >= 2 for found in study.report["heldout"].values())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"text": "none.txt"}, {"device": "meta"}, {"seq_len": 65}, {"test_tokens": 1, "seq_len": 64, "text": "short"}]
+)
+def test_a_fit_that_cannot_begin_leaves_nothing(place, tmp_path, wrong):
+    (tmp_path / "short.txt").write_text("w3 w4")
+    if wrong.get("text") == "short":
+        wrong = {**wrong, "text": str(tmp_path / "short.txt")}
+    settings = {**SETTINGS, "text": str(place / "text.txt"), **wrong}
+    with refuses(InputError):
+        ppf.fit(tiny_models.model("llama-mha"), tokenizer=tiny_models.tokenizer(), study=tmp_path / "s", quiet=True, **settings)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"samples": "many"}, {"score": "best"}, {"predictor": "oracle"}, {"dtype": "float8"}, {"text": 5}]
+)
+def test_settings_of_a_wrong_type_are_refused_at_once(tmp_path, wrong):
+    with refuses(InputError):
+        ppf.fit("none", study=tmp_path / "s", **wrong)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_study_knows_where_its_model_lies(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    loaded = AutoModelForCausalLM.from_pretrained("model")
+    study = ppf.fit(loaded, study=tmp_path / "s", text="text.txt", quiet=True, **{**SETTINGS, "samples": 30, "rounds": 0})
+    monkeypatch.chdir(tmp_path)
+    assert study.prune(ratio=0.3).plan["model"]["name"] == "model"
+    assert ppf.Study(tmp_path / "s").prune(ratio=0.3).plan["model"]["name"] == "model"
+
+
+def test_a_study_of_an_object_from_nowhere_asks_for_it(fitted):
+    with refuses(InputError):
+        ppf.Study(fitted.folder).prune(ratio=0.3)
+    study = ppf.Study(fitted.folder, tiny_models.model("llama-mha"), tiny_models.tokenizer())
+    assert study.prune(ratio=0.3).plan["refined"] is False
+
+
+def ppf_folder(folder):
+    """Something with a folder, for ``again``."""
+    return SimpleNamespace(folder=folder)
 
 
 def test_a_study_of_another_model_is_refused(fitted):
@@ -157,3 +261,4 @@ def test_a_stopped_fit_goes_on_without_losing_a_sample(place, tmp_path, way):
     assert measured(study)[: len(kept)] == kept
     report = json.loads((study / "report.json").read_text())
     assert sum(report["samples"].values()) > 200 and report["failed"] == 0
+    assert report["seconds"]["measuring probes"] > 0.1 and report["seconds"]["importance"] > 0

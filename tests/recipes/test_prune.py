@@ -17,7 +17,7 @@ from ppf.llm.masking import masked
 from ppf.llm.text import Text
 from ppf.progress import Progress
 from ppf.recipes.evaluate import evaluate
-from ppf.recipes.prune import prune, tokens_per_second
+from ppf.recipes.prune import check_out, prune, tokens_per_second
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 0.5, 0.8])
@@ -85,6 +85,27 @@ def test_refining_measures_and_never_chooses_worse(fitted):
     assert found[tuple(refined.decision.allocation.kept.tolist())] == min(one.kl for one in candidates)
     assert found[tuple(refined.decision.allocation.kept.tolist())] <= found[tuple(plain.allocation.kept.tolist())]
     assert refined.decision.met >= 0.45
+
+
+def test_refining_again_is_never_worse(fitted):
+    first, second = (fitted.prune(ratio=0.35, refine=True, candidates=4, device="cpu").decision for _ in range(2))
+    found = {one.kept: one.kl for one in Decider(fitted.folder).study.store().all()}
+    assert found[tuple(second.allocation.kept.tolist())] <= found[tuple(first.allocation.kept.tolist())]
+
+
+@pytest.mark.parametrize("where", ["", "..", "."])
+def test_an_output_folder_never_takes_the_study_with_it(fitted, where):
+    with refuses(InputError):
+        check_out(str(fitted.folder / where), True, fitted.folder)
+    pruned = fitted.prune(ratio=0.3, device="cpu")
+    before = sorted(fitted.folder.parent.rglob("*"))
+    with refuses(InputError):
+        pruned.save_pretrained(fitted.folder / where, force=True)
+    assert sorted(fitted.folder.parent.rglob("*")) == before
+
+
+def test_an_export_says_nothing_of_the_machine(fitted):
+    assert str(fitted.folder.parent) not in json.dumps(fitted.prune(ratio=0.3, device="cpu").plan)
 
 
 def test_a_study_of_another_model_is_refused(fitted):

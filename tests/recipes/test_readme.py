@@ -24,7 +24,7 @@ def test_the_example_in_python_runs(place, tmp_path, monkeypatch, capsys):
     tiny_models.save(tmp_path / "ref-a")
     monkeypatch.setattr(ppf, "fit", functools.partial(ppf.fit, quiet=True, workers=1, **SETTINGS), raising=False)
     code = code.replace('"ref-a"', f'"{tmp_path / "ref-a"}"').replace('"pydocs"', f'"{place / "text.txt"}"')
-    exec(compile(code, "README.md", "exec"), {})  # noqa: S102 (our own text)
+    exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "smaller" / "ppf.json").is_file() and "[" in capsys.readouterr().out
 
 

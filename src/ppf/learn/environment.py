@@ -1,6 +1,5 @@
 """The pruning task as reinforcement learning: one step. The state is the wanted ratio and what the prior does there."""
 
-import math
 from typing import Any
 
 import gymnasium
@@ -11,6 +10,7 @@ from ppf.learn.agent import Prior, prior_kept
 from ppf.learn.objective import Objective
 from ppf.learn.predictor import NOISE
 from ppf.space.allocation import allocate_many
+from ppf.space.budget import removed
 from ppf.space.layout import Layout
 
 
@@ -59,4 +59,4 @@ class PruningEnv(gymnasium.Env):
 
     def removed(self, ratios: np.ndarray) -> np.ndarray:
         """Int[N]: parameters that must go."""
-        return np.array([math.ceil(ratio * self.layout.prunable - 1e-6) for ratio in ratios], dtype=np.int64)
+        return np.array([removed(float(ratio), self.layout) for ratio in ratios], dtype=np.int64)

@@ -1,6 +1,7 @@
 """Fitting predictors to measured samples. Training alone, in torch; what it makes answers in numpy."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -54,7 +55,12 @@ def fit_predictor(
     kept = kept_matrix(rest, layout)
     truth = np.array([max(sample.kl, 0.0) for sample in rest])
     estimator = FITS[kind](curves, kept, truth, seed)
-    return Predictor(estimator, fit_link(samples, dense_log_ppl))
+    link = fit_link(samples, dense_log_ppl)
+    predictor = Predictor(estimator, link, np.zeros(()))
+    damage, rise = (np.array([getattr(sample, name) for sample in samples]) for name in ("kl", "log_ppl"))
+    expected = predictor.log_ppl_of(np.maximum(damage, 0.0))
+    missed = (rise - dense_log_ppl - expected) / (expected + NOISE)
+    return replace(predictor, scatter=np.sqrt((missed**2).mean()))
 
 
 def fit_curves(samples: Sequence[Sample], failed: Sequence[Sample], layout: Layout) -> Curves:

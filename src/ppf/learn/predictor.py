@@ -34,11 +34,13 @@ class Prediction:
         damage: Float[N], KL divergence of the dense model from the pruned one.
         std: Float[N], its standard deviation.
         log_ppl: Float[N], log-perplexity above the dense model's.
+        log_ppl_std: Float[N], its standard deviation.
     """
 
     damage: np.ndarray
     std: np.ndarray
     log_ppl: np.ndarray
+    log_ppl_std: np.ndarray
 
 
 class Estimator(Protocol):
@@ -179,10 +181,12 @@ class Predictor:
     Attributes:
         estimator: One of ``ESTIMATORS``.
         link: Float[2, K]: damages from 0, rising, and the log-perplexities above dense that go with them.
+        scatter: Float[], standard deviation of log-perplexity around the link, as a share of log-perplexity + e.
     """
 
     estimator: Estimator
     link: np.ndarray
+    scatter: np.ndarray
 
     @property
     def kind(self) -> str:
@@ -192,7 +196,9 @@ class Predictor:
     def predict(self, kept: np.ndarray) -> Prediction:
         """Predicts the damage of Int[N, S] kept units."""
         damage, std = self.estimator.estimate(np.asarray(kept))
-        return Prediction(damage, std, self.log_ppl_of(damage))
+        log_ppl = self.log_ppl_of(damage)
+        passed_on = (self.log_ppl_of(damage + std) - self.log_ppl_of(np.maximum(damage - std, 0))) / 2
+        return Prediction(damage, std, log_ppl, np.hypot(passed_on, self.scatter * (log_ppl + NOISE)))
 
     def log_ppl_of(self, damage: np.ndarray) -> np.ndarray:
         """Log-perplexity above dense, nats/token, that goes with a damage; linear beyond the last knot."""
@@ -203,7 +209,9 @@ class Predictor:
     def save(self, path: Path, layout: Layout) -> None:
         """Writes the artefact."""
         arrays = {field.name: getattr(self.estimator, field.name) for field in fields(self.estimator)}
-        save_artifact(path, "predictor", layout.fingerprint, {**arrays, "link": self.link}, estimator=self.kind)
+        save_artifact(
+            path, "predictor", layout.fingerprint, {**arrays, "link": self.link, "scatter": self.scatter}, estimator=self.kind
+        )
 
     @classmethod
     def load(cls, path: Path, layout: Layout) -> "Predictor":
@@ -214,8 +222,8 @@ class Predictor:
         """
         arrays, header = load_artifact(path, "predictor", layout.fingerprint)
         try:
-            link = arrays.pop("link")
-            return cls(ESTIMATORS[header["estimator"]](**arrays), link)
+            link, scatter = arrays.pop("link"), arrays.pop("scatter")
+            return cls(ESTIMATORS[header["estimator"]](**arrays), link, scatter)
         except (KeyError, TypeError) as error:
             raise DamagedError(f"{path} must hold a known predictor; {error!r}; fit the study again") from error
 

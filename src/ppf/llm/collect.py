@@ -18,7 +18,7 @@ from ppf.space.allocation import Allocation, allocate
 from ppf.space.budget import Budget
 from ppf.space.importance import Importance
 from ppf.space.layout import Layout
-from ppf.space.mask import select
+from ppf.space.mask import Mask, select
 from ppf.space.policy import Policy
 
 
@@ -92,7 +92,7 @@ def collect(
     round: int,
     advance: Callable[[Sample], None],
 ) -> Iterator[Sample]:
-    """Measures what is not yet in the store and commits each result as it comes.
+    """Measures what the store lacks or holds as failed, and commits each result as it comes.
 
     Args:
         engine: Gives the engine; not called if everything is there.
@@ -106,24 +106,28 @@ def collect(
     Yields:
         One sample for each different mask of ``wanted``, those at hand first.
     """
-    masks = [select(item.allocation, importance, layout) for item in wanted]
-    seen: set[str] = set()
-    order = []
-    for index, mask in enumerate(masks):
-        if mask.digest in seen:
-            continue
-        seen.add(mask.digest)
+    missing = []
+    for item, mask in _different(wanted, importance, layout):
         sample = store.get(mask.digest)
-        if sample is None:
-            order.append(index)
+        if sample is None or sample.status == "failed":  # what failed, for want of memory say, may succeed this time
+            missing.append((item, mask))
         else:
             advance(sample)
             yield sample
-    if not order:
+    if not missing:
         return
-    for position, result in engine().measure([masks[index] for index in order]):
-        item, mask = wanted[order[position]], masks[order[position]]
+    for place, result in engine().measure([mask for _, mask in missing]):
+        item, mask = missing[place]
         sample = Sample.of(mask, store.context, item.purpose, item.ratio, round, result)
         store.add(sample)
         advance(sample)
         yield sample
+
+
+def _different(wanted: Sequence[Wanted], importance: Importance, layout: Layout) -> list[tuple[Wanted, Mask]]:
+    """Each mask once, for the first who wants it."""
+    found: dict[str, tuple[Wanted, Mask]] = {}
+    for item in wanted:
+        mask = select(item.allocation, importance, layout)
+        found.setdefault(mask.digest, (item, mask))
+    return list(found.values())

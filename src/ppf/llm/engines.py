@@ -2,7 +2,7 @@
 
 A worker is a plain `python -m ppf.llm.engines` that speaks JSON lines over its pipes, `{}` when it is ready and then one a
 mask: nothing is pickled, a script needs no main guard, a worker that dies is replaced and its mask measured again, and
-none outlives its parent.
+one whose pipe closes, as when its parent dies, ends after the mask in hand.
 """
 
 import base64
@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ppf.errors import ResourceError
-from ppf.llm.load import convert, load_model
+from ppf.llm.load import convert, load_model, quiet_transformers
 from ppf.llm.masking import masked
 from ppf.llm.perplexity import Reference, measure, reference_of
 from ppf.llm.text import Text
@@ -98,6 +98,9 @@ class LocalEngine:
         dtype: Torch dtype to measure in, by name.
         workers: How many processes.
         tokens_per_batch: As in ``measure_mask``.
+
+    Raises:
+        ResourceError: A process cannot be started.
     """
 
     def __init__(self, folder: Path, text: Path, layout: Layout, dtype: str, workers: int, tokens_per_batch: int) -> None:
@@ -109,7 +112,13 @@ class LocalEngine:
             "dtype": dtype,
             "tokens_per_batch": tokens_per_batch,
         }
-        self._workers = [_Worker(self._setup) for _ in range(workers)]
+        self._workers: list[_Worker] = []
+        try:
+            for _ in range(workers):
+                self._workers.append(_Worker(self._setup))
+        except BaseException:
+            self.close()
+            raise
 
     def measure(self, masks: Sequence[Mask]) -> Iterator[tuple[int, Measurement]]:
         """See ``Engine``. A mask whose worker dies three times is a failure.
@@ -171,15 +180,21 @@ class _Worker:
         # glibc gives large buffers back to the kernel at every step; raising its thresholds saves the page faults.
         extra = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": _MALLOC, "MALLOC_TRIM_THRESHOLD_": _MALLOC}
         path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "ppf.llm.engines"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={**os.environ, **extra, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            start_new_session=True,
-        )
+        with contextlib.ExitStack() as on_error:
+            try:
+                self._errors = on_error.enter_context(tempfile.TemporaryFile())
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "ppf.llm.engines"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._errors,
+                    env={**os.environ, **extra, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                reason = f"{error.strerror}; free memory or give fewer --workers"
+                raise ResourceError(f"a measuring process must start; {reason}") from error
+            on_error.pop_all()
         assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
         self._questions, self.answers = self._process.stdin, self._process.stdout
         self.is_ready = False
@@ -247,6 +262,7 @@ def _from_line(line: str | bytes) -> Measurement:
 
 def _serve() -> None:
     """The worker's loop: a set-up line, then a mask a line in and a measurement a line out."""
+    quiet_transformers()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
     torch.set_num_threads(1)

@@ -11,6 +11,7 @@ from ppf.artifact import atomic_folder, write_json
 from ppf.errors import DamagedError, ResourceError
 from ppf.llm import pruned_model
 from ppf.llm.auto import register
+from ppf.llm.weights import readable, weight_files
 
 MODELING_FILE = "modeling_ppf.py"
 PLAN_FILE = "ppf.json"
@@ -24,17 +25,17 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: dic
         tokenizer: The dense model's.
         plan: JSON-ready record of the decision, for ``ppf.json``.
         out: The new folder; it appears only after its reload check passed.
-        force: Replace a folder of that name.
+        force: Replace an earlier export of that name.
 
     Returns:
         Bytes of the weight files.
 
     Raises:
-        InputError: ``out`` exists.
+        InputError: ``out`` exists, and is no earlier export or ``force`` is off.
         DamagedError: The reloaded model answers differently; nothing is left behind.
         ResourceError: The folder cannot be written.
     """
-    with atomic_folder(out, force) as folder:
+    with atomic_folder(out, force, PLAN_FILE) as folder:
         try:
             model.save_pretrained(folder)
         except SafetensorError as error:
@@ -54,7 +55,10 @@ def verify(model: PreTrainedModel, folder: Path) -> None:
     """
     register()
     try:
-        again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, trust_remote_code=False).to(model.device).eval()
+        again = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=model.dtype, attn_implementation=model.config._attn_implementation, trust_remote_code=False
+        )
+        again.to(model.device).eval()
     except Exception as error:  # whatever the reader raises, the export is not good
         reason = " ".join(str(error).split())[:200]
         raise DamagedError(f"the exported folder must load; it does not: {reason}; nothing was written") from error
@@ -69,5 +73,11 @@ def verify(model: PreTrainedModel, folder: Path) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of all safetensors files of a folder."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    """Bytes of the safetensors files of a folder that a model is loaded from.
+
+    Raises:
+        DamagedError: There are none.
+        ResourceError: The folder cannot be read.
+    """
+    with readable(folder):
+        return sum(path.stat().st_size for path in weight_files(Path(folder)))

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,23 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from ppf.errors import DamagedError, InputError, ResourceError, UnsupportedError
+from ppf.errors import DamagedError, InputError, PPFError, ResourceError, UnsupportedError
 from ppf.llm.architectures import family_of, layout_of_model, skeleton
 from ppf.llm.auto import register
+from ppf.llm.weights import check_weights, first_line, readable
 from ppf.space.layout import Layout
 
 EMBEDDED = {"ref-a": Path(__file__).parent.parent / "models" / "ref-a"}
-_MAX_HEADER = 16 * 2**20
 _MAX_LAYERS = 1000
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 _SAMPLE = 4096
 _INCIDENTAL = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "auto_map"}
+_FETCHED = ["*.json", "model*.safetensors", "merges.txt", "tokenizer.model", "*.jinja"]
 
-hf_logging.set_verbosity_error()
-hf_logging.disable_progress_bar()
+
+def quiet_transformers() -> None:
+    """Silences transformers' log and progress bars in this whole process: for programs, never for a library's caller."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +40,7 @@ class LoadedModel:
         model: In evaluation mode, in the dtype of its checkpoint.
         tokenizer: Its tokenizer, checked to fit its vocabulary.
         layout: Its removable places.
-        name: As the user called it.
+        name: As the user called it; empty for an object that came from nowhere.
         folder: Where its files lie; None if it was given as an object.
         digest: See ``model_digest``.
         dtype: Of the checkpoint, whatever the model was converted to since.
@@ -74,19 +76,22 @@ def load_model(name: str) -> LoadedModel:
         InputError: No such folder or hub id, or a tokenizer that does not fit.
         UnsupportedError: A family that ppf does not know; found before weights are read.
         DamagedError: A weight is missing, extra, cut or of another shape than the config says.
-        ResourceError: The hub cannot be reached.
+        ResourceError: The hub cannot be reached, or a file cannot be read.
     """
     folder = resolve(name)
-    config = read_config(folder)
-    shell = skeleton(config)
-    check_weights(folder, shell)
+    with readable(folder):
+        config = read_config(folder)
+        shell = skeleton(config)
+        check_weights(folder, shell)
     tokenizer = load_tokenizer(folder, config.vocab_size)
     model = _read_weights(folder, config)
     return LoadedModel(model.eval(), tokenizer, layout_of_model(shell), name, folder, model_digest(model), model.dtype)
 
 
 def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> LoadedModel:
-    """Takes a model that the caller already has; it is put into evaluation mode and not changed otherwise.
+    """Takes a model that the caller already has.
+
+    Its modules are copied and its weights are shared, so that neither evaluation mode nor hooks reach the caller's.
 
     Raises:
         InputError: No tokenizer is given and none lies where the model came from.
@@ -95,12 +100,16 @@ def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     if model.get_output_embeddings() is None:
         raise UnsupportedError(f"a model must be a causal LM; {type(model).__name__} has no language-model head; pass one that has")
     layout = layout_of_model(model)
-    name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    name = str(getattr(model.config, "_name_or_path", ""))
     if tokenizer is None:
-        if not Path(name).is_dir():
+        with readable(name):
+            found = name and Path(name).is_dir()
+        if not found:
             raise InputError("a model given as an object needs its tokenizer; none came; pass tokenizer=...")
         tokenizer = load_tokenizer(Path(name), model.config.vocab_size)
-    return LoadedModel(model.eval(), tokenizer, layout, name, None, model_digest(model), model.dtype)
+    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, weights).eval()
+    return LoadedModel(twin, tokenizer, layout, name, None, model_digest(twin), twin.dtype)
 
 
 def convert(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -122,7 +131,8 @@ def resolve(name: str) -> Path:
 
     Raises:
         InputError: Neither a folder nor a hub id.
-        ResourceError: The hub cannot be reached.
+        UnsupportedError: A model on the hub of a family that ppf does not know; found before its weights are fetched.
+        ResourceError: The hub cannot be reached, or the folder cannot be looked at.
     """
     if name in EMBEDDED:
         return EMBEDDED[name]
@@ -131,17 +141,21 @@ def resolve(name: str) -> Path:
         if path.is_dir():
             return path.resolve()
         local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    except PermissionError as error:
+        raise ResourceError(f"{name} must be readable; {error.strerror}; check its permissions") from error
     except (OSError, RuntimeError):  # too long a name, no such home
         local = True
     if local:
         raise InputError(f"a model must be a folder, a hub id or ref-a; {name!r} is none; check the spelling")
     try:
-        patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        read_config(Path(snapshot_download(name, allow_patterns=["config.json"])))
+        return Path(snapshot_download(name, allow_patterns=_FETCHED))
+    except PPFError:
+        raise
     except Exception as error:  # the hub's HTTP layer raises what it will
         if isinstance(error, (HFValidationError, RepositoryNotFoundError)) and not isinstance(error, GatedRepoError):
             raise InputError(f"a model must be a folder, a hub id or ref-a; {name!r} is none; check the spelling") from error
-        message = f"{name} must be fetched from the hub; that failed: {_first_line(error)}; go online or give a folder"
+        message = f"{name} must be fetched from the hub; that failed: {first_line(error)}; go online or give a folder"
         raise ResourceError(message) from error
 
 
@@ -160,7 +174,7 @@ def read_config(folder: Path) -> Any:
         raw = json.loads(path.read_text(encoding="utf-8"))
         kind, layers = raw["model_type"], raw.get("num_hidden_layers")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{path} must be a model's JSON config; {_first_line(error)}; restore it") from error
+        raise DamagedError(f"{path} must be a model's JSON config; {first_line(error)}; restore it") from error
     family_of(_Named(str(kind)))
     if raw.get("quantization_config") is not None:
         raise UnsupportedError(f"{folder} must hold unquantised weights; its config is of quantised ones; use the original model")
@@ -170,7 +184,7 @@ def read_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the errors of a config's many checks share no base
-        raise DamagedError(f"{path} must be a valid {kind} config; {_first_line(error)}; restore it") from error
+        raise DamagedError(f"{path} must be a valid {kind} config; {first_line(error)}; restore it") from error
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -182,7 +196,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a damaged file
-        raise InputError(f"{folder} must hold a tokenizer; {_first_line(error)}; put its tokenizer.json there") from error
+        raise InputError(f"{folder} must hold a tokenizer; {first_line(error)}; put its tokenizer.json there") from error
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= vocab_size:
         raise InputError(
@@ -191,32 +205,13 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_weights(folder: Path, shell: PreTrainedModel) -> None:
-    """Compares the headers of the weight files with the shapes that the config asks for, before anything is loaded.
-
-    Raises:
-        DamagedError: A tensor is missing, extra or of another shape, a file is cut, or only pickles are there.
-    """
-    found = dict(_tensors(folder))
-    wanted = {name: list(tensor.shape) for name, tensor in shell.state_dict().items()}
-    shared = set(shell.all_tied_weights_keys or {})
-    for name, shape in wanted.items():
-        if name not in found and name not in shared:
-            raise DamagedError(f"{folder} must hold the weight {name}; it is missing; fetch the model again")
-        if name in found and found[name] != shape:
-            raise DamagedError(f"{name} must have shape {shape} as config.json says; it has {found[name]}; fetch the model again")
-    extra = sorted(name for name in set(found) - set(wanted) if not name.endswith("rotary_emb.inv_freq"))
-    if extra:
-        raise DamagedError(f"{folder} must hold only weights of its config; {extra[0]} is extra; is config.json its own?")
-
-
 def _read_weights(folder: Path, config: Any) -> PreTrainedModel:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # what the readers of damaged files raise shares no base
-        raise DamagedError(f"{folder} must load; it does not: {_first_line(error)}; fetch the model again") from error
+        raise DamagedError(f"{folder} must load; it does not: {first_line(error)}; fetch the model again") from error
     if report["missing_keys"]:
         raise DamagedError(f"{folder} must hold the weight {min(report['missing_keys'])}; it is missing; fetch the model again")
     return model
@@ -225,9 +220,13 @@ def _read_weights(folder: Path, config: Any) -> PreTrainedModel:
 def model_digest(model: PreTrainedModel) -> str:
     """Hash of what a model computes with: its config, and of every tensor the name, the shape and samples.
 
-    Of a tensor the first, the last and evenly spread values count, 4,096 of each, as float32.
+    Of the config only what differs from its family's defaults counts, so that a new field of a later transformers changes
+    nothing. Of a tensor the first, the last and evenly spread values count, 4,096 of each, as float32.
     """
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _INCIDENTAL}
+    defaults = type(model.config)().to_dict()
+    fields = model.config.to_dict().items()
+    own = {name: value for name, value in fields if name not in defaults or value != defaults[name]}
+    config = {name: value for name, value in own.items() if name not in _INCIDENTAL} | {"model_type": model.config.model_type}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.named_parameters()):
         flat = tensor.detach().reshape(-1)
@@ -240,52 +239,3 @@ def model_digest(model: PreTrainedModel) -> str:
 @dataclass(frozen=True)
 class _Named:
     model_type: str
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """Name and shape of every tensor, read from the headers of the safetensors files that transformers would load."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        files = {"model.safetensors"}
-    elif index.is_file():
-        try:
-            files = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise DamagedError(f"{index} must map weights to files; {_first_line(error)}; fetch the model again") from error
-    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise UnsupportedError(f"{folder} must hold safetensors; only pickle files are there and none is read; convert them first")
-    else:
-        raise DamagedError(f"{folder} must hold model.safetensors; there is none; fetch the model again")
-    present = {path.name for path in folder.iterdir() if path.is_file()}
-    for name in sorted(files):
-        if name not in present:
-            raise DamagedError(f"{folder} must hold its weight file {name!r}; it is missing or elsewhere; fetch the model again")
-        yield from _header(folder / name)
-
-
-def _header(path: Path) -> Iterator[tuple[str, list[int]]]:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise DamagedError(f"{path} must be a whole safetensors file; its header is cut or too large; fetch it again")
-        try:
-            header = json.loads(file.read(length))
-            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
-            shapes = [(name, list(entry["shape"])) for name, entry in tensors.items()]
-            others = {entry["dtype"] for entry in tensors.values()} - _FLOATS
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
-            raise DamagedError(
-                f"{path} must be a safetensors file; its header is bad: {_first_line(error)}; fetch it again"
-            ) from error
-    if end != size - 8 - length:
-        raise DamagedError(f"{path} must hold {end:,} bytes of weights; it holds {size - 8 - length:,}; fetch it again")
-    if others:
-        raise UnsupportedError(f"{path} must hold floating-point weights; {min(map(str, others))} came; use the original model")
-    yield from shapes
-
-
-def _first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"

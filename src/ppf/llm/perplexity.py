@@ -4,6 +4,8 @@ A text is cut into blocks of ``L`` tokens; each block is one sequence and predic
 the tokenizer's own tokens is put in. All figures are in nats per predicted token.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +13,11 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ppf.errors import ResourceError
+from ppf.errors import DamagedError, ResourceError
 
 _TOP = 64
 _DRAWS = 2000
+_NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +61,25 @@ def evaluate(model: PreTrainedModel, blocks: np.ndarray, tokens_per_batch: int =
 
     Returns:
         The same number, to rounding, as a plain loop over ``model(...).logits``.
+
+    Raises:
+        DamagedError: A loss is not finite.
+        ResourceError: One block is too much for the memory.
     """
     losses = _losses(model, blocks, tokens_per_batch, None)[0]
     return summarise(losses, blocks.size, seed)
 
 
 def summarise(losses: np.ndarray, tokens: int, seed: int = 0) -> Evaluation:
-    """Mean over blocks of equal length with a bootstrap interval; Float[B] nats/token."""
+    """Mean over blocks of equal length with a bootstrap interval; Float[B] nats/token.
+
+    Raises:
+        DamagedError: A loss is not finite.
+    """
+    bad = int((~np.isfinite(losses)).sum())
+    if bad:
+        came = f"{bad} of {len(losses)} blocks gave none, as with NaN among the weights or numbers too large for the dtype"
+        raise DamagedError(f"a model must give finite losses; {came}; try --dtype float32, else restore the model")
     draws = np.random.default_rng(seed).integers(0, len(losses), (_DRAWS, len(losses)))
     low, high = np.quantile(losses[draws].mean(axis=1), [0.025, 0.975])
     return Evaluation(float(losses.mean()), (float(low), float(high)), tokens, losses)
@@ -82,8 +97,12 @@ def measure(
         tokens_per_batch: How many tokens go through the model at once.
 
     Returns:
-        Both in nats/token. The KL is between distributions over the dense model's 64 likeliest tokens and "any other",
-        which bounds the full one from below.
+        Both in nats/token, not finite where the model's logits are not. The KL is between distributions over the dense
+        model's 64 likeliest tokens and "any other", which counts as 1e-6 at least; so it is at most the full one, to
+        within 1e-6.
+
+    Raises:
+        ResourceError: One block is too much for the memory.
     """
     losses, divergence = _losses(model, blocks, tokens_per_batch, reference)
     return float(losses.mean()), float(divergence.mean())
@@ -91,15 +110,20 @@ def measure(
 
 @torch.inference_mode()
 def reference_of(model: PreTrainedModel, blocks: np.ndarray, tokens_per_batch: int = 4096) -> Reference:
-    """The dense model's answers on a text, for ``measure``."""
+    """The dense model's answers on a text, for ``measure``.
+
+    Raises:
+        ResourceError: One block, or all answers, are too much for the memory.
+    """
     kept_tokens, kept_probs = [], []
-    for rows in _batches(blocks, tokens_per_batch):
-        for row in _logits(model, rows):
-            log_probs = row[:-1].float().log_softmax(-1)
-            values, tokens = log_probs.topk(min(_TOP, log_probs.shape[-1] - 1), dim=-1)
-            kept_tokens.append(tokens)
-            kept_probs.append(torch.cat([values, _rest(values)], dim=-1))
-    return Reference(torch.stack(kept_tokens), torch.stack(kept_probs))
+    with _memory():
+        for rows in _batches(blocks, tokens_per_batch):
+            for row in _logits(model, rows):
+                log_probs = row[:-1].float().log_softmax(-1)
+                values, tokens = log_probs.topk(min(_TOP, log_probs.shape[-1] - 1), dim=-1)
+                kept_tokens.append(tokens)
+                kept_probs.append(torch.cat([values, _rest(values)], dim=-1))
+        return Reference(torch.stack(kept_tokens), torch.stack(kept_probs))
 
 
 @torch.inference_mode()
@@ -107,12 +131,13 @@ def _losses(
     model: PreTrainedModel, blocks: np.ndarray, tokens_per_batch: int, reference: Reference | None
 ) -> tuple[np.ndarray, np.ndarray]:
     losses, divergences = [], []
-    for rows in _batches(blocks, tokens_per_batch):
-        for ids, row in zip(rows, _logits(model, rows), strict=True):
-            logits = row[:-1].float()
-            targets = torch.from_numpy(np.ascontiguousarray(ids[1:])).to(logits.device, torch.long)
-            losses.append(functional.cross_entropy(logits, targets).item())
-            divergences.append(0.0 if reference is None else _divergence(logits, reference, len(losses) - 1))
+    with _memory():
+        for rows in _batches(blocks, tokens_per_batch):
+            for ids, row in zip(rows, _logits(model, rows), strict=True):
+                logits = row[:-1].float()
+                targets = torch.from_numpy(np.ascontiguousarray(ids[1:])).to(logits.device, torch.long)
+                losses.append(functional.cross_entropy(logits, targets).item())
+                divergences.append(0.0 if reference is None else _divergence(logits, reference, len(losses) - 1))
     return np.array(losses), np.array(divergences)
 
 
@@ -133,19 +158,35 @@ def _batches(blocks: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
     return [blocks[start : start + size] for start in range(0, len(blocks), size)]
 
 
-def _logits(model: PreTrainedModel, rows: np.ndarray) -> torch.Tensor:
-    """Float[B, L, V]; on too little memory the batch is halved until single rows are left."""
+def _logits(model: PreTrainedModel, rows: np.ndarray) -> Iterator[torch.Tensor]:
+    """Float[L, V] row after row; on too little memory the batch is halved until single rows are left."""
     try:
         ids = torch.from_numpy(np.ascontiguousarray(rows)).to(model.device, torch.long)
-        return model(input_ids=ids, use_cache=False).logits
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        logits = model(input_ids=ids, use_cache=False).logits
+    except (MemoryError, RuntimeError) as error:
+        if len(rows) == 1 or not _is_memory(error):
+            raise
+    else:
+        yield from logits
+        return
+    half = len(rows) // 2
+    yield from _logits(model, rows[:half])
+    yield from _logits(model, rows[half:])
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Turns a lack of memory that smaller batches could not cure into our error."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise
-        if len(rows) == 1:
-            raise ResourceError("one block must fit in memory; it does not; give a smaller --seq-len") from error
-    half = len(rows) // 2
-    return torch.cat([_logits(model, rows[:half]), _logits(model, rows[half:])])
+        raise ResourceError(
+            "one block's logits must fit in memory; they do not; give a smaller --seq-len or fewer --search-tokens"
+        ) from error
 
 
 def _is_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    """An accelerator's lack of memory is a RuntimeError of its own or one that only its words tell."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _NO_MEMORY)

@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ppf.llm.architectures import family_of, linear
-from ppf.llm.auto import PRUNED
+from ppf.llm.auto import PRUNED, register
 from ppf.space.allocation import Allocation
 from ppf.space.layout import Layout, Site
 from ppf.space.mask import Mask
@@ -25,6 +25,7 @@ def cut(model: PreTrainedModel, layout: Layout, mask: Mask) -> PreTrainedModel:
     Returns:
         A causal LM of the family's per-layer class, on the same device and in the same dtype, in evaluation mode.
     """
+    register()  # so that the result's config is known to the auto classes too
     config = pruned_config(model.config, layout, mask.allocation)
     with torch.device("meta"):
         smaller = PRUNED[layout.model_type][2]._from_config(config, dtype=model.dtype)

@@ -3,11 +3,12 @@
     pydocs            buckets 0 | 1 | 2 of the documentation inside CPython
     self              sampled from the dense model, three seeds
     FILE.txt          first 20 % | next 40 % | last 40 % of its tokens
-    FILE.jsonl        its documents (field `text`), by a hash of their words: 20 % | 40 % | 40 %
+    FILE.jsonl        its documents (field `text`), by a hash of their words: 20 % | 40 % | 40 %; one alone is cut as a .txt
     FILE.parquet      likewise, column `text`
-    wikitext2 c4 ptb  from the hub: train (by hash, 1/3 | 2/3) for calibration and search, test for test
+    wikitext2 c4      from the hub: train (by hash, 1/3 | 2/3) for calibration and search, test for test
 
-A separate test text replaces the test part; then calibration and search share the whole first text, 1/3 and 2/3.
+A separate test text replaces the test part; then calibration and search share the whole of a file, 1/3 and 2/3. Of the
+other texts they stay what they are.
 """
 
 import hashlib
@@ -27,10 +28,9 @@ from ppf.llm import pydocs
 
 PARTS = ("calibration", "search", "test")
 _SHARES = {"calibration": 0.2, "search": 0.4, "test": 0.4}
-_HUB = {  # repository, configuration, column, and what joins rows that are lines; None where rows are documents
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text", ""),
-    "c4": ("allenai/c4", "en", "text", None),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "\n\n"),
+_HUB = {  # repository, configuration, and what joins rows that are lines; None where rows are documents
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", ""),
+    "c4": ("allenai/c4", "en", None),
 }
 _HUB_ROWS = 20_000
 _LINES = 200
@@ -285,13 +285,13 @@ def _same(name: str, other: str) -> bool:
 
 def _hub_documents(name: str, split: str) -> list[str]:
     """At most the first 20,000 rows of a data set, streamed; 200 lines are a document."""
-    repository, config, column, joint = _HUB[name]
+    repository, config, joint = _HUB[name]
     datasets = _extra("datasets")
     if name == "c4":
         split = {"test": "validation"}.get(split, split)
     try:
         rows = datasets.load_dataset(repository, config, split=split, streaming=True).take(_HUB_ROWS)
-        texts = [row[column] for row in rows]
+        texts = [row["text"] for row in rows]
     except Exception as error:  # datasets raises what its file system and HTTP layers raise
         reason = " ".join(str(error).split())[:160]
         raise ResourceError(

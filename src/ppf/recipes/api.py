@@ -11,9 +11,10 @@ from ppf.artifact import read_json
 from ppf.config import FitConfig, Target
 from ppf.decide import Decider, Decision
 from ppf.errors import InputError
-from ppf.llm.load import LoadedModel, adopt_model, load_model
+from ppf.llm.load import LoadedModel, adopt_model
 from ppf.progress import Progress
 from ppf.recipes.fit import fit as fit_study
+from ppf.recipes.lab import load_for
 from ppf.recipes.prune import Pruned, prune
 
 
@@ -22,17 +23,24 @@ class Study:
 
     Args:
         folder: Of a finished fit.
-        loaded: Its dense model; by default it is loaded again when a checkpoint is cut.
+        model: Its dense model, as in ``fit``; by default it is loaded from where it was, when a checkpoint is cut.
+        tokenizer: As in ``fit``.
 
     Raises:
         InputError: No study there, or one that is not fitted.
         DamagedError: An artefact is not whole.
     """
 
-    def __init__(self, folder: str | Path, loaded: LoadedModel | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        model: str | Path | PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self._decider = Decider(folder)
-        self._loaded = loaded
+        self._model, self._tokenizer = self._decider.study.record["model"]["name"] if model is None else model, tokenizer
+        self._loaded: LoadedModel | None = None
         self._temporary: tempfile.TemporaryDirectory | None = None
 
     @property
@@ -76,13 +84,14 @@ class Study:
         """
         target = Target(ratio, params, memory, align)
         self._decider.budget(target)  # refuses before the model is loaded
+        progress = Progress(quiet)
         if self._loaded is None:
-            self._loaded = load_model(self._decider.study.record["model"]["name"])
-        return prune(self.folder, self._loaded, target, device, candidates if refine else 0, Progress(quiet))
+            self._loaded = _loaded(self._model, self._tokenizer, progress)
+        return prune(self.folder, self._loaded, target, device, candidates if refine else 0, progress)
 
 
 def fit(
-    model: str | PreTrainedModel,
+    model: str | Path | PreTrainedModel,
     *,
     study: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -107,8 +116,17 @@ def fit(
         raise InputError(f"a setting of fit must be one of {known}; {unknown[0]!r} came; check the spelling")
     temporary = tempfile.TemporaryDirectory(prefix="ppf-") if study is None else None
     folder = temporary.name if temporary else str(study)
-    loaded = load_model(model) if isinstance(model, str) else adopt_model(model, tokenizer)
-    fit_study(FitConfig(loaded.name, folder, **settings), Progress(quiet), loaded)
-    fitted = Study(folder, loaded)
-    fitted._temporary = temporary
+    for name in ("text", "test_text"):
+        if isinstance(settings.get(name), Path):
+            settings[name] = str(settings[name])
+    config = FitConfig(str(model) if isinstance(model, str | Path) else "", folder, **settings)
+    progress = Progress(quiet)
+    loaded = _loaded(model, tokenizer, progress)
+    fit_study(config, progress, loaded)
+    fitted = Study(folder, model, tokenizer)
+    fitted._loaded, fitted._temporary = loaded, temporary
     return fitted
+
+
+def _loaded(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, progress: Progress) -> LoadedModel:
+    return load_for(str(model), progress) if isinstance(model, str | Path) else adopt_model(model, tokenizer)

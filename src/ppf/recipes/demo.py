@@ -14,7 +14,7 @@ from ppf.llm.surgery import cut
 from ppf.llm.text import Text
 from ppf.progress import Progress
 from ppf.recipes.fit import fit
-from ppf.recipes.lab import TOKENS_PER_BATCH
+from ppf.recipes.lab import tokens_per_batch
 from ppf.recipes.prune import prune
 from ppf.space.policy import Policy
 
@@ -65,4 +65,4 @@ def _uniform(folder: str, loaded: LoadedModel, ratio: float) -> float:
     decision = decider.decide(Target(ratio=ratio), Policy.uniform(decider.layout))
     smaller = convert(cut(loaded.model, loaded.layout, decision.mask), torch.device("cpu"), torch.float32)
     text = Text.load(decider.study.path("text"), decider.layout.fingerprint)
-    return float(np.exp(evaluate(smaller, text.test, TOKENS_PER_BATCH["cpu"]).log_ppl))
+    return float(np.exp(evaluate(smaller, text.test, tokens_per_batch(torch.device("cpu"))).log_ppl))

@@ -8,7 +8,7 @@ from ppf.config import EvalConfig
 from ppf.llm.load import LoadedModel
 from ppf.llm.perplexity import evaluate as measure
 from ppf.llm.text import take_blocks, whole_text
-from ppf.recipes.lab import TOKENS_PER_BATCH, choose_device, choose_dtype, default_seq_len
+from ppf.recipes.lab import choose_device, choose_dtype, choose_seq_len, tokens_per_batch
 
 
 def evaluate(config: EvalConfig, loaded: LoadedModel) -> dict[str, Any]:
@@ -27,10 +27,10 @@ def evaluate(config: EvalConfig, loaded: LoadedModel) -> dict[str, Any]:
     """
     device = choose_device(config.device)
     model = loaded.on(device, choose_dtype(config.dtype, device, loaded.dtype))
-    length = config.seq_len or default_seq_len(model.config.max_position_embeddings)
+    length = choose_seq_len(config.seq_len, model.config.max_position_embeddings)
     stream = whole_text(config.text, loaded.tokenizer)
     blocks = take_blocks(stream, length, config.tokens, 0, config.text)
-    result = measure(model, blocks, TOKENS_PER_BATCH.get(device.type, 4096))
+    result = measure(model, blocks, tokens_per_batch(device))
     return {
         "ppl": float(np.exp(result.log_ppl)),
         "log_ppl": result.log_ppl,

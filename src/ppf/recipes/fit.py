@@ -28,7 +28,7 @@ from ppf.learn.train_agent import AgentConfig, train_agent
 from ppf.llm.collect import Wanted, probes, spread, stratified_ratios
 from ppf.llm.load import LoadedModel
 from ppf.progress import Progress
-from ppf.recipes.lab import Lab, check_study_place, load_for
+from ppf.recipes.lab import Lab, check_study_place, choose_device, leave_no_beginning, load_for
 from ppf.samples import Sample, kept_matrix
 from ppf.space.allocation import Allocation
 from ppf.space.budget import Budget
@@ -61,32 +61,33 @@ def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None
         InputError: Too few samples for this model, or a folder that holds something else.
         InUseError: Another process is fitting this study.
     """
-    check_study_place(Path(config.study))
+    folder = Path(config.study)
+    check_study_place(folder)
     loaded = loaded or load_for(config.model, progress)
     levels = _levels(loaded.layout, config.samples)
-    with locked(Path(config.study)), Lab(loaded, config, progress) as lab:
-        study = lab.open_study()
-        if _is_done(study, config):
-            progress.say(f"{study.folder} is fitted already")
-            return study
-        lab.score()
-        _collect(lab, levels)
-        predictors, report = _predictors(lab)
-        kind = report["predictor"]
-        predictors[kind].save(study.path("predictor"), lab.layout)
-        _agent(lab, predictors[kind])
-        report["seconds"] = {name: round(seconds, 2) for name, seconds in progress.seconds.items()}
-        report["settings"] = asdict(config)
-        write_json(study.folder / "report.json", report)
+    choose_device(config.device)
+    with locked(folder):
+        try:
+            with Lab(loaded, config, progress) as lab:
+                return _fit_all(lab, levels)
+        finally:
+            leave_no_beginning(folder)
+
+
+def _fit_all(lab: Lab, levels: tuple[float, ...]) -> StudyFolder:
+    study, config = lab.open_study(), lab.config
+    if study.is_fitted and read_json(study.folder / "report.json")["settings"]["predictor"] == config.predictor:
+        lab.progress.say(f"{study.folder} is fitted already")
         return study
-
-
-def _is_done(study: StudyFolder, config: FitConfig) -> bool:
-    path = study.folder / "report.json"
-    if not (study.is_fitted and path.is_file()):
-        return False
-    was = read_json(path)["settings"]
-    return all(was[name] == getattr(config, name) for name in ("samples", "rounds", "predictor", "max_ratio"))
+    (study.folder / "report.json").unlink(missing_ok=True)  # until it is written again, the study answers nothing
+    lab.score()
+    _collect(lab, levels)
+    predictors, report = _predictors(lab)
+    predictor = predictors[report["predictor"]]
+    predictor.save(study.path("predictor"), lab.layout)
+    _agent(lab, predictor)
+    write_json(study.folder / "report.json", {**report, "seconds": lab.keep_seconds(), "settings": asdict(config)})
+    return study
 
 
 def _levels(layout: Layout, samples: int) -> tuple[float, ...]:
@@ -103,9 +104,8 @@ def _collect(lab: Lab, levels: tuple[float, ...]) -> None:
     """Measures everything that the predictor is fitted to and judged by."""
     config, layout = lab.config, lab.layout
     count = len(lab.measure("probes", lambda: probes(layout, levels), 0))
-    per_ratio = min(_HELDOUT_MOST, int(config.samples * _HELDOUT_SHARE) // len(HELDOUT_RATIOS))
-    lab.measure("heldout", lambda: _heldout(lab, per_ratio), 0)
-    rest = config.samples - count - per_ratio * len(HELDOUT_RATIOS)
+    count += len(lab.measure("heldout", lambda: _heldout(lab), 0))
+    rest = max(config.samples - count, 8)
     first = rest if config.rounds == 0 else max(8, int(rest * _SPREAD_SHARE))
     lab.measure("spread", lambda: _spread(lab, first), 0)
     for round in range(1, config.rounds + 1):
@@ -118,23 +118,23 @@ def _rng(lab: Lab, stage: int) -> np.random.Generator:
     return np.random.default_rng([lab.config.seed, stage])
 
 
-def _prior_keep(lab: Lab) -> np.ndarray:
-    """Float[B + 1, S]: the additive optimum for every ratio."""
-    return knapsack(fit_curves(lab.store.all("probe"), lab.store.failed(), lab.layout), lab.layout)
+def _prior(lab: Lab) -> Prior:
+    """The additive optimum for every ratio."""
+    curves = fit_curves(lab.store.all("probe"), lab.store.failed(), lab.layout)
+    return Prior.of(knapsack(curves, lab.layout), curves)
 
 
 def _centres(lab: Lab, ratios: Sequence[float], rng: np.random.Generator) -> list[tuple[float, Policy]]:
     """Policies between the additive optimum and the uniform one."""
-    keep = _prior_keep(lab)
-    blend = rng.beta(1.0, 2.0, len(ratios))
-    bins = len(keep) - 1
-    rows = [keep[int(np.ceil(ratio * bins))] for ratio in ratios]
+    prior = _prior(lab)
+    rows, blend = prior.keep[prior.rows(np.array(ratios))], rng.beta(1.0, 2.0, len(ratios))
     return [(ratio, Policy((1 - b) * row + b * (1 - ratio))) for ratio, row, b in zip(ratios, rows, blend, strict=True)]
 
 
-def _heldout(lab: Lab, per_ratio: int) -> list[Wanted]:
-    rng = _rng(lab, 1)
-    ratios = [ratio for ratio in HELDOUT_RATIOS if ratio <= _most(lab)]
+def _heldout(lab: Lab) -> list[Wanted]:
+    rng, most = _rng(lab, 1), _most(lab)
+    ratios = [ratio for ratio in HELDOUT_RATIOS if ratio <= most] or [round(most / 2, 3), round(most * 0.99, 3)]
+    per_ratio = min(_HELDOUT_MOST, max(2, int(lab.config.samples * _HELDOUT_SHARE) // len(ratios)))
     return spread(lab.layout, _centres(lab, np.repeat(ratios, per_ratio).tolist(), rng), _SCALES, "heldout", rng)
 
 
@@ -154,14 +154,14 @@ def _found(lab: Lab, round: int, count: int) -> list[Wanted]:
     """Per ratio what search on the predictor found, and masks near it."""
     rng, layout = _rng(lab, 10 + round), lab.layout
     kind = "corrected" if lab.config.predictor == "auto" else lab.config.predictor
-    objective = predicted(refit(lab, kind))
-    keep, wanted = _prior_keep(lab), []
-    ratios = sorted(stratified_ratios(0.1, _most(lab), min(_ROUND_RATIOS, count), rng).tolist())
+    prior, wanted = _prior(lab), list[Wanted]()
+    ratios = sorted(stratified_ratios(min(0.1, _most(lab) / 2), _most(lab), min(_ROUND_RATIOS, count), rng).tolist())
     with lab.progress.stage(f"search {round}", len(ratios)) as advance:
+        objective = predicted(refit(lab, kind))
         for index, ratio in enumerate(ratios):
             share = count * (index + 1) // len(ratios) - count * index // len(ratios)
             budget = Budget.from_ratio(ratio, layout)
-            starts = np.stack([keep[int(np.ceil(ratio * (len(keep) - 1)))], *incumbents(lab, ratio)])
+            starts = np.stack([prior.keep[prior.rows(np.array([ratio]))[0]], *incumbents(lab, ratio)])
             found, _ = refine(objective, starts, budget.remove, layout, _SEARCH_STEPS, rng)
             best = [Wanted(Allocation(row), "search", ratio) for row in found[: max(1, share // 3)]]
             centre = Policy(found[0] / layout.units)
@@ -184,7 +184,8 @@ def refit(lab: Lab, kind: str) -> Predictor:
 
 
 def _fitted(lab: Lab) -> list[Sample]:
-    return lab.store.all("probe", "spread", "search", "refine")
+    """In an order that does not depend on which worker was faster, so that a seed gives one result."""
+    return sorted(lab.store.all("probe", "spread", "search", "refine"), key=lambda sample: (sample.round, sample.digest))
 
 
 def _fit(lab: Lab, kind: str, samples: Sequence[Sample]) -> Predictor:
@@ -211,7 +212,7 @@ def _ranks_best(lab: Lab) -> dict[str, float]:
 
 def _predictors(lab: Lab) -> tuple[dict[str, Predictor], dict[str, Any]]:
     """All kinds fitted to all that may be fitted, and their figures on the held-out masks."""
-    heldout, samples = lab.store.all("heldout"), lab.store.all()
+    heldout, samples, failed = lab.store.all("heldout"), lab.store.all(), lab.store.failed()
     dense = lab.study.record["dense"]
     with lab.progress.stage("predictor"):
         predictors = {kind: refit(lab, kind) for kind in FITS}
@@ -225,8 +226,13 @@ def _predictors(lab: Lab) -> tuple[dict[str, Predictor], dict[str, Any]]:
         "cross_validated_tau": ranks,
         "heldout": {kind: {**asdict(found), "tau_mean": found.tau_mean} for kind, found in judged.items()},
         "samples": {purpose: sum(s.purpose == purpose for s in samples) for purpose in sorted({s.purpose for s in samples})},
-        "failed": len(lab.store.failed()),
-        "tokens": {"measured": sum(sample.tokens for sample in samples), "calibration": int(lab.text.calibration.size)},
+        "failed": len(failed),
+        "damaged": lab.store.damaged,
+        "tokens": {
+            "measured": sum(sample.tokens for sample in [*samples, *failed]),
+            "calibration": int(lab.text.calibration.size),
+            "dense": int(lab.text.search.size + lab.text.test.size) + lab.reference_tokens,
+        },
         "measuring_seconds": round(sum(sample.seconds for sample in samples), 2),
         "dense": dense,
     }
@@ -235,11 +241,9 @@ def _predictors(lab: Lab) -> tuple[dict[str, Predictor], dict[str, Any]]:
 
 def _agent(lab: Lab, predictor: Predictor) -> None:
     agent_config = AgentConfig()
-    curves = fit_curves(lab.store.all("probe"), lab.store.failed(), lab.layout)
-    prior = Prior.of(knapsack(curves, lab.layout), curves)
     with lab.progress.stage("agent", agent_config.iterations) as advance:
         agent = train_agent(
-            prior, predicted(predictor), lab.layout, LOW_RATIO, _most(lab), lab.config.seed, agent_config,
+            _prior(lab), predicted(predictor), lab.layout, LOW_RATIO, _most(lab), lab.config.seed, agent_config,
             lambda reward: advance(f"{100 * (1 - np.exp(-reward)):.1f} % below the additive policy"),
         )  # fmt: skip
     agent.save(lab.study.path("agent"), lab.layout)

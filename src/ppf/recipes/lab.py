@@ -22,8 +22,16 @@ from ppf.samples import Sample
 from ppf.space.allocation import Allocation
 from ppf.study import StudyFolder, context_of
 
-TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16_384, "mps": 4096}
-_DECISIVE = ("text", "test_text", "score", "seq_len", "calibration_tokens", "search_tokens", "test_tokens", "dtype", "seed")
+_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16_384, "mps": 4096}
+_DECISIVE = (
+    "text", "test_text", "score", "seq_len", "calibration_tokens", "search_tokens", "test_tokens", "dtype", "seed", "samples",
+    "rounds", "max_ratio",
+)  # fmt: skip
+
+
+def tokens_per_batch(device: torch.device) -> int:
+    """How many tokens go through a model at once."""
+    return _TOKENS_PER_BATCH[device.type]
 
 
 def choose_device(name: str) -> torch.device:
@@ -35,11 +43,12 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-        return device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device must be one that is here; {name!r} came; use auto or cpu") from error
+    if device.type not in _TOKENS_PER_BATCH:
+        raise InputError(f"--device must be a CPU, a CUDA or an MPS device; {name!r} came; use auto or cpu")
+    return device
 
 
 def choose_dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
@@ -49,9 +58,26 @@ def choose_dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> to
     return getattr(torch, name)
 
 
-def default_seq_len(context: int) -> int:
-    """Half of what the model was made for, 2,048 at most."""
-    return max(8, min(2048, context // 2))
+def choose_seq_len(asked: int | None, context: int) -> int:
+    """Tokens a block: what is asked for, or half of what the model was made for, 2,048 at most.
+
+    Raises:
+        InputError: More than the model was made for.
+    """
+    if asked is not None and asked > context:
+        raise InputError(f"--seq-len must be at most the model's context of {context} tokens; {asked} came; lower it")
+    return asked or max(8, min(2048, context // 2))
+
+
+def choose_workers(asked: int | None, model_bytes: int) -> int:
+    """Measuring processes: what is asked for, or one a core as far as the free memory holds copies of the model."""
+    if asked is not None:
+        return asked
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (meminfo := Path("/proc/meminfo")).is_file():
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines() if ":" in line)
+        free = int(lines.get("MemAvailable", f"{free // 1024} kB").split()[0]) * 1024
+    return max(1, min(len(os.sched_getaffinity(0)), int(free / (1.5 * model_bytes + 5e8))))
 
 
 class Lab:
@@ -68,8 +94,11 @@ class Lab:
         self.layout = loaded.layout
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, self.device, loaded.dtype)
+        if (Path(config.study) / "study.json").exists():  # wherever it goes on, a study measures in one precision
+            self.dtype = getattr(torch, StudyFolder(config.study).record["dtype"], self.dtype)
         self.model = loaded.on(self.device, self.dtype)
-        self.batch = TOKENS_PER_BATCH.get(self.device.type, 4096)
+        self.batch = tokens_per_batch(self.device)
+        self.reference_tokens = 0
         self._engine: Engine | None = None
         self._stack = contextlib.ExitStack()
 
@@ -84,16 +113,23 @@ class Lab:
 
         Raises:
             InputError: A study of other settings.
-            DamagedError: A study of another model.
+            DamagedError: A study of another model, or whose text was exchanged.
         """
         folder = Path(self.config.study)
         if (folder / "study.json").exists():
             self.study = StudyFolder(folder)
             self._check_same()
             self.text = Text.load(self.study.path("text"), self.layout.fingerprint)
+            if self._context() != self.study.context:
+                raise DamagedError(
+                    f"{folder} must measure as it began; its text or its precision changed; fit again in a new folder"
+                )
         else:
             self.study = self._create(folder)
         self.store = self._stack.enter_context(contextlib.closing(self.study.store(write=True)))
+        self._seconds_before: dict[str, float] = self.study.plan("seconds") or {}
+        if not self._seconds_before:
+            self.keep_seconds()
         return self.study
 
     def score(self) -> None:
@@ -104,6 +140,7 @@ class Lab:
             config = self.config
             importance = score_units(self.model, self.layout, self.text.calibration, config.score, config.text, config.seed)
             importance.save(self.study.path("importance"), self.layout)
+        self.keep_seconds()
 
     def measure(self, name: str, plan: Callable[[], Sequence[Wanted]], round: int) -> list[Sample]:
         """Measures what a stage wants; a stage that planned before goes on with its plan.
@@ -117,7 +154,9 @@ class Lab:
         if kept is None:
             kept = [[item.purpose, item.ratio, item.allocation.kept.tolist()] for item in plan()]
             self.study.keep_plan(name, kept)
-        return self.run(name, [Wanted(Allocation(allocation), purpose, ratio) for purpose, ratio, allocation in kept], round)
+        samples = self.run(name, [Wanted(Allocation(allocation), purpose, ratio) for purpose, ratio, allocation in kept], round)
+        self.keep_seconds()
+        return samples
 
     def run(self, name: str, wanted: Sequence[Wanted], round: int) -> list[Sample]:
         """Measures masks, those at hand taken from the store."""
@@ -125,6 +164,14 @@ class Lab:
             return list(
                 collect(self._measuring, self.store, wanted, self.study.importance, self.layout, round, lambda sample: advance())
             )
+
+    def keep_seconds(self) -> dict[str, float]:
+        """Keeps the wall time of each stage, summed over all starts of the fit."""
+        seconds = {name: round(value, 2) for name, value in self.progress.seconds.items()}
+        for name, value in self._seconds_before.items():
+            seconds[name] = round(seconds.get(name, 0.0) + value, 2)
+        self.study.keep_plan("seconds", seconds)
+        return seconds
 
     def evaluate_dense(self, text: Text, part: str) -> Evaluation:
         """The dense model on a part of a text."""
@@ -134,17 +181,19 @@ class Lab:
         if self._engine is None:
             folder = self.loaded.folder
             if self.device.type == "cpu" and folder is not None:
-                workers = self.config.workers or len(os.sched_getaffinity(0))
+                workers = choose_workers(self.config.workers, self.layout.total * self.dtype.itemsize)
                 dtype = str(self.dtype).removeprefix("torch.")
                 engine: Engine = LocalEngine(folder, self.study.path("text"), self.layout, dtype, workers, self.batch)
             else:
                 engine = InProcessEngine(self.model, self.layout, self.text.search, self.batch)
+                workers = 1
+            self.reference_tokens += workers * self.text.search.size
             self._engine = self._stack.enter_context(contextlib.closing(engine))
         return self._engine
 
     def _create(self, folder: Path) -> StudyFolder:
         config = self.config
-        length = config.seq_len or default_seq_len(self.model.config.max_position_embeddings)
+        length = choose_seq_len(config.seq_len, self.model.config.max_position_embeddings)
         sizes = TextSizes(length, config.calibration_tokens, config.search_tokens, config.test_tokens)
         with self.progress.stage("text"):
             self.text = load_text(config.text, self.loaded.tokenizer, sizes, config.seed, self.model, config.test_text)
@@ -153,22 +202,24 @@ class Lab:
         self.text.save(folder / "text.safetensors", self.layout.fingerprint)
         loaded = self.loaded
         model: dict[str, Any] = {
-            "name": str(loaded.folder) if Path(loaded.name).is_dir() else loaded.name,
+            "name": str(Path(loaded.name).resolve()) if Path(loaded.name).is_dir() else loaded.name,
             "digest": loaded.digest,
             "type": self.layout.model_type,
             "bytes_per_param": loaded.dtype.itemsize,
         }
-        context = context_of(model=loaded.digest, text=self.text.digest, dtype=str(self.dtype))
         record = {
             "model": model,
             "layout": self.layout.to_json(),
             "settings": asdict(config),
             "dense": dense,
-            "context": context,
+            "context": self._context(),
             "seq_len": length,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
         return StudyFolder.create(folder, record)
+
+    def _context(self) -> str:
+        return context_of(model=self.loaded.digest, text=self.text.digest, dtype=str(self.dtype))
 
     def _check_same(self) -> None:
         settings, model = self.study.record["settings"], self.study.record["model"]
@@ -177,7 +228,7 @@ class Lab:
                 f"{self.config.study} must be a study of this model; it is one of {model['name']} as it was then; use a new folder"
             )
         for name in _DECISIVE:
-            came, was = getattr(self.config, name), settings[name]
+            came, was = getattr(self.config, name), settings.get(name)
             if came != was:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"a continued study must keep {flag} {was}; {came} came; leave it as it was or use a new folder")
@@ -202,7 +253,22 @@ def check_study_place(folder: Path) -> None:
         raise InputError(f"{folder} must be a new or a study folder; it holds {min(strangers)!r}; choose another")
 
 
+def leave_no_beginning(folder: Path) -> None:
+    """Removes what a fit wrote before its study had a record: there is nothing in it to go on with."""
+    if folder.is_dir() and not (folder / "study.json").exists():
+        for name in ("text.safetensors", "lock"):
+            (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # other hidden files lie there
+            folder.rmdir()
+
+
 def load_for(name: str, progress: Progress) -> LoadedModel:
-    """Loads a model under a progress stage."""
+    """Loads a model under a progress stage.
+
+    Raises:
+        InputError: The study was fitted to an object that came from no folder.
+    """
+    if not name:
+        raise InputError("the dense model must be named; this study was fitted to an object; give --model or model=")
     with progress.stage("loading"):
         return load_model(name)

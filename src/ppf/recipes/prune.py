@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppf.artifact import check_new_folder, read_json
 from ppf.config import FitConfig, Target
 from ppf.decide import Decider, Decision
-from ppf.errors import DamagedError
+from ppf.errors import DamagedError, InputError, ResourceError
 from ppf.learn.objective import predicted
 from ppf.learn.search import refine as search
 from ppf.llm.collect import Wanted
@@ -24,9 +25,10 @@ from ppf.llm.surgery import cut
 from ppf.llm.text import Text
 from ppf.progress import Progress
 from ppf.recipes.fit import incumbents, refit
-from ppf.recipes.lab import TOKENS_PER_BATCH, Lab, choose_device
-from ppf.samples import Sample
+from ppf.recipes.lab import Lab, choose_device, tokens_per_batch
+from ppf.samples import kept_matrix
 from ppf.space.allocation import Allocation
+from ppf.space.budget import Budget, unit_steps
 from ppf.study import locked
 
 _REFINE_STEPS = 60
@@ -51,7 +53,7 @@ class Pruned:
     plan: dict[str, Any]
 
     def save_pretrained(self, out: str | Path, force: bool = False) -> int:
-        """Writes a folder that transformers and vLLM load, after checking that it does.
+        """Writes a Hugging Face folder, after checking that transformers loads it and answers as the model in memory does.
 
         Args:
             out: A new folder.
@@ -101,13 +103,13 @@ def refined(
 ) -> Decision:
     """Static pruning: search on the predictor at one ratio, measure the best, learn, search again; the best measured wins.
 
-    Every measurement goes into the study's store, so that a repetition costs nothing.
+    Every measurement goes into the study's store and counts in later choices.
     """
     config = replace(FitConfig(**decider.study.record["settings"]), study=str(decider.study.folder), device=device)
     with locked(decider.study.folder), Lab(loaded, config, progress) as lab:
         lab.open_study()
         budget, rng = decider.budget(target), np.random.default_rng(config.seed)
-        predictor, measured = decider.predictor, list[Sample]()
+        predictor = decider.predictor
         first = max(1, candidates // 2)
         for number, count in enumerate([first, candidates - first]):
             starts = np.stack([decision.policy.keep, *incumbents(lab, decision.asked)])
@@ -115,13 +117,30 @@ def refined(
                 found, _ = search(predicted(predictor), starts, budget.remove, lab.layout, _REFINE_STEPS, rng, target.align)
             ours = [decision.allocation.kept] if number == 0 else []
             chosen = [*ours, *_apart(found, lab.layout.units, count)][:count]
-            wanted = [Wanted(Allocation(kept), "refine", decision.asked) for kept in chosen]
-            measured += [sample for sample in lab.run("candidates", wanted, 100 + number) if sample.status == "done"]
+            lab.run("candidates", [Wanted(Allocation(kept), "refine", decision.asked) for kept in chosen], 100 + number)
             if number == 0 and candidates > first:
                 with progress.stage("predictor"):
                     predictor = refit(lab, decider.predictor.kind)
-        best = min(measured, key=lambda sample: sample.kl)
-        return decider.adopt(target, np.array(best.kept))
+        return decider.adopt(target, _best_measured(lab, budget, target.align))
+
+
+def _best_measured(lab: Lab, budget: Budget, align: int) -> np.ndarray:
+    """Int[S]: of all masks ever measured in this study that meet a budget as ``allocate`` does, the one with the least damage.
+
+    Raises:
+        ResourceError: None could be measured.
+    """
+    layout, samples = lab.layout, lab.store.all()
+    kept = kept_matrix(samples, layout)
+    steps, target = unit_steps(layout, align), layout.prunable - budget.remove
+    spent = kept @ layout.costs
+    close = (spent <= target) & (spent > target - (steps * layout.costs).min())
+    fits = close & ((kept % steps == 0) | (kept == layout.units)).all(axis=1)
+    if not fits.any():
+        reasons = [sample.reason for sample in lab.store.failed()] or ["nothing was measured"]
+        raise ResourceError(f"a candidate must be measurable; none was: {reasons[-1]}; try --dtype or another --device")
+    damage = np.array([sample.kl for sample in samples])
+    return kept[fits][damage[fits].argmin()]
 
 
 def _apart(found: np.ndarray, units: np.ndarray, count: int) -> list[np.ndarray]:
@@ -142,7 +161,7 @@ def _measured(
     dtype = getattr(torch, decider.study.record["dtype"])
     text = Text.load(decider.study.path("text"), decider.layout.fingerprint)
     models = [loaded.on(device, dtype), convert(copy.deepcopy(smaller), device, dtype)]
-    evaluation = evaluate(models[1], text.test, TOKENS_PER_BATCH.get(device.type, 4096))
+    evaluation = evaluate(models[1], text.test, tokens_per_batch(device))
     speeds = tokens_per_second(models, text.test)
     return evaluation, {"before": speeds[0], "after": speeds[1]}
 
@@ -163,31 +182,57 @@ def tokens_per_second(models: list[PreTrainedModel], blocks: np.ndarray) -> list
 
 
 def _plan(decider: Decider, decision: Decision, measured: Evaluation, speeds: dict[str, float], refined: bool) -> dict[str, Any]:
-    study = decider.study
+    study, report = decider.study, read_json(decider.study.folder / "report.json")
+    model = study.record["model"]
+    text = study.record["settings"]["test_text"] or study.record["settings"]["text"]
     return {
         "format": 1,
-        "model": study.record["model"],
+        "model": {**model, "name": _leaf(model["name"])},
         "layout": decider.layout.fingerprint,
-        "importance": {"method": decider.importance.method, "source": decider.importance.source},
+        "context": study.context,
+        "importance": {"method": decider.importance.method, "source": _leaf(decider.importance.source)},
         "refined": refined,
         **decision.to_json(decider.layout),
         "measured": {"log_ppl": measured.log_ppl, "ppl": float(np.exp(measured.log_ppl)), "interval": _ppl(measured.interval)},
         "dense": {"log_ppl": decider.dense_log_ppl, "ppl": float(np.exp(decider.dense_log_ppl))},
         "protocol": {
-            "text": study.record["settings"]["test_text"] or study.record["settings"]["text"],
+            "text": _leaf(text),
             "seq_len": study.record["seq_len"],
             "tokens": measured.tokens,
             "dtype": study.record["dtype"],
         },
         "tokens_per_second": {name: round(value, 1) for name, value in speeds.items()},
+        "report": {
+            "predictor": report["predictor"],
+            "heldout": report["heldout"][report["predictor"]],
+            "samples": report["samples"],
+        },
+        "policy": decision.policy.to_json(),
         "mask": [np.packbits(bits).tobytes().hex() for bits in decision.mask.bits],
     }
+
+
+def _leaf(name: str) -> str:
+    """A file's or folder's own name: an export says nothing of the machine on which it was made. A hub id stays whole."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def _ppl(interval: tuple[float, float]) -> list[float]:
     return [float(np.exp(end)) for end in interval]
 
 
-def dense_bytes(loaded: LoadedModel, bytes_per_param: int) -> int:
+def dense_bytes(loaded: LoadedModel, bytes_per_param: float) -> int:
     """Bytes of the dense model's weight files; of its parameters if it has no files."""
-    return weight_bytes(loaded.folder) if loaded.folder else loaded.layout.total * bytes_per_param
+    return weight_bytes(loaded.folder) if loaded.folder else int(loaded.layout.total * bytes_per_param)
+
+
+def check_out(out: str, force: bool, study: str | Path) -> None:
+    """Refuses an output folder at once rather than after the work.
+
+    Raises:
+        InputError: It exists, or it is the study or holds it.
+    """
+    place, kept = Path(out).resolve(), Path(study).resolve()
+    if place == kept or place in kept.parents:
+        raise InputError(f"an output folder must not be the study or hold it; {out} came; choose another name")
+    check_new_folder(Path(out), force)

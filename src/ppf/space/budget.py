@@ -40,7 +40,7 @@ class Budget:
             raise InputError(f"a pruning ratio must be a number in [0, 1); {ratio!r} came; try 0.3")
         if not 0 <= ratio < 1:
             raise InputError(f"a pruning ratio must lie in [0, 1); {ratio:g} came; 0.3 removes 30 % of the prunable parameters")
-        return cls(math.ceil(ratio * layout.prunable - 1e-6))._feasible(layout, align, f"ratio {ratio:g}")
+        return cls(removed(ratio, layout))._feasible(layout, align, f"ratio {ratio:g}")
 
     @classmethod
     def from_params(cls, params: int, layout: Layout, align: int = 1) -> "Budget":
@@ -75,6 +75,11 @@ class Budget:
                 f"{wish} asks for ratio {self.ratio(layout):.4g}; ask for less"
             )
         return self
+
+
+def removed(ratio: float, layout: Layout) -> int:
+    """Parameters that a ratio asks to remove: the share of the prunable ones, rounded up."""
+    return math.ceil(ratio * layout.prunable - 1e-6)
 
 
 def aligned_floors(layout: Layout, align: int) -> np.ndarray:

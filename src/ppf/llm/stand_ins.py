@@ -1,0 +1,36 @@
+"""What AutoConfig knows of the pruned models until one is asked for: a name that becomes the real class then.
+
+The real classes need the models' code, which cannot be imported while transformers' own modules are still being imported.
+"""
+
+import importlib
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
+
+MODEL_TYPES = ("ppf_llama", "ppf_mistral", "ppf_qwen2", "ppf_qwen3")
+
+
+class _StandIn(PreTrainedConfig):
+    """Makes configs of the real class; there is never one of its own."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        return _real(cls.model_type)(*args, **options)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        return _real(cls.model_type).from_dict(config_dict, **options)
+
+
+def register_stand_ins() -> None:
+    """Tells AutoConfig, and nothing else, of the pruned models."""
+    for model_type in MODEL_TYPES:
+        AutoConfig.register(model_type, type("PPFStandIn", (_StandIn,), {"model_type": model_type}), exist_ok=True)
+
+
+def _real(model_type: str) -> Any:
+    """The real class, which all auto classes know from now on."""
+    auto = importlib.import_module("ppf.llm.auto")
+    auto.register()
+    return auto.PRUNED[model_type.removeprefix("ppf_")][0]

@@ -1,0 +1,98 @@
+"""The weight files of a folder, checked by their headers alone; only safetensors is looked at."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ppf.artifact import MAX_HEADER
+from ppf.errors import DamagedError, PPFError, ResourceError, UnsupportedError
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def check_weights(folder: Path, shell: PreTrainedModel) -> None:
+    """Compares the headers of the weight files with the shapes that the config asks for, before anything is loaded.
+
+    Raises:
+        DamagedError: A tensor is missing, extra or of another shape, a file is cut, or only pickles are there.
+    """
+    found = {name: shape for path in weight_files(folder) for name, shape in _header(path)}
+    wanted = {name: list(tensor.shape) for name, tensor in shell.state_dict().items()}
+    shared = set(shell.all_tied_weights_keys or {})
+    for name, shape in wanted.items():
+        if name not in found and name not in shared:
+            raise DamagedError(f"{folder} must hold the weight {name}; it is missing; fetch the model again")
+        if name in found and found[name] != shape:
+            raise DamagedError(f"{name} must have shape {shape} as config.json says; it has {found[name]}; fetch the model again")
+    extra = sorted(name for name in set(found) - set(wanted) if not name.endswith("rotary_emb.inv_freq"))
+    if extra:
+        raise DamagedError(f"{folder} must hold only weights of its config; {extra[0]} is extra; is config.json its own?")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would load: one, or those that the index names.
+
+    Raises:
+        DamagedError: One is missing, or the index is no index.
+        UnsupportedError: There are only pickles.
+    """
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        files = {"model.safetensors"}
+    elif index.is_file():
+        try:
+            files = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise DamagedError(f"{index} must map weights to files; {first_line(error)}; fetch the model again") from error
+    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise UnsupportedError(f"{folder} must hold safetensors; only pickle files are there and none is read; convert them first")
+    else:
+        raise DamagedError(f"{folder} must hold model.safetensors; there is none; fetch the model again")
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    for name in sorted(files):
+        if name not in present:
+            raise DamagedError(f"{folder} must hold its weight file {name!r}; it is missing or elsewhere; fetch the model again")
+    return [folder / name for name in sorted(files)]
+
+
+@contextmanager
+def readable(path: Path | str) -> Iterator[None]:
+    """Says that a path must be readable when the system refuses something in the block."""
+    try:
+        yield
+    except PPFError:
+        raise
+    except OSError as error:
+        raise ResourceError(f"{path} must be readable; {error.strerror or error}; check its permissions") from error
+
+
+def first_line(error: BaseException) -> str:
+    """An error of any library in one short line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def _header(path: Path) -> Iterator[tuple[str, list[int]]]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise DamagedError(f"{path} must be a whole safetensors file; its header is cut or too large; fetch it again")
+        try:
+            header = json.loads(file.read(length))
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
+            shapes = [(name, list(entry["shape"])) for name, entry in tensors.items()]
+            others = {entry["dtype"] for entry in tensors.values()} - _FLOATS
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+            raise DamagedError(
+                f"{path} must be a safetensors file; its header is bad: {first_line(error)}; fetch it again"
+            ) from error
+    if end != size - 8 - length:
+        raise DamagedError(f"{path} must hold {end:,} bytes of weights; it holds {size - 8 - length:,}; fetch it again")
+    if others:
+        raise UnsupportedError(f"{path} must hold floating-point weights; {min(map(str, others))} came; use the original model")
+    yield from shapes
