@@ -41,7 +41,7 @@ class FitConfig:
     study: Annotated[str, arg(metavar="DIR")]
     """The study folder; a started one is continued."""
     text: Annotated[str, arg(metavar="TEXT")] = "pydocs"
-    """Text to calibrate and search on: pydocs, self, wikitext2, c4, ptb, or a .txt, .jsonl or .parquet file."""
+    """Text to calibrate and search on: pydocs, self, wikitext2, c4, or a .txt, .jsonl or .parquet file."""
     test_text: Annotated[str | None, arg(metavar="TEXT")] = None
     """Another text for the reported figures; by default a part of TEXT that is used for nothing else."""
     samples: int = 600
@@ -158,7 +158,7 @@ class EvalConfig:
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A folder (dense or exported), a hub id, or ref-a."""
     text: Annotated[str, arg(metavar="TEXT")] = "pydocs"
-    """Text: the test part of pydocs, wikitext2, c4 or ptb, or a whole .txt, .jsonl or .parquet file."""
+    """Text: the test part of pydocs, wikitext2 or c4, or a whole .txt, .jsonl or .parquet file."""
     seq_len: Annotated[int | None, arg(metavar="N")] = None
     """Tokens a block; by default half of the model's context, 2048 at most."""
     tokens: Annotated[int | None, arg(metavar="N")] = None

@@ -57,7 +57,7 @@ class Pruned:
 
         Args:
             out: A new folder.
-            force: Replace it if it exists.
+            force: Replace an earlier export of that name.
 
         Returns:
             Bytes of the weight files.
