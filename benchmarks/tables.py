@@ -138,9 +138,9 @@ def speed() -> str:
 
 def main() -> None:
     parts = [INTRO, demo(), policies("policies")]
-    if load("policies-wikitext2"):
-        parts.append(policies("policies-wikitext2"))
-    parts += [agents(), speed()]
+    parts += [policies("policies-wikitext2")] if load("policies-wikitext2") else []
+    parts += [agents()] if load("agents") else []
+    parts += [speed()]
     (HERE.parent / "docs" / "results.md").write_text("\n".join(parts) + "\n")
 
 
