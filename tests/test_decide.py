@@ -119,8 +119,8 @@ def test_the_record_has_these_fields_and_is_strict_json(decider):
 
 @pytest.mark.parametrize("ratio", [0.1, 0.37, 0.55])
 def test_a_size_in_any_wording_is_the_same_job(decider, ratio):
-    params = LAYOUT.total - Budget.from_ratio(ratio, LAYOUT).remove
-    in_params, in_bytes = decider.decide(Target(params=str(params))), decider.decide(Target(memory=f"{2 * params}B"))
+    params, headers = LAYOUT.total - Budget.from_ratio(ratio, LAYOUT).remove, 2048 * (LAYOUT.layers + 2)
+    in_params, in_bytes = decider.decide(Target(params=str(params))), decider.decide(Target(memory=f"{2 * params + headers}B"))
     assert in_params.mask.digest == in_bytes.mask.digest
     assert in_params.asked == in_bytes.asked == pytest.approx(ratio, abs=1e-4)
     by_ratio = decider.decide(Target(ratio=in_params.asked))

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -147,6 +148,7 @@ def _prune(config: PruneConfig) -> None:
     }
     record = {**plan, "bytes": {"before": dense_bytes(loaded, model["bytes_per_param"]), "after": size}, "out": config.out}
     _warn_range(record)
+    _warn_nothing(config, record)
     if config.json:
         _print_json(record)
     else:
@@ -159,6 +161,7 @@ def _policy(config: PolicyConfig) -> None:
     decider = Decider(config.study)
     record = decider.decide(config.target).to_json(decider.layout)
     _warn_range(record)
+    _warn_nothing(config, record)
     if config.json:
         _print_json(record)
     else:
@@ -219,6 +222,11 @@ def _warn_range(record: dict[str, Any]) -> None:
         print(f"warning: ratio {asked:.3g} is beyond what the agent was trained on; judge by measuring", file=sys.stderr)
 
 
+def _warn_nothing(config: PruneConfig | PolicyConfig, record: dict[str, Any]) -> None:
+    if config.target.ratio is None and record["ratio"]["asked"] == 0:
+        print("warning: nothing is removed; the model is that small already", file=sys.stderr)
+
+
 def _print_pruned(record: dict[str, Any]) -> None:
     before, after = record["params"]["before"], record["params"]["after"]
     low, high = record["measured"]["interval"]
@@ -270,7 +278,7 @@ def _print_report(report: dict[str, Any], study: str) -> None:
     lost = f"; {report['damaged']} damaged rows left out" if report["damaged"] else ""
     print(f"samples  {samples}; {report['failed']} failed{lost}; {tokens:,} tokens through the model")
     print("seconds  " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in report["seconds"].items()))
-    print(f"next     ppf prune {study} --ratio 0.3 --out smaller")
+    print(f"next     ppf prune {shlex.quote(study)} --ratio 0.3 --out smaller")
 
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> None:

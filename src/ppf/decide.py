@@ -18,6 +18,9 @@ from ppf.space.mask import Mask, select
 from ppf.space.policy import Policy
 from ppf.study import StudyFolder
 
+_HEADER = 2048
+"""Bytes a layer that a safetensors header takes at most: a file of a wanted size must hold it too."""
+
 
 @dataclass(frozen=True, eq=False)
 class Decision:
@@ -95,7 +98,7 @@ class Decider:
         if target.params is not None:
             return Budget.from_params(parse_count(target.params), self.layout, target.align)
         assert target.memory is not None  # a target is given in exactly one wording
-        size = parse_size(target.memory)
+        size = parse_size(target.memory) - _HEADER * (self.layout.layers + 2)
         return Budget.from_memory(size, self.layout, self.study.record["model"]["bytes_per_param"], target.align)
 
     def decide(self, target: Target, policy: Policy | None = None) -> Decision:

@@ -106,7 +106,7 @@ class StudyFolder:
         """
         if not self.is_fitted:
             raise InputError(
-                f"{self.folder} must be a fitted study; its fit was stopped early; go on with the same ppf fit command"
+                f"{self.folder} must be a fitted study; its fit has not ended; wait for it or go on with the same ppf fit command"
             )
 
     def store(self, write: bool = False) -> SampleStore:

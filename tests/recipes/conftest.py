@@ -21,6 +21,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     tiny_models.save(folder / "model", "llama-mha")
     (folder / "text.txt").write_text(words(4000, 0))
+    (folder / "long.txt").write_text(words(40_000, 1))
     return folder
 
 

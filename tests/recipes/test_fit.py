@@ -217,7 +217,8 @@ def test_a_setting_that_does_not_exist_is_named():
 
 
 def command(place, study):
-    flags = {name: value for name, value in SETTINGS.items() if name != "samples"} | {"samples": 240, "workers": 1}
+    flags = {name: value for name, value in SETTINGS.items() if name not in ("samples", "search_tokens")}
+    flags |= {"samples": 240, "workers": 1, "search_tokens": 8192}  # long enough to be stopped in the middle
     words = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))]
     return [
         sys.executable,
@@ -228,7 +229,7 @@ def command(place, study):
         "--study",
         str(study),
         "--text",
-        str(place / "text.txt"),
+        str(place / "long.txt"),
         *words,
     ]
 
@@ -253,7 +254,7 @@ def test_a_stopped_fit_goes_on_without_losing_a_sample(place, tmp_path, way):
         os.kill(first.pid, way)
         _, errors = first.communicate()
     kept = measured(study)
-    assert 10 <= len(kept) < 200 and not (study / "report.json").exists()
+    assert len(kept) >= 10 and not (study / "report.json").exists()
     if way == signal.SIGINT:
         assert first.returncode == 130 and errors.strip().splitlines()[-1].startswith("error: stopped")
     second = subprocess.run(command(place, study), capture_output=True, text=True)

@@ -70,7 +70,8 @@ def test_the_plan_holds_the_mask(fitted):
 def test_sizes_may_be_said_in_other_words(fitted):
     layout = Decider(fitted.folder).layout
     asked = layout.total - layout.prunable // 3
-    by_params, by_memory = fitted.policy(params=str(asked)), fitted.policy(memory=f"{asked * 4}B")
+    by_params = fitted.policy(params=str(asked))
+    by_memory = fitted.policy(memory=f"{asked * 4 + 2048 * (layout.layers + 2)}B")
     assert by_params.params[1] <= asked and by_params.params[1] > asked - layout.costs.min()
     assert (by_params.allocation.kept == by_memory.allocation.kept).all()
 
@@ -138,3 +139,17 @@ def test_speed_is_that_of_each_model():
     models = [tiny_models.model("llama-mha"), tiny_models.model("llama-mha", 1)]
     speeds = tokens_per_second(models, tiny_models.blocks(8, 16))
     assert len(speeds) == 2 and min(speeds) > 0
+
+
+def test_a_wanted_size_holds_the_whole_file(fitted, tmp_path):
+    layout = Decider(fitted.folder).layout
+    wanted = 4 * (layout.total - layout.prunable // 3) + 2048 * (layout.layers + 2)
+    pruned = fitted.prune(memory=f"{wanted}B", device="cpu")
+    assert 0.8 * wanted < pruned.save_pretrained(tmp_path / "out") <= wanted
+
+
+@pytest.mark.parametrize("where", ["file/out", "file/deep/out"])
+def test_a_place_that_cannot_be_is_refused_before_the_work(fitted, tmp_path, where):
+    (tmp_path / "file").write_text("x")
+    with refuses(InputError):
+        check_out(str(tmp_path / where), False, fitted.folder)

@@ -1,6 +1,7 @@
 """prune: decision -> (refinement) -> surgery -> true measurement -> verified export."""
 
 import copy
+import os
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -235,4 +236,7 @@ def check_out(out: str, force: bool, study: str | Path) -> None:
     place, kept = Path(out).resolve(), Path(study).resolve()
     if place == kept or place in kept.parents:
         raise InputError(f"an output folder must not be the study or hold it; {out} came; choose another name")
+    above = next(folder for folder in place.parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise InputError(f"{out} must lie in a folder that can be written; {above} is none; choose another place")
     check_new_folder(Path(out), force)
