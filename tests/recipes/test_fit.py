@@ -234,6 +234,11 @@ def command(place, study):
     ]
 
 
+def hears_ctrl_c():
+    """Whoever runs the tests in the background has its children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def measured(study):
     """Digests in the order in which they were measured."""
     if not (study / "study.json").exists() or not (study / "samples.sqlite").exists():
@@ -247,7 +252,8 @@ def measured(study):
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_fit_goes_on_without_losing_a_sample(place, tmp_path, way):
     study = tmp_path / "study"
-    with subprocess.Popen(command(place, study), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command(place, study), preexec_fn=hears_ctrl_c, **pipes) as first:
         deadline = time.time() + 120
         while len(measured(study)) < 10 and time.time() < deadline and first.poll() is None:
             time.sleep(0.01)
