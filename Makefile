@@ -1,7 +1,7 @@
-# make demo   set up .venv and run the main job on the embedded model (about 7 minutes on two cores)
+# make demo   set up .venv and run the main job on the embedded model
 # make test   set up .venv and run the default tests
 # make check  lint, format and types
-# make bench  all benchmarks (about half an hour), and docs/results.md from them
+# make bench  all benchmarks, and docs/results.md from them
 
 PYTHON ?= python3
 BIN := .venv/bin

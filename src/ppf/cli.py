@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    # Threads that wait in a busy loop make two of them twenty times slower than one on cores that others use too.
+    # Threads that wait in a busy loop make two of them far slower than one on cores that others use too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"a file or folder must be usable; {error}; check its name and its permissions", 5, debug)
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)):
+        from ppf.llm.perplexity import is_memory
+
+        if not is_memory(error):
             raise
         return _fail("there must be enough memory; there was not; take a smaller --seq-len or --dtype bfloat16", 5, debug)
 

@@ -28,7 +28,7 @@ class Decision:
 
     Attributes:
         asked: The ratio that was asked for, or that the asked size comes to.
-        met: The share of the prunable parameters that goes; at least ``asked``, by less than one step.
+        met: The share of the prunable parameters that goes; at least ``asked``; ``allocate`` says by how much more.
         policy: What was wished.
         allocation: Units kept per site.
         mask: Which ones.

@@ -93,6 +93,8 @@ class Measurement:
         tokens: Tokens run through the model.
         seconds: Wall time.
         reason: Why there is no number; empty when there is one.
+        losses: Log-perplexity of each block, in the order of the text.
+        divergences: KL divergence of each block.
     """
 
     log_ppl: float
@@ -100,6 +102,8 @@ class Measurement:
     tokens: int
     seconds: float
     reason: str = ""
+    losses: tuple[float, ...] = ()
+    divergences: tuple[float, ...] = ()
 
 
 _FIELDS = tuple(field.name for field in fields(Sample))

@@ -7,11 +7,14 @@ import pytest
 import tiny_models as tiny
 from builders import random_mask
 from ppf.llm.architectures import layout_of_model
-from ppf.llm.engines import InProcessEngine, measure_mask
-from ppf.llm.perplexity import reference_of
+from ppf.llm.engines import InProcessEngine
+from ppf.llm.masking import masked
+from ppf.llm.perplexity import evaluate
+from ppf.llm.text import Text
 from ppf.space.mask import Mask
 
-BLOCKS = tiny.blocks(6, 12)
+BLOCKS, OTHERS = tiny.blocks(6, 12), tiny.blocks(4, 12, seed=5)
+TEXT = Text("t", BLOCKS, BLOCKS, OTHERS)
 
 
 def masks(count, of):
@@ -22,22 +25,43 @@ def test_in_this_process_masks_are_answered_in_order():
     model = tiny.model()
     of = layout_of_model(model)
     wanted, before = masks(5, of), tiny.snapshot(model)
-    with closing(InProcessEngine(model, of, BLOCKS, 4096)) as engine:
+    with closing(InProcessEngine(model, of, TEXT, 4096)) as engine:
         found = list(engine.measure(wanted))
     assert [index for index, _ in found] == list(range(5)) and tiny.snapshot(model) == before
-    reference = reference_of(model, BLOCKS)
     for index, result in found:
-        alone = measure_mask(model, of, wanted[index], BLOCKS, reference, 24)
-        assert (result.log_ppl, result.kl) == pytest.approx((alone.log_ppl, alone.kl), abs=1e-6)
+        with masked(model, of, wanted[index]):
+            alone = evaluate(model, BLOCKS, 24)
+        assert result.log_ppl == pytest.approx(alone.log_ppl, abs=1e-6) and result.losses == pytest.approx(alone.blocks, abs=1e-6)
+        assert result.kl == pytest.approx(np.mean(result.divergences)) and len(result.divergences) == len(BLOCKS)
     assert len({result.log_ppl for _, result in found}) == 5 and all(result.kl > 0 for _, result in found)
+
+
+def test_the_dense_model_has_no_damage_on_either_part():
+    model = tiny.model()
+    of = layout_of_model(model)
     everything = Mask(tuple(np.ones(units, dtype=bool) for units in of.units))
-    assert abs(measure_mask(model, of, everything, BLOCKS, reference, 4096).kl) < 1e-7
+    engine = InProcessEngine(model, of, TEXT, 4096)
+    for part, blocks in (("search", BLOCKS), ("test", OTHERS)):
+        ((_, result),) = engine.measure([everything], part)
+        assert abs(result.kl) < 1e-7 and result.tokens == blocks.size
+        assert result.losses == pytest.approx(evaluate(model, blocks).blocks, abs=1e-6)
+
+
+def test_some_rows_give_the_figures_of_these_blocks():
+    model = tiny.model()
+    of = layout_of_model(model)
+    engine, wanted = InProcessEngine(model, of, TEXT, 4096), masks(2, of)
+    whole = dict(engine.measure(wanted, "test"))
+    for index, result in engine.measure(wanted, "test", [3, 1]):
+        assert result.losses == pytest.approx([whole[index].losses[row] for row in (3, 1)], abs=1e-6)
+        assert result.divergences == pytest.approx([whole[index].divergences[row] for row in (3, 1)], abs=1e-6)
+        assert result.tokens == 2 * 12
 
 
 def test_too_little_memory_is_a_result_with_a_reason():
     model = tiny.model()
     of = layout_of_model(model)
-    engine, wanted = InProcessEngine(model, of, BLOCKS, 4096), masks(3, of)
+    engine, wanted = InProcessEngine(model, of, TEXT, 4096), masks(3, of)
     calls = []
 
     def full_once(*_):

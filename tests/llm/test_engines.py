@@ -258,7 +258,7 @@ def real(folder, name="llama-gqa-tied"):
     whole = layout_of_model(model)
     export(cut(model, whole, random_mask(whole)), tiny.tokenizer(), {}, folder / "model")
     of = load_model(str(folder / "model")).layout
-    Text("a", BLOCKS[:1], BLOCKS, BLOCKS[:1]).save(folder / "text", of.fingerprint)
+    Text("a", BLOCKS[:1], BLOCKS, BLOCKS[:3]).save(folder / "text", of.fingerprint)
     return folder / "model", folder / "text", of
 
 
@@ -267,12 +267,16 @@ def test_processes_give_the_results_of_this_one_even_if_one_is_killed(tmp_path, 
     folder, text, of = real(tmp_path)
     wanted, before = masks(10, of), children()
     here = convert(load_model(str(folder)).model, torch.device("cpu"), getattr(torch, dtype))
-    expected = dict(InProcessEngine(here, of, BLOCKS, 4096).measure(wanted))
+    engine = InProcessEngine(here, of, Text.load(text, of.fingerprint), 4096)
+    expected, some = dict(engine.measure(wanted)), dict(engine.measure(wanted[:2], "test", [2, 0]))
     with closing(LocalEngine(folder, text, of, dtype, 2, 4096)) as engine:
         run = engine.measure(wanted)
         found = dict([next(run)])
         os.kill(next(pid for pid in children() if pid not in before), signal.SIGKILL)
         rest = list(run)
+        for index, result in engine.measure(wanted[:2], "test", [2, 0]):
+            assert result.losses == pytest.approx(some[index].losses, abs=1e-6)
+            assert result.divergences == pytest.approx(some[index].divergences, abs=1e-6)
     assert len(rest) == 9 and sorted({**found, **dict(rest)}) == list(range(10)) and children() == before
     for index, result in {**found, **dict(rest)}.items():
         assert (result.log_ppl, result.kl) == pytest.approx((expected[index].log_ppl, expected[index].kl), abs=1e-6)

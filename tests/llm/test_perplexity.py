@@ -24,6 +24,11 @@ FAILURES = [
 ]
 
 
+def means(*arguments):
+    """Log-perplexity and KL over all blocks."""
+    return tuple(part.mean() for part in measure(*arguments))
+
+
 @pytest.fixture(scope="module")
 def trained():
     """The embedded model in float32, its layout, and blocks of text."""
@@ -64,7 +69,7 @@ def test_it_is_that_of_a_plain_loop(name):
     for one in (model, smaller):
         expected = by_loop(one, BLOCKS[:3])
         assert evaluate(one, BLOCKS[:3]).log_ppl == pytest.approx(expected, abs=1e-5)
-        assert measure(one, BLOCKS[:3], None)[0] == pytest.approx(expected, abs=1e-5)
+        assert means(one, BLOCKS[:3], None)[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_it_is_that_of_a_plain_loop_on_real_text(trained):
@@ -89,8 +94,8 @@ def test_every_token_weighs_the_same():
 def test_the_batch_size_does_not_matter(batch):
     model, smaller = pruned()
     reference = reference_of(model, BLOCKS)
-    expected = measure(smaller, BLOCKS, reference)
-    assert measure(smaller, BLOCKS, reference_of(model, BLOCKS, batch), batch) == pytest.approx(expected, abs=1e-6)
+    expected = means(smaller, BLOCKS, reference)
+    assert means(smaller, BLOCKS, reference_of(model, BLOCKS, batch), batch) == pytest.approx(expected, abs=1e-6)
     assert evaluate(smaller, BLOCKS, batch).blocks == pytest.approx(evaluate(smaller, BLOCKS).blocks, abs=1e-6)
 
 
@@ -110,10 +115,21 @@ def test_half_precision_is_summed_in_full(trained):
     assert evaluate(half, blocks).log_ppl == pytest.approx(evaluate(model, blocks).log_ppl, abs=0.02)
 
 
+def test_it_is_measured_block_by_block():
+    model, smaller = pruned()
+    losses, divergences = measure(smaller, BLOCKS, reference_of(model, BLOCKS))
+    assert losses == pytest.approx(evaluate(smaller, BLOCKS).blocks, abs=1e-6)
+    for index, row in enumerate(BLOCKS):
+        alone = reference_of(model, row[None])
+        assert divergences[index] == pytest.approx(measure(smaller, row[None], alone)[1][0], abs=1e-6)
+    some = reference_of(model, BLOCKS).of([4, 1])
+    assert measure(smaller, BLOCKS[[4, 1]], some)[1] == pytest.approx(divergences[[4, 1]], abs=1e-6)
+
+
 def test_the_model_is_not_changed():
     model, smaller = pruned()
     before = tiny.snapshot(model)
-    measure(model, BLOCKS, reference_of(model, BLOCKS))
+    means(model, BLOCKS, reference_of(model, BLOCKS))
     evaluate(model, BLOCKS)
     assert tiny.snapshot(model) == before
 
@@ -123,7 +139,7 @@ def test_numbers_that_are_not_finite_come_through():
     reference = reference_of(model, BLOCKS)
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
-    assert all(np.isnan(measure(model, BLOCKS, reference)))
+    assert all(np.isnan(means(model, BLOCKS, reference)))
     with refuses(DamagedError) as caught:
         evaluate(model, BLOCKS)
     assert "--dtype" in str(caught.value) and "7 of 7" in str(caught.value)
@@ -162,16 +178,16 @@ def test_the_interval_is_seeded_holds_the_mean_and_narrows():
 @pytest.mark.parametrize("name", tiny.TINY)
 def test_the_dense_model_diverges_from_itself_by_nothing(name):
     model = tiny.model(name)
-    log_ppl, kl = measure(model, BLOCKS, reference_of(model, BLOCKS))
+    log_ppl, kl = means(model, BLOCKS, reference_of(model, BLOCKS))
     assert abs(kl) < 1e-7 and log_ppl == evaluate(model, BLOCKS).log_ppl
-    assert measure(model, BLOCKS, None)[1] == 0
+    assert means(model, BLOCKS, None)[1] == 0
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_hardly_above_the_full_divergence_and_not_far_below(trained, seed):
     model, layout, blocks = trained
     smaller = cut(model, layout, random_mask(layout, seed))
-    found = measure(smaller, blocks, reference_of(model, blocks))[1]
+    found = means(smaller, blocks, reference_of(model, blocks))[1]
     full = full_divergence(model, smaller, blocks)
     assert 0.9 * full < found <= full + 1e-5
 
@@ -180,9 +196,9 @@ def test_it_is_hardly_above_the_full_divergence_and_not_far_below(trained, seed)
 def test_more_listed_tokens_come_closer_and_all_of_them_are_exact(monkeypatch, top):
     model, smaller = pruned()
     full = full_divergence(model, smaller, BLOCKS)
-    coarse = measure(smaller, BLOCKS, reference_of(model, BLOCKS))[1]
+    coarse = means(smaller, BLOCKS, reference_of(model, BLOCKS))[1]
     monkeypatch.setattr(perplexity, "_TOP", top)
-    found = measure(smaller, BLOCKS, reference_of(model, BLOCKS))[1]
+    found = means(smaller, BLOCKS, reference_of(model, BLOCKS))[1]
     assert 0 < found <= full + 1e-6
     if top < 64:
         assert found < coarse
@@ -204,8 +220,8 @@ def test_a_masked_model_is_measured_as_the_cut_one():
     layout = layout_of_model(model)
     mask, reference = random_mask(layout, 2), reference_of(model, BLOCKS)
     with masked(model, layout, mask):
-        found = measure(model, BLOCKS, reference)
-    assert found == pytest.approx(measure(cut(model, layout, mask), BLOCKS, reference), abs=1e-6)
+        found = means(model, BLOCKS, reference)
+    assert found == pytest.approx(means(cut(model, layout, mask), BLOCKS, reference), abs=1e-6)
     assert found[1] > 0.01
 
 
@@ -230,9 +246,9 @@ def short_of_memory(model, rows, failure):
 def test_a_batch_that_does_not_fit_is_halved(failure, rows):
     model, smaller = pruned()
     reference = reference_of(model, BLOCKS)
-    expected = measure(smaller, BLOCKS, reference)
+    expected = means(smaller, BLOCKS, reference)
     sizes = short_of_memory(smaller, rows, failure)
-    assert measure(smaller, BLOCKS, reference) == pytest.approx(expected, abs=1e-6)
+    assert means(smaller, BLOCKS, reference) == pytest.approx(expected, abs=1e-6)
     assert sizes[0] == 7 and sum(size for size in sizes if size <= rows) == 7
     short_of_memory(model, rows, failure)
     torch.testing.assert_close(reference_of(model, BLOCKS).log_probs, reference.log_probs, rtol=0, atol=1e-6)
@@ -270,7 +286,7 @@ def test_a_lack_of_memory_behind_the_model_is_said(monkeypatch, failure):
     model = tiny.model()
     reference = reference_of(model, BLOCKS)
     monkeypatch.setattr(perplexity, "_rest", full)
-    for job in (lambda: reference_of(model, BLOCKS), lambda: measure(model, BLOCKS, reference)):
+    for job in (lambda: reference_of(model, BLOCKS), lambda: means(model, BLOCKS, reference)):
         with refuses(ResourceError):
             job()
 

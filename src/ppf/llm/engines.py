@@ -41,8 +41,19 @@ _MALLOC = str(2**32 - 1)
 class Engine(Protocol):
     """Measures masks of one model on one text."""
 
-    def measure(self, masks: Sequence[Mask]) -> Iterator[tuple[int, Measurement]]:
-        """Yields (index into ``masks``, result) as results come, each index once; a failure is a result with a reason."""
+    def measure(
+        self, masks: Sequence[Mask], part: str = "search", rows: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Measurement]]:
+        """Measures masks on a part of the text.
+
+        Args:
+            masks: Which units stay.
+            part: ``"search"`` or ``"test"``.
+            rows: Only these blocks of the part.
+
+        Yields:
+            (Index into ``masks``, result) as results come, each index once; a failure is a result with a reason.
+        """
         ...
 
     def close(self) -> None:
@@ -50,39 +61,56 @@ class Engine(Protocol):
         ...
 
 
-def measure_mask(
-    model: PreTrainedModel, layout: Layout, mask: Mask, blocks: np.ndarray, reference: Reference | None, tokens_per_batch: int
-) -> Measurement:
-    """Runs the masked model over the blocks; too little memory is a result with a reason.
+class Bench:
+    """A dense model, its text, and its answers on each part, which are computed when they are first needed.
 
     Args:
         model: The dense model, in the dtype to measure in.
         layout: Its layout.
-        mask: Which units stay.
-        blocks: Int[B, L] tokens.
-        reference: The dense model's answers on the blocks.
+        text: What to measure on.
         tokens_per_batch: How many tokens go through the model at once.
     """
-    start = time.perf_counter()
-    try:
-        with masked(model, layout, mask):
-            log_ppl, kl = measure(model, blocks, reference, tokens_per_batch)
-    except ResourceError as error:
-        return Measurement(math.nan, math.nan, 0, time.perf_counter() - start, str(error))
-    return Measurement(log_ppl, kl, blocks.size, time.perf_counter() - start)
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, text: Text, tokens_per_batch: int) -> None:
+        self._model, self._layout, self._text, self._batch = model, layout, text, tokens_per_batch
+        self._references: dict[str, Reference] = {}
+
+    def prepare(self, part: str) -> Reference:
+        """The dense model's answers on a part."""
+        if part not in self._references:
+            self._references[part] = reference_of(self._model, getattr(self._text, part), self._batch)
+        return self._references[part]
+
+    def measure(self, mask: Mask, part: str, rows: Sequence[int] | None) -> Measurement:
+        """Runs the masked model over the blocks; too little memory is a result with a reason."""
+        start = time.perf_counter()
+        blocks = getattr(self._text, part)
+        try:
+            reference = self.prepare(part)
+            if rows is not None:
+                blocks, reference = blocks[list(rows)], reference.of(rows)
+            with masked(self._model, self._layout, mask):
+                losses, divergences = measure(self._model, blocks, reference, self._batch)
+        except ResourceError as error:
+            return Measurement(math.nan, math.nan, 0, time.perf_counter() - start, str(error))
+        seconds = time.perf_counter() - start
+        each = tuple(losses.tolist()), tuple(divergences.tolist())
+        return Measurement(float(losses.mean()), float(divergences.mean()), blocks.size, seconds, "", *each)
 
 
 class InProcessEngine:
-    """Measures here: for accelerators, and for models that exist only as objects."""
+    """Measures here: for accelerators, and for models that exist only as objects. Arguments as in ``Bench``."""
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, blocks: np.ndarray, tokens_per_batch: int) -> None:
-        self._model, self._layout, self._blocks, self._batch = model, layout, blocks, tokens_per_batch
-        self._reference = reference_of(model, blocks, tokens_per_batch)
+    def __init__(self, model: PreTrainedModel, layout: Layout, text: Text, tokens_per_batch: int) -> None:
+        self._bench = Bench(model, layout, text, tokens_per_batch)
+        self._bench.prepare("search")
 
-    def measure(self, masks: Sequence[Mask]) -> Iterator[tuple[int, Measurement]]:
+    def measure(
+        self, masks: Sequence[Mask], part: str = "search", rows: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Measurement]]:
         """See ``Engine``."""
         for index, mask in enumerate(masks):
-            yield index, measure_mask(self._model, self._layout, mask, self._blocks, self._reference, self._batch)
+            yield index, self._bench.measure(mask, part, rows)
 
     def close(self) -> None:
         """See ``Engine``."""
@@ -93,11 +121,11 @@ class LocalEngine:
 
     Args:
         folder: Of the model's files.
-        text: Artefact whose search part is measured on.
+        text: Artefact of the text to measure on.
         layout: Of the dense model.
         dtype: Torch dtype to measure in, by name.
         workers: How many processes.
-        tokens_per_batch: As in ``measure_mask``.
+        tokens_per_batch: As in ``Bench``.
 
     Raises:
         ResourceError: A process cannot be started.
@@ -120,18 +148,21 @@ class LocalEngine:
             self.close()
             raise
 
-    def measure(self, masks: Sequence[Mask]) -> Iterator[tuple[int, Measurement]]:
+    def measure(
+        self, masks: Sequence[Mask], part: str = "search", rows: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Measurement]]:
         """See ``Engine``. A mask whose worker dies three times is a failure.
 
         Raises:
             ResourceError: A worker cannot start.
         """
         run = object()
+        questions = [{"mask": base64.b64encode(mask.pack()).decode(), "part": part, "rows": rows} for mask in masks]
         waiting = collections.deque(_Task(run, index, 1) for index in range(len(masks)))
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 selector.register(worker.answers, selectors.EVENT_READ, worker)
-                _give(worker, waiting, masks)
+                _give(worker, waiting, questions)
             while waiting or any(worker.task and worker.task.run is run for worker in self._workers):
                 for key, _ in selector.select():
                     worker, task = key.data, key.data.task
@@ -147,7 +178,7 @@ class LocalEngine:
                             yield task.place, Measurement(math.nan, math.nan, 0, 0.0, f"its worker died {_TRIES} times: {words}")
                     elif mine:
                         yield task.place, answer
-                    _give(worker, waiting, masks)
+                    _give(worker, waiting, questions)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -163,10 +194,10 @@ class _Task(NamedTuple):
     tries: int
 
 
-def _give(worker: "_Worker", waiting: collections.deque[_Task], masks: Sequence[Mask]) -> None:
+def _give(worker: "_Worker", waiting: collections.deque[_Task], questions: Sequence[dict[str, Any]]) -> None:
     if worker.is_ready and worker.task is None and waiting:
         worker.task = waiting.popleft()
-        worker.send({"mask": base64.b64encode(masks[worker.task.place].pack()).decode()})
+        worker.send(questions[worker.task.place])
 
 
 class _Worker:
@@ -249,15 +280,25 @@ class _Worker:
 
 def _to_line(result: Measurement) -> str:
     """Strict JSON: what is not finite becomes null."""
-    fields = vars(result).items()
-    return json.dumps({name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in fields})
+
+    def strict(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [strict(each) for each in value]
+        return value if isinstance(value, str) or math.isfinite(value) else None
+
+    return json.dumps({name: strict(value) for name, value in vars(result).items()})
 
 
 def _from_line(line: str | bytes) -> Measurement:
     """The inverse, with NaN for null; the line of a worker that is ready gives an empty measurement."""
+
+    def loose(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(loose(each) for each in value)
+        return math.nan if value is None else value
+
     fields: dict[str, Any] = {"log_ppl": None, "kl": None, "tokens": 0, "seconds": 0.0, **json.loads(line)}
-    given: dict[str, Any] = {name: math.nan if value is None else value for name, value in fields.items()}
-    return Measurement(**given)
+    return Measurement(**{name: loose(value) for name, value in fields.items()})
 
 
 def _serve() -> None:
@@ -269,13 +310,13 @@ def _serve() -> None:
     setup = json.loads(sys.stdin.readline())
     loaded = load_model(setup["folder"])
     model = convert(loaded.model, torch.device("cpu"), getattr(torch, setup["dtype"]))
-    blocks = Text.load(Path(setup["text"]), setup["fingerprint"]).search
-    reference = reference_of(model, blocks, setup["tokens_per_batch"])
+    bench = Bench(model, loaded.layout, Text.load(Path(setup["text"]), setup["fingerprint"]), setup["tokens_per_batch"])
+    bench.prepare("search")
     print(_READY, file=answers, flush=True)
     for line in sys.stdin:
-        mask = Mask.unpack(base64.b64decode(json.loads(line)["mask"]), loaded.layout)
-        result = measure_mask(model, loaded.layout, mask, blocks, reference, setup["tokens_per_batch"])
-        print(_to_line(result), file=answers, flush=True)
+        question = json.loads(line)
+        mask = Mask.unpack(base64.b64decode(question["mask"]), loaded.layout)
+        print(_to_line(bench.measure(mask, question["part"], question["rows"])), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A text is cut into blocks of ``L`` tokens; each block is one sequence and predic
 the tokenizer's own tokens is put in. All figures are in nats per predicted token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,6 +49,10 @@ class Reference:
     tokens: torch.Tensor
     log_probs: torch.Tensor
 
+    def of(self, rows: Sequence[int]) -> "Reference":
+        """The same for some of the blocks."""
+        return Reference(self.tokens[list(rows)], self.log_probs[list(rows)])
+
 
 def evaluate(model: PreTrainedModel, blocks: np.ndarray, tokens_per_batch: int = 4096, seed: int = 0) -> Evaluation:
     """Log-perplexity with its interval.
@@ -87,7 +91,7 @@ def summarise(losses: np.ndarray, tokens: int, seed: int = 0) -> Evaluation:
 
 def measure(
     model: PreTrainedModel, blocks: np.ndarray, reference: Reference | None, tokens_per_batch: int = 4096
-) -> tuple[float, float]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Log-perplexity and KL to the dense model.
 
     Args:
@@ -97,15 +101,14 @@ def measure(
         tokens_per_batch: How many tokens go through the model at once.
 
     Returns:
-        Both in nats/token, not finite where the model's logits are not. The KL is between distributions over the dense
-        model's 64 likeliest tokens and "any other", which counts as 1e-6 at least; so it is at most the full one, to
-        within 1e-6.
+        Float[B] both, nats/token of each block, not finite where the model's logits are not. The KL is between
+        distributions over the dense model's 64 likeliest tokens and "any other", which counts as 1e-6 at least; so it is at
+        most the full one, to within 1e-6.
 
     Raises:
         ResourceError: One block is too much for the memory.
     """
-    losses, divergence = _losses(model, blocks, tokens_per_batch, reference)
-    return float(losses.mean()), float(divergence.mean())
+    return _losses(model, blocks, tokens_per_batch, reference)
 
 
 @torch.inference_mode()
@@ -164,7 +167,7 @@ def _logits(model: PreTrainedModel, rows: np.ndarray) -> Iterator[torch.Tensor]:
         ids = torch.from_numpy(np.ascontiguousarray(rows)).to(model.device, torch.long)
         logits = model(input_ids=ids, use_cache=False).logits
     except (MemoryError, RuntimeError) as error:
-        if len(rows) == 1 or not _is_memory(error):
+        if len(rows) == 1 or not is_memory(error):
             raise
     else:
         yield from logits
@@ -180,13 +183,13 @@ def _memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
+        if not is_memory(error):
             raise
         raise ResourceError(
             "one block's logits must fit in memory; they do not; give a smaller --seq-len or fewer --search-tokens"
         ) from error
 
 
-def _is_memory(error: Exception) -> bool:
-    """An accelerator's lack of memory is a RuntimeError of its own or one that only its words tell."""
+def is_memory(error: Exception) -> bool:
+    """Whether an error is a lack of memory: an accelerator's is a RuntimeError of its own or one that only its words tell."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in _NO_MEMORY)

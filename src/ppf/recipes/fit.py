@@ -66,12 +66,13 @@ def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None
     loaded = loaded or load_for(config.model, progress)
     levels = _levels(loaded.layout, config.samples)
     choose_device(config.device)
+    made = not folder.exists()
     with locked(folder):
         try:
             with Lab(loaded, config, progress) as lab:
                 return _fit_all(lab, levels)
         finally:
-            leave_no_beginning(folder)
+            leave_no_beginning(folder, made)
 
 
 def _fit_all(lab: Lab, levels: tuple[float, ...]) -> StudyFolder:

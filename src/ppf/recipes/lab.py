@@ -185,7 +185,7 @@ class Lab:
                 dtype = str(self.dtype).removeprefix("torch.")
                 engine: Engine = LocalEngine(folder, self.study.path("text"), self.layout, dtype, workers, self.batch)
             else:
-                engine = InProcessEngine(self.model, self.layout, self.text.search, self.batch)
+                engine = InProcessEngine(self.model, self.layout, self.text, self.batch)
                 workers = 1
             self.reference_tokens += workers * self.text.search.size
             self._engine = self._stack.enter_context(contextlib.closing(engine))
@@ -253,13 +253,14 @@ def check_study_place(folder: Path) -> None:
         raise InputError(f"{folder} must be a new or a study folder; it holds {min(strangers)!r}; choose another")
 
 
-def leave_no_beginning(folder: Path) -> None:
-    """Removes what a fit wrote before its study had a record: there is nothing in it to go on with."""
+def leave_no_beginning(folder: Path, made: bool) -> None:
+    """Removes what a fit wrote before its study had a record, and the folder if the fit made it: there is nothing to go on with."""
     if folder.is_dir() and not (folder / "study.json").exists():
         for name in ("text.safetensors", "lock"):
             (folder / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # other hidden files lie there
-            folder.rmdir()
+        if made:
+            with contextlib.suppress(OSError):  # other hidden files lie there
+                folder.rmdir()
 
 
 def load_for(name: str, progress: Progress) -> LoadedModel:

@@ -122,11 +122,14 @@ def refined(
             if number == 0 and candidates > first:
                 with progress.stage("predictor"):
                     predictor = refit(lab, decider.predictor.kind)
-        return decider.adopt(target, _best_measured(lab, budget, target.align))
+        return decider.adopt(target, _best_measured(lab, budget, target.align, decision.allocation))
 
 
-def _best_measured(lab: Lab, budget: Budget, align: int) -> np.ndarray:
+def _best_measured(lab: Lab, budget: Budget, align: int, ours: Allocation) -> np.ndarray:
     """Int[S]: of all masks ever measured in this study that meet a budget as ``allocate`` does, the one with the least damage.
+
+    ``ours`` is one such: where one unit of a site costs more than all that the others can give, ``allocate`` spends less
+    than the budget by more than a step.
 
     Raises:
         ResourceError: None could be measured.
@@ -135,7 +138,7 @@ def _best_measured(lab: Lab, budget: Budget, align: int) -> np.ndarray:
     kept = kept_matrix(samples, layout)
     steps, target = unit_steps(layout, align), layout.prunable - budget.remove
     spent = kept @ layout.costs
-    close = (spent <= target) & (spent > target - (steps * layout.costs).min())
+    close = (spent <= target) & (spent >= min(ours.kept @ layout.costs, target - (steps * layout.costs).min() + 1))
     fits = close & ((kept % steps == 0) | (kept == layout.units)).all(axis=1)
     if not fits.any():
         reasons = [sample.reason for sample in lab.store.failed()] or ["nothing was measured"]

@@ -1,4 +1,4 @@
-"""allocate: any policy becomes whole units that meet a budget to within one channel.
+"""allocate: any policy becomes whole units that meet a budget, to within one channel wherever the channels can.
 
 policy (wishes) ── shift all wishes together until the budget is met ── round KV groups ── shift channels again
                 ── hand out what is left, channel by channel, to whoever lost most by rounding
@@ -42,7 +42,8 @@ def allocate(policy: Policy, budget: Budget, layout: Layout, align: int = 1) -> 
         align: FFN channels stay in multiples of this (or all of them).
 
     Returns:
-        An allocation that removes at least the budget and less than one step (a channel, or ``align`` of them) more.
+        An allocation that removes at least the budget, and less than one step (a channel, or ``align`` of them) more if the
+        channels between their floors and their widths are worth a KV group or more; if not, up to that much more.
 
     Raises:
         InputError: The policy has another number of sites or is not finite, or the floors cannot meet the budget.

@@ -19,7 +19,7 @@ class Budget:
     """Parameters to remove.
 
     Attributes:
-        remove: At least so many go; an allocation removes less than one channel more.
+        remove: At least so many go; ``allocate`` says how many more.
     """
 
     remove: int
