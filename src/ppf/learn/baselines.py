@@ -1,10 +1,19 @@
-"""Policies that need no search: the additive optimum, which is also the prior that the agent starts from."""
+"""Policies that need no search: the additive optimum, which is also the prior that the agent starts from, and the heuristics."""
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ppf.learn.features import Curves
+from ppf.space.budget import removed
+from ppf.space.importance import Importance, check_units
 from ppf.space.layout import Layout
+from ppf.space.policy import Policy
+from ppf.space.statistics import Statistics
 
+Heuristic = Callable[[Statistics, Importance, Layout, float], Policy]
+OWL_LAMBDA = 0.08
+ALPHA_EPSILON = 0.3
 KNAPSACK_BINS = 1000
 _FINER = 10
 _LEVELS = 48
@@ -54,3 +63,93 @@ def _freed(counts: np.ndarray, index: int, layout: Layout, steps: int) -> np.nda
     """Budget steps that go when ``counts`` units of a site stay."""
     share = (layout.units[index] - counts) * layout.costs[index] / layout.prunable
     return np.floor(share * steps + 1e-9).astype(np.int64)
+
+
+def uniform(statistics: Statistics, importance: Importance, layout: Layout, ratio: float) -> Policy:
+    """The same ratio at every site."""
+    return Policy.uniform(layout)
+
+
+def owl(statistics: Statistics, importance: Importance, layout: Layout, ratio: float) -> Policy:
+    """A layer with more outliers keeps more; between the layers with most and least lie ``2 * OWL_LAMBDA``.
+
+    Reference: arXiv:2310.05175, section 3 (differs: the mean over parameters, not over layers, meets the budget).
+    """
+    return Policy(2 * OWL_LAMBDA * _unit_range(statistics.outliers))
+
+
+def alpha_pruning(statistics: Statistics, importance: Importance, layout: Layout, ratio: float) -> Policy:
+    """A layer with a larger exponent (a lighter tail, less well trained) loses more: 1 -/+ ``ALPHA_EPSILON`` times the ratio.
+
+    Reference: arXiv:2410.10912, section 3.
+    """
+    lost = 1 - ALPHA_EPSILON + 2 * ALPHA_EPSILON * _unit_range(statistics.alpha)
+    return Policy(1 - ratio * lost / np.average(lost, weights=layout.units * layout.costs))
+
+
+def flap(statistics: Statistics, importance: Importance, layout: Layout, ratio: float) -> Policy:
+    """One threshold for all sites on the fluctuation of the units, standardised inside each site.
+
+    A unit's score is the mean of its columns' standard scores, so that the score of a head is that of an average channel.
+
+    Reference: arXiv:2312.11983, section 3 (WIFV, adaptive structure; differs: KV groups in place of heads, no bias compensation).
+    """
+    check_units(statistics.variance, layout.units, "the statistics")
+    columns = [site.columns for site in layout.sites]
+    sites = zip(statistics.variance, columns, statistics.spread, strict=True)
+    return _above_threshold([_standard(scores / width, spread) for scores, width, spread in sites], layout, ratio)
+
+
+def global_ranking(statistics: Statistics, importance: Importance, layout: Layout, ratio: float) -> Policy:
+    """``flap`` on any importance: one threshold for all sites on its scores, standardised over the units of each site."""
+    check_units(importance.scores, layout.units, "importance")
+    standard = [_standard(scores, float(np.std(scores, dtype=np.float64))) for scores in importance.scores]
+    return _above_threshold(standard, layout, ratio)
+
+
+def depth(statistics: Statistics, importance: Importance, layout: Layout, ratio: float) -> Policy:
+    """Whole sub-layers go, those of least influence first, the last one in part.
+
+    Reference: arXiv:2403.03853, section 3 (differs: sub-layers in place of layers; each keeps its floor).
+    """
+    ranks = np.unique(statistics.influence, return_inverse=True)[1]
+    return Policy(ranks.astype(np.float64))  # a gap of 1: a site is full before the one below it leaves its floor
+
+
+HEURISTICS: dict[str, Heuristic] = {
+    "uniform": uniform,
+    "owl": owl,
+    "alpha_pruning": alpha_pruning,
+    "flap": flap,
+    "global_ranking": global_ranking,
+    "depth": depth,
+}
+"""By name; each reads what it needs of the statistics or the importance, and the ratio is that of the prunable parameters."""
+
+
+def _unit_range(values: np.ndarray) -> np.ndarray:
+    """Float[S] in [0, 1]: linear from the least to the largest; 1/2 everywhere if they are equal."""
+    width = float(np.ptp(values))
+    return (values - values.min()) / width if width > 0 else np.full(len(values), 0.5)
+
+
+def _standard(scores: np.ndarray, spread: float) -> np.ndarray:
+    """Float[U]: distance from the mean in spreads; 0 everywhere if the scores differ by no more than rounding."""
+    mean = scores.mean(dtype=np.float64)
+    away = scores - mean
+    return away / spread if spread > 0 and np.abs(away).max() > 1e-6 * abs(mean) else np.zeros(len(scores))
+
+
+def _above_threshold(scores: Sequence[np.ndarray], layout: Layout, ratio: float) -> Policy:
+    """Keeps the units with the highest scores (per site Float[U]) of the whole model until the budget is used up by their costs.
+
+    The best units of a site stay up to its floor. Among equal scores, those go first that rank lowest inside their own sites.
+    """
+    ranks = [np.argsort(np.argsort(-score, kind="stable")) for score in scores]
+    standing = np.concatenate([(rank + 0.5) / len(rank) for rank in ranks])
+    at_floor = np.concatenate([rank < site.floor for rank, site in zip(ranks, layout.sites, strict=True)])
+    owner: np.ndarray = np.repeat(np.arange(len(scores)), layout.units)
+    order = np.lexsort((standing, -np.concatenate(scores), ~at_floor))
+    stays = np.cumsum(layout.costs[owner][order]) <= layout.prunable - removed(ratio, layout)
+    kept = np.bincount(owner[order][stays], minlength=len(scores))
+    return Policy(np.maximum(kept, layout.floors) / layout.units)

@@ -49,6 +49,10 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], Iterator[Site]]] = {
     "qwen3": _llama_like,
 }
 
+_PRE_NORM = {"attn": "model.layers.{layer}.input_layernorm", "ffn": "model.layers.{layer}.post_attention_layernorm"}
+ENTRANCES: dict[str, dict[str, str]] = {"llama": _PRE_NORM, "mistral": _PRE_NORM, "qwen2": _PRE_NORM, "qwen3": _PRE_NORM}
+"""By kind of site, the module whose input is the residual stream before that sub-layer."""
+
 
 def family_of(config: PreTrainedConfig) -> str:
     """The family's name; a pruned model belongs to the family that it was cut from.

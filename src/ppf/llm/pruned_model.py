@@ -24,6 +24,8 @@ from transformers import (
 class _PerLayerConfig:
     """Head counts need not divide the hidden size: `head_dim` is always given."""
 
+    reader_bias = False  # True: every o_proj and down_proj has a bias, for what removed units gave on average
+
     def validate_architecture(self):
         return None
 
@@ -36,6 +38,9 @@ class _PerLayerModel:
         super().__init__(config)
         layer = type(self.layers[0])
         self.layers = nn.ModuleList([layer(config.per_layer_config[i], i) for i in range(config.num_hidden_layers)])
+        for layer in self.layers if config.reader_bias else ():
+            for reader in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                reader.bias = nn.Parameter(reader.weight.new_zeros(reader.out_features))
         self.post_init()
 
 

@@ -3,7 +3,7 @@
 All read the units where they meet, at the input of the reader (o_proj, down_proj), and sum over its columns of one unit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -17,6 +17,7 @@ from ppf.space.importance import Importance
 from ppf.space.layout import Layout, Site
 
 Score = Callable[[PreTrainedModel, Layout, np.ndarray, int], list[torch.Tensor]]
+Moments = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def score_units(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, method: str, source: str, seed: int) -> Importance:
@@ -36,8 +37,8 @@ def score_units(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, meth
     if method not in SCORES:
         raise InputError(f"a score must be one of {', '.join(SCORES)}; {method!r} came; choose one")
     scores = SCORES[method](model, layout, blocks, seed)
-    per_unit = [_per_unit(score, site) for score, site in zip(scores, layout.sites, strict=True)]
-    return Importance(tuple(per_unit), method, source)
+    units = [per_unit(score, site) for score, site in zip(scores, layout.sites, strict=True)]
+    return Importance(tuple(units), method, source)
 
 
 def taylor(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int) -> list[torch.Tensor]:
@@ -66,9 +67,8 @@ def flap(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int) 
     Reference: arXiv:2312.11983, section 3 (WIFV; differs: no standardisation across layers, since only the order
     inside a site is used).
     """
-    moments = _moments(model, layout, blocks)
-    sites = zip(moments, layout.sites, strict=True)
-    return [(square - mean**2).clamp(min=0) * _weights(model, site).square().sum(0) for (mean, square), site in sites]
+    seen = moments(model, [site.reader for site in layout.sites], blocks)
+    return [fluctuation(model, site, seen) for site in layout.sites]
 
 
 def wanda_sp(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int) -> list[torch.Tensor]:
@@ -76,9 +76,8 @@ def wanda_sp(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: i
 
     Reference: arXiv:2306.11695, section 3, in the structured form of arXiv:2312.11983.
     """
-    moments = _moments(model, layout, blocks)
-    sites = zip(moments, layout.sites, strict=True)
-    return [square.sqrt() * _weights(model, site).abs().mean(0) for (_, square), site in sites]
+    seen = moments(model, [site.reader for site in layout.sites], blocks)
+    return [seen[site.reader][1].sqrt() * _weights(model, site).abs().mean(0) for site in layout.sites]
 
 
 def magnitude(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int) -> list[torch.Tensor]:
@@ -95,8 +94,49 @@ def random(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int
 SCORES: dict[str, Score] = {"taylor": taylor, "flap": flap, "wanda_sp": wanda_sp, "magnitude": magnitude, "random": random}
 
 
-def _per_unit(columns: torch.Tensor, site: Site) -> np.ndarray:
+def per_unit(columns: torch.Tensor, site: Site) -> np.ndarray:
+    """Float[U]: what the reader's columns (Float[U * C]) of each unit sum up to."""
     return columns.reshape(site.units, site.columns).sum(1).numpy()
+
+
+def fluctuation(model: PreTrainedModel, site: Site, seen: Moments) -> torch.Tensor:
+    """Float[U * C]: FLAP's score of each column of a reader, from the moments of its inputs."""
+    mean, square = seen[site.reader]
+    return (square - mean**2).clamp(min=0) * _weights(model, site).square().sum(0)
+
+
+@torch.inference_mode()
+def moments(model: PreTrainedModel, names: Iterable[str], blocks: np.ndarray) -> Moments:
+    """What linear modules read of a text, in one pass through the model.
+
+    Args:
+        model: The dense model.
+        names: Paths of the modules.
+        blocks: Int[B, L] tokens.
+
+    Returns:
+        Per path the mean and the mean square of each input column over all tokens, on the CPU.
+    """
+    modules = {name: linear(model, name) for name in names}
+    sums = {name: [torch.zeros(module.in_features, dtype=torch.float64) for _ in range(2)] for name, module in modules.items()}
+
+    def hook(sums: list[torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> None:
+        flat = exact(inputs[0].reshape(-1, inputs[0].shape[-1]))
+        sums[0] += flat.sum(0).cpu()
+        sums[1] += flat.square().sum(0).cpu()
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_pre_hook(lambda _, inputs, both=sums[name]: hook(both, inputs))
+            stack.callback(handle.remove)
+        for row in blocks:
+            model(input_ids=torch.from_numpy(np.ascontiguousarray(row)).to(model.device, torch.long)[None], use_cache=False)
+    return {name: ((first / blocks.size).float(), (second / blocks.size).float()) for name, (first, second) in sums.items()}
+
+
+def exact(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float64, or in float32 where its device knows no more (mps)."""
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
 
 
 def _weights(model: PreTrainedModel, site: Site) -> torch.Tensor:
@@ -126,22 +166,3 @@ def _gates(model: PreTrainedModel, layout: Layout) -> Iterator[list[torch.Tensor
             gates.append(gate)
             stack.callback(reader.register_forward_pre_hook(lambda _, inputs, gate=gate: (inputs[0] * gate,)).remove)
         yield gates
-
-
-@torch.inference_mode()
-def _moments(model: PreTrainedModel, layout: Layout, blocks: np.ndarray) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per site the mean and the mean square of each reader column's input over all tokens."""
-    sums = [[torch.zeros(linear(model, site.reader).in_features, dtype=torch.float64) for _ in range(2)] for site in layout.sites]
-
-    def hook(sums: list[torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> None:
-        flat = inputs[0].reshape(-1, inputs[0].shape[-1]).double().cpu()
-        sums[0] += flat.sum(0)
-        sums[1] += flat.square().sum(0)
-
-    with ExitStack() as stack:
-        for site, both in zip(layout.sites, sums, strict=True):
-            handle = linear(model, site.reader).register_forward_pre_hook(lambda _, inputs, both=both: hook(both, inputs))
-            stack.callback(handle.remove)
-        for row in blocks:
-            model(input_ids=torch.from_numpy(np.ascontiguousarray(row)).to(model.device, torch.long)[None], use_cache=False)
-    return [((first / blocks.size).float(), (second / blocks.size).float()) for first, second in sums]

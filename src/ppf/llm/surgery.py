@@ -7,6 +7,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ppf.llm.architectures import family_of, linear
 from ppf.llm.auto import PRUNED, register
+from ppf.llm.compensation import Fill, filled_bias, means_per_site
 from ppf.space.allocation import Allocation
 from ppf.space.layout import Layout, Site
 from ppf.space.mask import Mask
@@ -14,24 +15,29 @@ from ppf.space.mask import Mask
 _SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
 
 
-def cut(model: PreTrainedModel, layout: Layout, mask: Mask) -> PreTrainedModel:
+def cut(model: PreTrainedModel, layout: Layout, mask: Mask, fill: Fill | None = None) -> PreTrainedModel:
     """Builds the smaller model.
 
     Args:
         model: The dense model; untouched, no weight is shared with the result.
         layout: Its layout.
         mask: Which units stay.
+        fill: What removed units fed into their readers on average; it becomes a bias of every reader. None adds no bias.
 
     Returns:
         A causal LM of the family's per-layer class, on the same device and in the same dtype, in evaluation mode.
+
+    Raises:
+        DamagedError: A fill of another model.
     """
+    means = means_per_site(fill, layout)
     register()  # so that the result's config is known to the auto classes too
-    config = pruned_config(model.config, layout, mask.allocation)
+    config = pruned_config(model.config, layout, mask.allocation, reader_bias=fill is not None)
     with torch.device("meta"):
         smaller = PRUNED[layout.model_type][2]._from_config(config, dtype=model.dtype)
     source = model.state_dict()
-    for site, bits in zip(layout.sites, mask.bits, strict=True):
-        _cut_site(model, source, site, torch.from_numpy(bits.copy()))
+    for site, bits, mean in zip(layout.sites, mask.bits, means, strict=True):
+        _cut_site(model, source, site, torch.from_numpy(bits.copy()), mean)
     state = {name: source[name].clone() for name in smaller.state_dict()}
     smaller.load_state_dict(state, strict=True, assign=True)
     # Rotary frequencies lie in no state dict; computed afresh they are exact even if the dense model was cast as a whole.
@@ -41,13 +47,14 @@ def cut(model: PreTrainedModel, layout: Layout, mask: Mask) -> PreTrainedModel:
     return smaller.eval()
 
 
-def pruned_config(config: PreTrainedConfig, layout: Layout, allocation: Allocation) -> PreTrainedConfig:
+def pruned_config(config: PreTrainedConfig, layout: Layout, allocation: Allocation, reader_bias: bool = False) -> PreTrainedConfig:
     """The config of the smaller model: the dense one's, with `per_layer_config`, plain lists beside it, and `auto_map`.
 
     Args:
         config: Of the dense model.
         layout: Its layout.
         allocation: Int[S] kept units.
+        reader_bias: Every reader gets a bias; a model that has them already keeps them.
     """
     family = family_of(config)
     config_class, model_class, lm_class = PRUNED[family]
@@ -61,6 +68,8 @@ def pruned_config(config: PreTrainedConfig, layout: Layout, allocation: Allocati
     record["head_dim"] = getattr(config, "head_dim", None) or record["hidden_size"] // record["num_attention_heads"]
     pruned = config_class(**record, per_layer_config=layers)
     pruned.ppf_layers = {field: [layers[layer][field] for layer in layers] for field in layers[0]}
+    if reader_bias:
+        pruned.reader_bias = True
     pruned.architectures = [lm_class.__name__]
     pruned.auto_map = {
         "AutoConfig": f"modeling_ppf.{config_class.__name__}",
@@ -71,8 +80,10 @@ def pruned_config(config: PreTrainedConfig, layout: Layout, allocation: Allocati
     return pruned
 
 
-def _cut_site(model: PreTrainedModel, state: dict[str, torch.Tensor], site: Site, bits: torch.Tensor) -> None:
-    """Drops rows of the writers and columns of the reader in ``state``."""
+def _cut_site(
+    model: PreTrainedModel, state: dict[str, torch.Tensor], site: Site, bits: torch.Tensor, mean: torch.Tensor | None
+) -> None:
+    """Drops rows of the writers and columns of the reader in ``state``; mean inputs of the dropped columns become a bias."""
     keep = torch.nonzero(bits).squeeze(1)
     by_module: dict[str, list[torch.Tensor]] = {}
     for rows in site.writers:
@@ -82,6 +93,8 @@ def _cut_site(model: PreTrainedModel, state: dict[str, torch.Tensor], site: Site
         state[f"{module}.weight"] = state[f"{module}.weight"][ids]
         if linear(model, module).bias is not None:
             state[f"{module}.bias"] = state[f"{module}.bias"][ids]
+    if mean is not None:
+        state[f"{site.reader}.bias"] = filled_bias(linear(model, site.reader), ~bits.repeat_interleave(site.columns), mean)
     columns = _span(keep, site.columns).to(model.device)
     state[f"{site.reader}.weight"] = state[f"{site.reader}.weight"][:, columns]
 
