@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 
 from ppf.config import Target
 from ppf.decide import Decider
-from ppf.learn.agent import Prior
+from ppf.learn.agent import Agent
 from ppf.learn.baselines import knapsack
 from ppf.learn.fit_predictor import FITS, fit_curves, fit_predictor
 from ppf.learn.objective import predicted
@@ -80,8 +80,8 @@ def synthetic_study(folder: Path, layout: Layout, count: int, seed: int) -> tupl
     predictors = {kind: fit_predictor(kind, samples, [], layout, DENSE, seed) for kind in FITS}
     predictors["corrected"].save(study.path("predictor"), layout)
     curves = fit_curves(samples, [], layout)
-    prior = Prior.of(knapsack(curves, layout), curves)
-    agent = train_agent(prior, predicted(predictors["additive"]), layout, 0.02, 0.6, seed, AgentConfig(iterations=2))
+    start = Agent(knapsack(curves, layout), np.array(0.6))
+    agent = train_agent(start, predicted(predictors["additive"]), layout, 0.02, 0.6, seed, AgentConfig(steps=2))
     agent.save(study.path("agent"), layout)
     (folder / "report.json").write_text("{}")
     return Decider(folder), predictors

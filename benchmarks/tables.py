@@ -91,19 +91,29 @@ def policies(name: str) -> str:
 def agents() -> str:
     record = load("agents")
     result = record["result"]
-    rows = []
-    for name, found in result["learners"].items():
-        worst = " / ".join(f"{value:.3f}" for value in found.get("worst_gain", [])) or "-"
-        seconds = " / ".join(f"{value:.0f}" for value in found.get("seconds", [])) or "-"
-        rows.append([name, " / ".join(f"{value:.4f}" for value in found["mean_gain"]), worst, seconds])
+    columns = ("mean_gain", "worst_gain", "shortfall", "worst_shortfall", "gain_up_to_part", "gain_beyond_part")
+    rows = [
+        [name, *(_range(found[column], 4) for column in columns), _range(found["questions"], 0), _range(found["seconds"], 0)]
+        for name, found in result["learners"].items()
+    ]
+    part = f"{100 * result['part']:.0f} %"
+    header = ["learner", "mean gain", "worst ratio", "shortfall", "worst", f"gain up to {part}", "beyond", "questions", "seconds"]
     return "\n".join(
         [
             heading("Which learner for the agent", "agents", record),
-            f"Each learner asked the predictor {result['questions']:,} times. Mean and worst over {result['ratios']} ratios of",
-            "log(damage of the prior / damage of the policy), one figure a seed; 0 is the additive prior.\n",
-            table(["learner", "mean gain", "worst ratio", "seconds"], rows),
+            f"Each learner may ask the predictor {result['questions']:,} times, and begins with the additive optimum. Gain:",
+            "log(damage of the start / damage of the policy) under the predictor's objective, over",
+            f"{result['ratios']} ratios that none was trained on; 0 is the start. Shortfall: what searching each of these ratios",
+            "alone gains beyond that. Means over the seeds, with the least and the most in brackets.\n",
+            table(header, rows),
         ]
     )
+
+
+def _range(values: list[float], digits: int) -> str:
+    """Mean of the seeds, and where they lie."""
+    mean, least, most = (f"{value:,.{digits}f}" for value in (sum(values) / len(values), min(values), max(values)))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def speed() -> str:

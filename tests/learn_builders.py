@@ -9,7 +9,8 @@ import numpy as np
 from builders import importance, layout
 from ppf.learn.agent import Agent
 from ppf.learn.features import Curves
-from ppf.learn.predictor import Predictor
+from ppf.learn.predictor import LEAN_NOISE, Predictor
+from ppf.learn.process import NOISE, Points
 from ppf.samples import Sample
 from ppf.space.allocation import allocate
 from ppf.space.budget import Budget
@@ -96,6 +97,52 @@ def spread(of: Truth, count: int, seed: int = 0, purpose: str = "spread", ratios
         for index, ratio in enumerate(ratios)
         for kept in allocations(count, ratio, 100 * seed + index, of=of.of)
     ]
+
+
+def plain_covariance(hyper: np.ndarray, scales: np.ndarray, first: Points, second: Points) -> np.ndarray:
+    """Float[N, M]: the kernel of a process, pair by pair."""
+    a, angle, size, b, c = hyper[:5]
+    table = np.empty((len(first.sizes), len(second.sizes)))
+    for i, j in np.ndindex(*table.shape):
+        cosine = (first.directions[i] * second.directions[j]).sum()
+        far = (((first.gone[i] - second.gone[j]) / scales) ** 2).sum()
+        alike = np.exp(-(1 - cosine**2) / angle**2) * np.exp(-0.5 * ((first.sizes[i] - second.sizes[j]) / size) ** 2)
+        table[i, j] = a**2 * alike + b**2 * (1 + cosine**2) + c**2 * np.exp(-0.5 * far)
+    return table
+
+
+def plain_inner(hyper: np.ndarray, scales: np.ndarray, seen: Points) -> np.ndarray:
+    """Float[n, n]: covariance of measurements, their noise included."""
+    return plain_covariance(hyper, scales, seen, seen) + np.diag(plain_noise(hyper, seen) + 1e-6)
+
+
+def plain_noise(hyper: np.ndarray, points: Points) -> np.ndarray:
+    """Float[N]: variance of the noise of a measurement."""
+    return hyper[5] ** 2 + (hyper[6] * NOISE / np.exp(points.sizes)) ** 2
+
+
+def plain_process(
+    hyper: np.ndarray, scales: np.ndarray, seen: Points, target: np.ndarray, new: Points
+) -> tuple[np.ndarray, np.ndarray]:
+    """Float[N] both: mean and standard deviation by the textbook (Rasmussen and Williams, equations 2.25 and 2.26)."""
+    inverse = np.linalg.inv(plain_inner(hyper, scales, seen))
+    cross, own = plain_covariance(hyper, scales, new, seen), plain_covariance(hyper, scales, new, new)
+    mean = hyper[7] + cross @ inverse @ (target - hyper[7])
+    return mean, np.sqrt(np.diag(own - cross @ inverse @ cross.T) + plain_noise(hyper, new))
+
+
+def planted_lean(kept: np.ndarray, of: Layout = LAYOUT) -> np.ndarray:
+    """Float[N]: where attention goes more than the rest, log-perplexity rises more than the damage says."""
+    gone = 1 - kept / of.units
+    attention = np.array([site.kind == "attn" for site in of.sites])
+    return 0.5 * (gone[:, attention].mean(axis=1) - gone[:, ~attention].mean(axis=1)) / np.maximum(gone.mean(axis=1), 1e-3)
+
+
+def leant(samples: list[Sample]) -> list[Sample]:
+    """The samples with the planted lean in their log-perplexity."""
+    leans = planted_lean(np.array([one.kept for one in samples]))
+    rises = [(one.log_ppl - DENSE_LOG_PPL + LEAN_NOISE) * np.exp(lean) for one, lean in zip(samples, leans, strict=True)]
+    return [replace(one, log_ppl=DENSE_LOG_PPL + rise - LEAN_NOISE) for one, rise in zip(samples, rises, strict=True)]
 
 
 def fitted_study(folder: Path, predictor: Predictor, agent: Agent) -> StudyFolder:

@@ -39,6 +39,10 @@ def answer(capsys, *arguments):
         ("fit ref-a --study s --score best", "invalid choice 'best'"),
         ("fit ref-a --study s --max-ratio nan", "--max-ratio"),
         ("eval ref-a --seq-len 1", "--seq-len must be at least 8"),
+        ("bench", "at least one study"),
+        ("bench s --budget 0", "--budget must be at least 1"),
+        ("bench s --candidates 0", "--candidates must be at least 1"),
+        ("bench s --ratios x", "--ratios"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_code_2(capsys, arguments, words):
@@ -55,6 +59,8 @@ def test_a_wrong_command_line_is_one_line_and_code_2(capsys, arguments, words):
         ("prune {tmp}/none --ratio 0.3 --out {tmp}/out", 2, "no study.json"),
         ("prune {tmp} --ratio 0.3 --out {tmp}/full", 2, "is not empty"),
         ("policy {tmp}/broken --ratio 0.3", 4, "must hold JSON"),
+        ("bench {tmp}/none --out {tmp}/bench.json", 2, "no study.json"),
+        ("bench {tmp}/broken --out {tmp}/bench.json", 4, "must hold JSON"),
         ("eval {tmp}/none", 2, "is none"),
         ("eval {tmp}/gpt2", 3, "must be one of llama, mistral, qwen2, qwen3"),
         ("eval {tmp}/empty", 4, "model.safetensors"),
@@ -111,10 +117,10 @@ def test_a_fault_of_ours_is_not_dressed_up(monkeypatch):
 
 
 def test_help_and_version(capsys):
-    for command in ("fit", "prune", "policy", "eval", "demo"):
+    for command in ("fit", "prune", "policy", "eval", "bench", "demo"):
         code, out, err = answer(capsys, command, "--help")
         assert code == 0 and err == "" and "--" in out
-    assert answer(capsys)[1].count("•") == 5
+    assert answer(capsys)[1].count("•") == 6
     assert answer(capsys, "--version")[1].startswith("ppf ")
 
 

@@ -13,10 +13,10 @@ from ppf.config import Target
 from ppf.decide import Decider
 from ppf.errors import DamagedError, InputError
 from ppf.learn import fit_predictor as module
-from ppf.learn.agent import Prior
+from ppf.learn.agent import Agent
 from ppf.learn.baselines import knapsack
 from ppf.learn.fit_predictor import FITS, fit_predictor
-from ppf.learn.predictor import NOISE
+from ppf.learn.process import NOISE
 from ppf.learn.train_agent import AgentConfig, train_agent
 from ppf.space.allocation import Allocation, allocate
 from ppf.space.budget import Budget
@@ -39,11 +39,10 @@ print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A fitted study for each kind of predictor; agent and network hardly trained."""
-    of, curves = truth(), curves_of(truth())
-    prior = Prior.of(knapsack(curves, LAYOUT), curves)
-    config = AgentConfig(iterations=5, ratios=4, group=4, hidden=16)
-    agent = train_agent(prior, of, LAYOUT, 0.05, MAX_RATIO, 0, config)
+    """A fitted study for each kind of predictor; agent and predictors hardly trained."""
+    of = truth()
+    start = Agent(knapsack(curves_of(of), LAYOUT), np.array(MAX_RATIO))
+    agent = train_agent(start, of, LAYOUT, 0.05, MAX_RATIO, 0, AgentConfig(steps=5))
     studies = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CNN_STEPS", 20)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
-from ppf.config import DemoConfig, EvalConfig, FitConfig, PolicyConfig, PruneConfig
+from ppf.config import BenchConfig, DemoConfig, EvalConfig, FitConfig, PolicyConfig, PruneConfig
 from ppf.errors import InputError, PPFError
 
 Command = (
@@ -24,6 +24,7 @@ Command = (
     | Annotated[PruneConfig, subcommand("prune")]
     | Annotated[PolicyConfig, subcommand("policy")]
     | Annotated[EvalConfig, subcommand("eval")]
+    | Annotated[BenchConfig, subcommand("bench")]
     | Annotated[DemoConfig, subcommand("demo")]
 )
 
@@ -118,7 +119,7 @@ def _one_line(box: str, arguments: list[str]) -> str:
         return own[1]
     if number := re.match(r"Error parsing (--[\w-]+): .*from \['?(.*?)'?\]", words):
         words = f"{number[1]} does not take {number[2]!r}"
-    command = f" {arguments[0]}" if arguments[0] in ("fit", "prune", "policy", "eval", "demo") else ""
+    command = f" {arguments[0]}" if arguments[0] in ("fit", "prune", "policy", "eval", "bench", "demo") else ""
     return f"the command line must be one that ppf knows; {words}; see ppf{command} --help"
 
 
@@ -187,6 +188,25 @@ def _eval(config: EvalConfig) -> None:
         print(", ".join(f"{name} {value}" for name, value in record["protocol"].items()))
 
 
+def _bench(config: BenchConfig) -> None:
+    from pathlib import Path
+
+    from ppf.artifact import write_json
+    from ppf.progress import Progress
+    from ppf.provenance import provenance
+    from ppf.recipes.bench import bench
+
+    result = bench(config, Progress())
+    write_json(Path(config.out), {**provenance(), "result": result})
+    ratios = [f"{100 * ratio:g} %" for ratio in config.ratios]
+    rows = {row["method"]: [row["method"], f"{(row['tokens'] + row['shared_tokens']) / 1e6:.2f} M"] for row in result["rows"]}
+    for row in result["rows"]:
+        rows[row["method"]].append(f"{row['above']:.4f}{'*' if row['regret'] == 0 else ''}")
+    _table("log-perplexity above dense on the test text, nats/token", ["method", "tokens", *ratios], list(rows.values()))
+    print("* the least at its ratio. Tokens run through the model for one ratio, what serves all of them included.")
+    print(f"written to {config.out}")
+
+
 def _demo(config: DemoConfig) -> None:
     from ppf.progress import Progress
     from ppf.recipes.demo import demo
@@ -210,6 +230,7 @@ _RUN: dict[type, Callable[[Any], None]] = {
     PruneConfig: _prune,
     PolicyConfig: _policy,
     EvalConfig: _eval,
+    BenchConfig: _bench,
     DemoConfig: _demo,
 }
 

@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 from ppf.errors import InputError
 from ppf.space.budget import parse_count, parse_size
 
-ScoreName = Literal["taylor", "flap", "wanda_sp", "magnitude", "random"]
+ScoreName = Literal["auto", "taylor", "flap", "wanda_sp", "magnitude", "random"]
 PredictorName = Literal["auto", "corrected", "additive", "cnn"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -46,8 +46,8 @@ class FitConfig:
     """Another text for the reported figures; by default a part of TEXT that is used for nothing else."""
     samples: int = 600
     """Masks to measure, the held-out ones included."""
-    score: ScoreName = "taylor"
-    """Importance criterion: the order in which units go inside a layer."""
+    score: ScoreName = "auto"
+    """Importance criterion: the order in which units go inside a layer; auto takes the best of three for each."""
     predictor: PredictorName = "auto"
     """Which predictor decides; auto takes the one that ranks masks of one size best in cross-validation."""
     max_ratio: float = 0.65
@@ -58,9 +58,11 @@ class FitConfig:
     """Tokens for importance."""
     search_tokens: int = 4096
     """Tokens for each measured mask."""
+    validation_tokens: int = 16_384
+    """Other tokens, on which static pruning chooses among its best."""
     test_tokens: int = 32_768
     """Tokens for each reported perplexity."""
-    rounds: int = 3
+    rounds: int = 5
     """Rounds of search, measuring and refitting after the first samples."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes an accelerator if there is one."""
@@ -76,6 +78,7 @@ class FitConfig:
         _check_count("--seq-len", self.seq_len, 8)
         _check_count("--calibration-tokens", self.calibration_tokens, 1)
         _check_count("--search-tokens", self.search_tokens, 1)
+        _check_count("--validation-tokens", self.validation_tokens, 0)
         _check_count("--test-tokens", self.test_tokens, 1)
         _check_count("--rounds", self.rounds, 0)
         _check_count("--workers", self.workers, 1)
@@ -174,6 +177,35 @@ class EvalConfig:
         _check_count("--seq-len", self.seq_len, 8)
         _check_count("--tokens", self.tokens, 1)
         _check_choice("--dtype", self.dtype, DtypeName)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Compare ways to choose what goes, on test text and at declared costs; several studies of one model are its seeds."""
+
+    studies: Annotated[Positional[tuple[str, ...]], arg(metavar="STUDY...")]
+    """Fitted studies of one model, which differ in their seed."""
+    out: Annotated[str, arg(metavar="FILE")] = "bench.json"
+    """Where the results go."""
+    ratios: Annotated[tuple[float, ...], arg(metavar="R...")] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    """Shares of the prunable parameters to remove."""
+    methods: Annotated[tuple[str, ...], arg(metavar="NAME...")] = ()
+    """Which ones; by default all."""
+    budget: Annotated[int | None, arg(metavar="TOKENS")] = None
+    """Tokens that each true search may run through the model at each ratio; by default what the whole fit measured."""
+    candidates: int = 16
+    """Policies that static pruning measures at each ratio."""
+    device: str = "auto"
+    """As in fit."""
+    workers: Annotated[int | None, arg(metavar="N")] = None
+    """As in fit."""
+
+    def __post_init__(self) -> None:
+        _check_count("--candidates", self.candidates, 1)
+        _check_count("--budget", self.budget, 1)
+        _check_count("--workers", self.workers, 1)
+        if not self.studies or not self.ratios:
+            raise InputError("at least one study and one ratio must be given; none came; give one")
 
 
 @dataclass(frozen=True)

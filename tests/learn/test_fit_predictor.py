@@ -7,12 +7,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import examples, refuses
-from learn_builders import DENSE_LOG_PPL, LAYOUT, allocations, curves_of, probes, sample, spread, truth
+from learn_builders import (
+    DENSE_LOG_PPL,
+    LAYOUT,
+    allocations,
+    curves_of,
+    leant,
+    plain_process,
+    planted_lean,
+    probes,
+    sample,
+    spread,
+    truth,
+)
 from ppf.errors import InputError
 from ppf.learn import fit_predictor as module
-from ppf.learn.fit_predictor import FITS, fit_curves, fit_link, fit_predictor
+from ppf.learn.fit_predictor import FITS, Facts, fit_curves, fit_link, fit_predictor
 from ppf.learn.metrics import figures
-from ppf.learn.predictor import NOISE, Additive
+from ppf.learn.predictor import LEAN_NOISE, Additive, read_link
+from ppf.learn.process import NOISE, Points
 from ppf.samples import kept_matrix
 
 PROBES = len(probes(truth()))
@@ -26,6 +39,11 @@ def short(monkeypatch):
 
 def fitted(kind, of, count=40, seed=0):
     return fit_predictor(kind, probes(of) + spread(of, count, 1), [], LAYOUT, DENSE_LOG_PPL, seed)
+
+
+def facts(of, kept, lean=0.3):
+    """Of allocations whose damage is known; all lean alike."""
+    return Facts(curves_of(of), kept, of(kept), np.full(len(kept), lean), 0)
 
 
 def failed(sample):
@@ -160,7 +178,7 @@ def test_a_model_that_nothing_damages_has_no_damage(kind, short):
 def test_too_few_samples_give_the_plain_sum(kind):
     of, kept = truth(), allocations(7, 0.3, 0)
     for count in (0, 1, 7):
-        estimator = FITS[kind](curves_of(of), kept[:count], of(kept[:count]), 0)
+        estimator = FITS[kind](facts(of, kept[:count]))
         assert isinstance(estimator, Additive)
         damage, std = estimator.estimate(kept)
         np.testing.assert_allclose(damage, of.single(kept).sum(1))
@@ -182,57 +200,36 @@ def test_the_sum_knows_how_far_off_it_is():
 # --- corrected ---
 
 
-def plain_process(samples, curves, hyper, kept):
-    """Log of damage + e, its standard deviation, and the loss, by the textbook (Rasmussen and Williams, equations 2.25 to 2.30)."""
-    a, angle, size, b, floor, small, mean = hyper
-
-    def inputs(of):
-        single = curves.damages(of)
-        total = single.sum(1, keepdims=True) + NOISE
-        return np.sqrt(single / total), np.log(total)
-
-    def covariance(first, second):
-        cosine = (first[0] @ second[0].T) ** 2
-        near = np.exp(-(1 - cosine) / angle**2) * np.exp(-0.5 * (first[1] - second[1].T) ** 2 / size**2)
-        return a**2 * near + b**2 * (1 + cosine)
-
-    def noise(of):
-        return floor**2 + (small * NOISE) ** 2 * np.exp(-2 * of[1][:, 0])
-
-    seen, new = inputs(np.concatenate([LAYOUT.units[None], kept_matrix(samples, LAYOUT)])), inputs(kept)
-    target = np.log([NOISE, *(one.kl + NOISE for one in samples)]) - seen[1][:, 0] - mean
-    inner = covariance(seen, seen) + np.diag(noise(seen) + 1e-6)
-    cross = covariance(new, seen)
-    variance = np.diag(covariance(new, new)) - np.sum(cross * np.linalg.solve(inner, cross.T).T, axis=1) + noise(new)
-    loss = 0.5 * target @ np.linalg.solve(inner, target) + 0.5 * np.linalg.slogdet(inner)[1]
-    return new[1][:, 0] + mean + cross @ np.linalg.solve(inner, target), np.sqrt(variance), loss
+def process_facts(samples, curves, link):
+    """The points of both processes and their targets, the dense model in front."""
+    seen = Points.of(np.concatenate([LAYOUT.units[None], kept_matrix(samples, LAYOUT)]), curves)
+    correction = np.log([NOISE, *(one.kl + NOISE for one in samples)]) - seen.sizes
+    rises = [(one.log_ppl - DENSE_LOG_PPL + LEAN_NOISE) / (read_link(link, one.kl) + LEAN_NOISE) for one in samples]
+    return seen, correction, np.log([1.0, *rises])
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])
-def test_the_process_answers_as_a_plain_one_does(strength):
-    of, kept = truth(0, strength), np.concatenate([allocations(50, ratio, 7) for ratio in (0.05, 0.3, 0.7)])
-    estimator = fitted("corrected", of).estimator
-    log_damage, log_std, _ = plain_process(spread(of, 40, 1), estimator.curves, estimator.hyper, kept)
-    damage, std = estimator.estimate(kept)
-    np.testing.assert_allclose(damage, np.exp(log_damage) - NOISE, rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(std, np.exp(log_damage) * log_std, rtol=1e-4)
+def test_both_processes_answer_as_plain_ones_do(strength):
+    of, kept = truth(0, strength), np.concatenate([allocations(20, ratio, 7) for ratio in (0.05, 0.3, 0.7)])
+    samples = leant(spread(of, 20, 1))
+    predictor = fit_predictor("corrected", leant(probes(of)) + samples, [], LAYOUT, DENSE_LOG_PPL, 0)
+    estimator = predictor.estimator
+    (seen, correction, leaning), new = process_facts(samples, estimator.curves, predictor.link), Points.of(kept, estimator.curves)
+    mean, std = plain_process(estimator.correction.hyper, estimator.correction.scales, seen, correction, new)
+    damage, damage_std = estimator.estimate(kept)
+    np.testing.assert_allclose(damage, np.exp(mean + new.sizes) - NOISE, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(damage_std, np.exp(mean + new.sizes) * std, rtol=1e-3)
+    lean, _ = plain_process(estimator.leaning.hyper, estimator.leaning.scales, seen, leaning, new)
+    np.testing.assert_allclose(estimator.lean(kept), lean, rtol=1e-5, atol=1e-7)
 
 
-def test_fitting_makes_the_samples_likely():
-    of = truth()
-    estimator, samples = fitted("corrected", of).estimator, spread(of, 40, 1)
-    start = np.append(module._GP_START, estimator.hyper[-1])
-    after, before = (plain_process(samples, estimator.curves, hyper, LAYOUT.units[None])[2] for hyper in (estimator.hyper, start))
-    assert after < before - 20
-    for index in range(4):
-        for factor in (0.5, 2.0):
-            moved = estimator.hyper.copy()
-            moved[index] *= factor
-            assert plain_process(samples, estimator.curves, moved, LAYOUT.units[None])[2] > after - 1
+def test_places_count_in_the_correction_alone():
+    estimator = fitted("corrected", truth()).estimator
+    assert estimator.correction.hyper[4] > 0 and estimator.leaning.hyper[4] == 0
 
 
 def test_the_process_never_believes_that_nothing_is_noise():
-    hyper = fitted("corrected", truth(0, strength=0.0)).estimator.hyper
+    hyper = fitted("corrected", truth(0, strength=0.0)).estimator.correction.hyper
     assert 0.999e-3 < hyper[:-1].min() < 0.01 and hyper[:-1].max() < 100.1
 
 
@@ -276,10 +273,85 @@ def test_the_process_is_less_sure_away_from_what_it_saw():
 def test_only_the_newest_samples_fit_into_the_process(monkeypatch):
     of, kept = truth(), allocations(20, 0.4, 5)
     newest = spread(of, 10, 3)
-    alone = FITS["corrected"](curves_of(of), kept_matrix(newest, LAYOUT), of(kept_matrix(newest, LAYOUT)), 0)
+    alone = FITS["corrected"](facts(of, kept_matrix(newest, LAYOUT)))
     monkeypatch.setattr(module, "_MOST_POINTS", 30)
     both = kept_matrix(spread(of, 10, 1) + newest, LAYOUT)
-    np.testing.assert_array_equal(FITS["corrected"](curves_of(of), both, of(both), 0).estimate(kept), alone.estimate(kept))
+    found = FITS["corrected"](facts(of, both))
+    np.testing.assert_array_equal(found.estimate(kept), alone.estimate(kept))
+    np.testing.assert_array_equal(found.lean(kept), alone.lean(kept))
+
+
+# --- leaning off the link ---
+
+
+def fitted_leant(of, kind="corrected", count=40):
+    return fit_predictor(kind, leant(probes(of) + spread(of, count, 1)), [], LAYOUT, DENSE_LOG_PPL, 0)
+
+
+def log_missed(found, samples):
+    """Float[N]: log-perplexity measured over found, both with the noise on top, as a logarithm."""
+    rises = np.array([one.log_ppl for one in samples]) - DENSE_LOG_PPL
+    return np.log((rises + LEAN_NOISE) / (found + LEAN_NOISE))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_planted_lean_is_learned_better_than_with_the_link_alone(seed):
+    of = truth(seed)
+    predictor, unseen = fitted_leant(of), leant(spread(of, 40, 2, "heldout"))
+    kept, damage = kept_matrix(unseen, LAYOUT), np.array([one.kl for one in unseen])
+    with_lean, alone = (
+        np.abs(log_missed(found, unseen)).mean() for found in (predictor.leant(kept, damage), predictor.log_ppl_of(damage))
+    )
+    assert with_lean < alone / 2
+    found = predictor.predict(kept)
+    with_lean, alone = (
+        np.abs(log_missed(log_ppl, unseen)).mean() for log_ppl in (found.log_ppl, predictor.log_ppl_of(found.damage))
+    )
+    assert with_lean < alone / 2
+    assert np.corrcoef(predictor.estimator.lean(kept), planted_lean(kept))[0, 1] > 0.85
+
+
+def test_the_lean_changes_no_damage():
+    of, kept = truth(), allocations(20, 0.4, 5)
+    np.testing.assert_array_equal(fitted_leant(of).estimator.estimate(kept), fitted("corrected", of).estimator.estimate(kept))
+
+
+def test_where_nothing_leans_none_is_found():
+    estimator = fitted("corrected", truth()).estimator
+    assert np.abs(estimator.lean(allocations(50, 0.4, 2))).max() < 0.02
+
+
+def test_the_scatter_is_what_samples_that_were_not_seen_show():
+    of = truth()
+    predictor, unseen = fitted_leant(of), leant(spread(of, 40, 2, "heldout"))
+    damage = np.array([one.kl for one in unseen])
+    missed = log_missed(predictor.leant(kept_matrix(unseen, LAYOUT), damage), unseen)
+    assert float(predictor.scatter) == pytest.approx(np.sqrt((missed**2).mean()), rel=0.5)
+
+
+def test_without_a_process_the_scatter_is_that_around_the_link():
+    samples = leant(spread(truth(), 40, 1))
+    predictor = fitted_leant(truth(), "additive")
+    missed = log_missed(predictor.log_ppl_of(np.array([one.kl for one in samples])), samples)
+    assert float(predictor.scatter) == pytest.approx(np.sqrt((missed**2).mean()))
+    assert float(fit_predictor("additive", probes(truth()), [], LAYOUT, DENSE_LOG_PPL, 0).scatter) == 1
+
+
+def test_the_doubt_about_log_perplexity_is_calibrated():
+    of = truth()
+    predictor, unseen = fitted_leant(of), leant(spread(of, 40, 2, "heldout"))
+    found = predictor.predict(kept_matrix(unseen, LAYOUT))
+    missed = (np.array([one.log_ppl for one in unseen]) - DENSE_LOG_PPL - found.log_ppl) / found.log_ppl_std
+    assert 0.5 < np.sqrt((missed**2).mean()) < 1.6
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_samples_that_do_better_than_the_dense_model_break_no_fit(kind, short):
+    lucky = [replace(one, log_ppl=DENSE_LOG_PPL - 0.5, kl=-1e-4) for one in spread(truth(), 3, 5)]
+    predictor = fit_predictor(kind, probes(truth()) + spread(truth(), 10) + lucky, [], LAYOUT, DENSE_LOG_PPL, 0)
+    found = predictor.predict(allocations(10, 0.4, 0))
+    for values in (found.damage, found.std, found.log_ppl, found.log_ppl_std):
+        assert np.isfinite(values).all() and (values >= 0).all()
 
 
 # --- cnn ---
@@ -327,9 +399,10 @@ def test_the_members_of_the_ensemble_differ(short):
 def test_probes_are_samples_for_the_network_alone(kind, probed, monkeypatch):
     seen = []
 
-    def fit(curves, kept, truth, seed):
-        seen.extend(kept)
-        return Additive(curves.units, curves.table, np.ones(()))
+    def fit(given):
+        seen.extend(given.kept)
+        assert len(given.damage) == len(given.lean) == len(given.kept)
+        return Additive(given.curves.units, given.curves.table, np.ones(()))
 
     monkeypatch.setitem(FITS, kind, fit)
     fitted(kind, truth(), 10)

@@ -25,6 +25,9 @@ class Given:
     def estimate(self, kept):
         return self.damage, self.std
 
+    def lean(self, kept):
+        return np.zeros(len(kept))
+
 
 def judged(damage, samples, std=1.0):
     damage = np.asarray(damage, dtype=float)

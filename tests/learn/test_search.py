@@ -5,7 +5,7 @@ import pytest
 
 from builders import layout
 from learn_builders import LAYOUT, allocations, truth
-from ppf.learn.search import refine
+from ppf.learn.search import exchanged, refine
 from ppf.space.allocation import allocate_many
 from ppf.space.budget import Budget, aligned_floors, unit_steps
 
@@ -103,3 +103,15 @@ def test_starts_that_are_alike_count_once_and_stay_as_they_are():
 def test_nothing_can_be_exchanged_where_nothing_must_go():
     found, _ = searched(ratio=0.0)
     np.testing.assert_array_equal(found, LAYOUT.units[None])
+
+
+def test_an_exchange_moves_a_few_sites_by_about_a_share():
+    units, keep = np.array([4, 48, 400] * 8), np.full((4000, 24), 0.5)
+    for share in (0.3, 0.01):
+        moved = exchanged(keep, units, share, np.random.default_rng(0)) - keep
+        assert (keep == 0.5).all() and moved.shape == keep.shape
+        touched = moved != 0
+        assert 2 < touched.sum(axis=1).mean() < 5 and abs(moved[touched].mean()) < 0.02
+        size = np.array([np.abs(moved[:, units == count][touched[:, units == count]]).mean() for count in (4, 48, 400)])
+        expected = 1.2 * np.maximum(1.28 * share, 0.7 / np.array([4, 48, 400]))  # 1.2 and 1.28: means of the two distributions
+        np.testing.assert_allclose(size, expected, rtol=0.25)

@@ -14,7 +14,7 @@ from ppf.llm.text import Text
 from ppf.space.mask import Mask
 
 BLOCKS, OTHERS = tiny.blocks(6, 12), tiny.blocks(4, 12, seed=5)
-TEXT = Text("t", BLOCKS, BLOCKS, OTHERS)
+TEXT = Text("t", BLOCKS, BLOCKS, BLOCKS[:0], OTHERS)
 
 
 def masks(count, of):

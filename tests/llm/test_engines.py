@@ -258,7 +258,7 @@ def real(folder, name="llama-gqa-tied"):
     whole = layout_of_model(model)
     export(cut(model, whole, random_mask(whole)), tiny.tokenizer(), {}, folder / "model")
     of = load_model(str(folder / "model")).layout
-    Text("a", BLOCKS[:1], BLOCKS, BLOCKS[:3]).save(folder / "text", of.fingerprint)
+    Text("a", BLOCKS[:1], BLOCKS, BLOCKS[:0], BLOCKS[:3]).save(folder / "text", of.fingerprint)
     return folder / "model", folder / "text", of
 
 

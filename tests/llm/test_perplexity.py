@@ -33,7 +33,7 @@ def means(*arguments):
 def trained():
     """The embedded model in float32, its layout, and blocks of text."""
     loaded = load_model("ref-a")
-    blocks = load_text("pydocs", loaded.tokenizer, TextSizes(64, 64, 512, 64), 0).search
+    blocks = load_text("pydocs", loaded.tokenizer, TextSizes(64, 64, 512, 0, 64), 0).search
     return loaded.model.to(torch.float32), loaded.layout, blocks
 
 

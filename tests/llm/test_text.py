@@ -15,8 +15,8 @@ from ppf.llm.text import PARTS, Text, TextSizes, load_text, take_blocks, whole_t
 WORDS = 4000
 END = 2
 TOKENIZER = tiny.tokenizer(WORDS)
-ALL = TextSizes(8, 10**6, 10**6, 10**6)
-SOME = TextSizes(8, 24, 40, 32)
+ALL = TextSizes(8, 10**6, 10**6, 0, 10**6)
+SOME = TextSizes(8, 24, 40, 0, 32)
 
 
 def words(start, stop):
@@ -273,12 +273,15 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
 # --- the artefact ---
 
 
-def test_a_text_comes_back(tmp_path):
-    text = loaded(write(tmp_path / "a.txt", documents()))
+@pytest.mark.parametrize("sizes", [SOME, TextSizes(8, 24, 40, 80, 32)])
+def test_a_text_comes_back(tmp_path, sizes):
+    text = loaded(write(tmp_path / "a.txt", documents()), sizes)
     text.save(tmp_path / "text", "f")
     again = Text.load(tmp_path / "text", "f")
     assert same(text, again) and (again.name, again.digest) == (text.name, text.digest)
-    assert again.search.dtype == np.int64
+    np.testing.assert_array_equal(again.validation, text.validation)
+    assert again.search.dtype == again.validation.dtype == np.int64
+    assert again.validation.shape == (sizes.validation // 8, 8)
     with refuses(DamagedError):
         Text.load(tmp_path / "text", "g")
     with refuses(DamagedError):
@@ -288,10 +291,14 @@ def test_a_text_comes_back(tmp_path):
 def test_the_digest_sees_tokens_parts_and_arrangement():
     ids = np.arange(24).reshape(3, 8)
     texts = [
-        Text("a", ids, ids, ids),
-        Text("a", ids, ids, ids + 1),
-        Text("a", ids + 1, ids, ids),
-        Text("a", ids.reshape(6, 4), ids, ids),
+        Text("a", ids, ids, ids, ids),
+        Text("a", ids, ids, ids, ids + 1),
+        Text("a", ids + 1, ids, ids, ids),
+        Text("a", ids.reshape(6, 4), ids, ids, ids),
+        Text("a", ids, ids, ids + 1, ids),
+        Text("a", ids, ids, ids[:0], ids),
+        Text("a", ids, ids[:2], ids[:1], ids),
+        Text("a", ids, ids[:1], ids[:2], ids),
     ]
-    assert len({text.digest for text in texts}) == 4
-    assert Text("b", ids.astype(np.int32), ids, ids).digest == texts[0].digest
+    assert len({text.digest for text in texts}) == 8
+    assert Text("b", ids.astype(np.int32), ids, ids, ids).digest == texts[0].digest

@@ -13,8 +13,8 @@ from ppf.llm.text import PARTS, TextSizes, load_text, sample_text, whole_text
 
 END = 2
 TOKENIZER = tiny.tokenizer(4000)
-ALL = TextSizes(8, 10**6, 10**6, 10**6)
-SOME = TextSizes(8, 24, 40, 32)
+ALL = TextSizes(8, 10**6, 10**6, 0, 10**6)
+SOME = TextSizes(8, 24, 40, 0, 32)
 
 
 def words(start, stop):
@@ -99,7 +99,7 @@ def test_self_is_seeded_and_its_parts_differ():
     model, tokenizer = tiny.model(), tiny.tokenizer()
     texts = [load_text("self", tokenizer, SOME, seed, model=model) for seed in (4, 4, 5)]
     assert same(texts[0], texts[1]) and texts[0].digest != texts[2].digest
-    streams = [sample_text(model, tokenizer, TextSizes(8, 32, 32, 32), part, seed) for part in PARTS for seed in range(3)]
+    streams = [sample_text(model, tokenizer, TextSizes(8, 32, 32, 0, 32), part, seed) for part in PARTS for seed in range(3)]
     assert len({stream.tobytes() for stream in streams}) == 9
     assert texts[0].test.shape == (4, 8) and (texts[0].test[:, 0] == 1).all()
     assert min(stream.min() for stream in streams) >= 0 and max(stream.max() for stream in streams) < tiny.VOCAB
@@ -115,7 +115,7 @@ def test_self_follows_the_model():
 
 
 def test_self_draws_from_the_models_distribution():
-    model, sizes = tiny.model("llama-mha"), TextSizes(2, 256, 256, 256)
+    model, sizes = tiny.model("llama-mha"), TextSizes(2, 256, 256, 0, 256)
     drawn = np.concatenate([sample_text(model, tiny.tokenizer(), sizes, "test", seed).reshape(-1, 2)[:, 1] for seed in range(100)])
     expected = tiny.logits(model, np.array([[1]]))[0, -1].softmax(-1).numpy()
     found = np.bincount(drawn, minlength=tiny.VOCAB) / len(drawn)

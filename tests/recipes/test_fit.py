@@ -20,6 +20,7 @@ import tiny_models
 from builders import refuses
 from ppf.config import FitConfig
 from ppf.errors import DamagedError, InputError, InUseError
+from ppf.learn.agent import Agent
 from ppf.llm.text import Text
 from ppf.progress import Progress
 from ppf.recipes import fit as recipe
@@ -59,6 +60,19 @@ def test_held_out_masks_are_of_one_size_and_never_fitted(fitted):
     assert not fitted_to & {one.digest for one in heldout}
 
 
+def test_held_out_masks_come_last_and_lie_around_the_agent_s_policies(fitted):
+    folder = StudyFolder(fitted.folder)
+    purposes = [one.purpose for one in folder.store().all()]
+    heldout = folder.store().all("heldout")
+    assert purposes[-len(heldout) :] == ["heldout"] * len(heldout)
+    keep = np.array([one.kept for one in heldout]) / folder.layout.units
+    ratios = np.array([one.ratio for one in heldout])
+    agent = Agent.load(folder.path("agent"), folder.layout)
+    ours = agent.kept(ratios, folder.layout) / folder.layout.units
+    turned = ours[:, ::-1].reshape(len(ours), -1, 2)[:, :, ::-1].reshape(ours.shape)  # the same layers in another order
+    assert ((keep - ours) ** 2).mean() < ((keep - turned) ** 2).mean()
+
+
 def test_a_finished_fit_is_not_done_again(fitted, monkeypatch):
     monkeypatch.setattr(recipe, "fit_predictor", None)
 
@@ -92,7 +106,7 @@ def test_another_predictor_needs_no_new_sample_and_a_stop_in_between_leaves_no_m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "_agent", stop)
+        patch.setattr(recipe, "trained", stop)
         with pytest.raises(KeyboardInterrupt):
             again(copy, predictor="cnn")
     with refuses(InputError):

@@ -1,7 +1,7 @@
 """Fitting predictors to measured samples. Training alone, in torch; what it makes answers in numpy."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,16 +10,9 @@ from torch import nn
 
 from ppf.errors import InputError
 from ppf.learn.features import Curves
-from ppf.learn.predictor import (
-    NOISE,
-    Additive,
-    Convolutional,
-    Corrected,
-    Estimator,
-    Predictor,
-    directions_and_sizes,
-    patches,
-)
+from ppf.learn.fit_process import fit_process
+from ppf.learn.predictor import LEAN_NOISE, Additive, Convolutional, Corrected, Estimator, Predictor, patches, read_link
+from ppf.learn.process import NOISE, Points
 from ppf.learn.threads import one_thread
 from ppf.samples import Sample, kept_matrix
 from ppf.space.layout import Layout
@@ -27,8 +20,6 @@ from ppf.space.mask import mask_matrices
 
 _LINK_KNOTS = 12
 _MOST_POINTS = 1500
-_GP_STEPS, _GP_RATE = 120, 0.08
-_GP_START = (0.3, 0.7, 1.5, 0.1, 0.05, 0.02)
 _CNN_MEMBERS, _CNN_CHANNELS, _CNN_HIDDEN = 3, 8, 64
 _CNN_STEPS, _CNN_BATCH, _CNN_RATE = 1200, 64, 3e-3
 
@@ -52,15 +43,33 @@ def fit_predictor(
     """
     curves = fit_curves(samples, failed, layout)
     rest = [sample for sample in samples if sample.purpose != "probe" or kind == "cnn"]
-    kept = kept_matrix(rest, layout)
-    truth = np.array([max(sample.kl, 0.0) for sample in rest])
-    estimator = FITS[kind](curves, kept, truth, seed)
     link = fit_link(samples, dense_log_ppl)
-    predictor = Predictor(estimator, link, np.zeros(()))
-    damage, rise = (np.array([getattr(sample, name) for sample in samples]) for name in ("kl", "log_ppl"))
-    expected = predictor.log_ppl_of(np.maximum(damage, 0.0))
-    missed = (rise - dense_log_ppl - expected) / (expected + NOISE)
-    return replace(predictor, scatter=np.sqrt((missed**2).mean()))
+    damage = np.array([max(sample.kl, 0.0) for sample in rest])
+    rise = np.array([sample.log_ppl for sample in rest]) - dense_log_ppl
+    on_link = read_link(link, damage)
+    lean = np.log((np.maximum(rise, -LEAN_NOISE / 2) + LEAN_NOISE) / (on_link + LEAN_NOISE))
+    estimator = FITS[kind](Facts(curves, kept_matrix(rest, layout), damage, lean, seed))
+    missed = estimator.leaning.left_out() if isinstance(estimator, Corrected) else lean if len(lean) else np.ones(1)
+    return Predictor(estimator, link, np.sqrt((missed**2).mean()))
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What an estimator is fitted to.
+
+    Attributes:
+        curves: Single-site damages.
+        kept: Int[n, S] of the samples.
+        damage: Float[n], measured.
+        lean: Float[n], logarithm of measured log-perplexity over what the link says of the damage.
+        seed: Of the networks.
+    """
+
+    curves: Curves
+    kept: np.ndarray
+    damage: np.ndarray
+    lean: np.ndarray
+    seed: int
 
 
 def fit_curves(samples: Sequence[Sample], failed: Sequence[Sample], layout: Layout) -> Curves:
@@ -102,63 +111,39 @@ def fit_link(samples: Sequence[Sample], dense_log_ppl: float) -> np.ndarray:
     return np.stack([x, np.maximum.accumulate(np.maximum(knots[1] - dense_log_ppl, 0.0))[first]])
 
 
-def fit_additive(curves: Curves, kept: np.ndarray, truth: np.ndarray, seed: int) -> Additive:
+def fit_additive(facts: Facts) -> Additive:
     """Nothing is fitted but the spread of what the sum misses."""
-    total = curves.damages(kept).sum(axis=1)
-    missed = np.log((truth + NOISE) / (total + NOISE)) if len(kept) else np.ones(1)
+    curves = facts.curves
+    total = curves.damages(facts.kept).sum(axis=1)
+    missed = np.log((facts.damage + NOISE) / (total + NOISE)) if len(facts.kept) else np.ones(1)
     return Additive(curves.units, curves.table, np.sqrt((missed**2).mean()))
 
 
-def fit_corrected(curves: Curves, kept: np.ndarray, truth: np.ndarray, seed: int) -> Estimator:
-    """Gaussian process on the log-residual of the sum; hyperparameters by marginal likelihood.
+def fit_corrected(facts: Facts) -> Estimator:
+    """Gaussian processes on the log-residuals of the sum and of the link.
 
     The dense model, whose damage is 0, is a sample that costs nothing. With fewer than eight others there is nothing to
     learn from, and the sum is returned as it is.
     """
-    if len(kept) < 8:
-        return fit_additive(curves, kept, truth, seed)
-    kept = np.concatenate([curves.units[None], kept[-_MOST_POINTS:]])
-    truth = np.concatenate([[0.0], truth[-_MOST_POINTS:]])
-    u, t = (torch.from_numpy(part) for part in directions_and_sizes(curves.damages(kept)))
-    target = torch.from_numpy(np.log(truth + NOISE)) - t
-    cosine, gap = (u @ u.T) ** 2, (t[:, None] - t[None]) ** 2
-    raw = torch.tensor(_GP_START, dtype=torch.float64).log().requires_grad_(True)
-    mean = target.mean().clone().requires_grad_(True)
-    optimiser = torch.optim.Adam([raw, mean], lr=_GP_RATE)
-    for _ in range(_GP_STEPS):
-        optimiser.zero_grad()
-        loss = _negative_likelihood(_covariance(cosine, gap, t, raw), target - mean)
-        loss.backward()
-        optimiser.step()
-        with torch.no_grad():
-            raw.clamp_(np.log(1e-3), np.log(1e2))
-    with torch.no_grad():
-        factor = torch.linalg.cholesky(_covariance(cosine, gap, t, raw))
-        weights = torch.cholesky_solve((target - mean)[:, None], factor)[:, 0]
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(t), dtype=torch.float64), upper=False)
-    hyper: np.ndarray = np.append(raw.detach().exp().numpy(), mean.item())
-    return Corrected(curves.units, curves.table, u.numpy(), t.numpy(), weights.numpy(), inverse.numpy(), hyper)
+    if len(facts.kept) < 8:
+        return fit_additive(facts)
+    curves = facts.curves
+    kept = np.concatenate([curves.units[None], facts.kept[-_MOST_POINTS:]])
+    damage: np.ndarray = np.append(0.0, facts.damage[-_MOST_POINTS:])
+    lean: np.ndarray = np.append(0.0, facts.lean[-_MOST_POINTS:])
+    points = Points.of(kept, curves)
+    correction = fit_process(points, np.log(damage + NOISE) - points.sizes, places=True)
+    return Corrected(curves.units, curves.table, correction, fit_process(points, lean, places=False))
 
 
-def _covariance(cosine: torch.Tensor, gap: torch.Tensor, t: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
-    a, angle, size, b, floor, small = raw.exp()
-    shared = a**2 * torch.exp((cosine - 1) / angle**2 - gap / (2 * size**2)) + b**2 * (1 + cosine)
-    return shared + torch.diag(floor**2 + (small * NOISE / t.exp()) ** 2 + 1e-6)
-
-
-def _negative_likelihood(covariance: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    factor = torch.linalg.cholesky(covariance)
-    solved = torch.linalg.solve_triangular(factor, target[:, None], upper=False)
-    return 0.5 * (solved**2).sum() + factor.diagonal().log().sum()
-
-
-def fit_cnn(curves: Curves, kept: np.ndarray, truth: np.ndarray, seed: int) -> Estimator:
+def fit_cnn(facts: Facts) -> Estimator:
     """Trains the ensemble on log(damage + e), each member on its own random batches.
 
     The standard deviation of its error comes from a tenth of the samples, which training does not see.
     """
+    curves, kept, truth, seed = facts.curves, facts.kept, facts.damage, facts.seed
     if len(kept) < 8:
-        return fit_additive(curves, kept, truth, seed)
+        return fit_additive(facts)
     generator = torch.Generator().manual_seed(seed)
     matrices = mask_matrices(kept, curves.units, Convolutional.WIDTH).astype(np.float32) - 0.5
     images = torch.from_numpy(patches(matrices)).view(len(kept), -1, 9)
@@ -207,7 +192,7 @@ def _train(network: _Network, images: torch.Tensor, goal: torch.Tensor, generato
         schedule.step()
 
 
-FITS: dict[str, Callable[[Curves, np.ndarray, np.ndarray, int], Estimator]] = {
+FITS: dict[str, Callable[[Facts], Estimator]] = {
     "corrected": fit_corrected,
     "additive": fit_additive,
     "cnn": fit_cnn,

@@ -17,7 +17,7 @@ def predicted(predictor: Predictor, caution: float = CAUTION) -> Objective:
     """Damage as predicted, plus ``caution`` times its standard deviation."""
 
     def objective(kept: np.ndarray) -> np.ndarray:
-        prediction = predictor.predict(kept)
-        return prediction.damage + caution * prediction.std
+        damage, std = predictor.estimator.estimate(kept)
+        return damage + caution * std
 
     return objective

@@ -1,14 +1,15 @@
 """Predictors: the damage of an allocation without running the model. Inference alone, in numpy.
 
     additive      the sum of what each site does alone
-    corrected     that sum times what a Gaussian process learned of the rest
+    corrected     that sum times what a Gaussian process learned of the rest (process.py)
     cnn           a convolutional network on the mask matrix, as PPF has it (arXiv:2508.02381)
 
 Damage is the KL divergence of the dense model from the pruned one on the search text; it ranks masks more sharply than
-log-perplexity measured on as many tokens. A fitted monotone link gives the log-perplexity that goes with it.
+log-perplexity measured on as many tokens. A fitted monotone link gives the log-perplexity that goes with it, and a second
+process how far an allocation leans off that link.
 """
 
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -18,11 +19,12 @@ import numpy as np
 from ppf.artifact import load_artifact, save_artifact
 from ppf.errors import DamagedError
 from ppf.learn.features import Curves
+from ppf.learn.process import NOISE, Points, Process
 from ppf.space.layout import Layout
 from ppf.space.mask import mask_matrices
 
-NOISE = 0.01
-"""Nats/token below which damages count as equal: keeps logarithms of small damages quiet."""
+LEAN_NOISE = 0.1
+"""Nats/token of log-perplexity above dense below which the ratio to the link counts for little."""
 _BATCH = 1024
 
 
@@ -53,6 +55,10 @@ class Estimator(Protocol):
         """Damage and standard deviation, Float[N] each, of Int[N, S] kept units."""
         ...
 
+    def lean(self, kept: np.ndarray) -> np.ndarray:
+        """Float[N]: logarithm of log-perplexity + e over what the link says + e."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Additive:
@@ -79,33 +85,27 @@ class Additive:
         damage = self.curves.damages(kept).sum(axis=1)
         return damage, (damage + NOISE) * self.spread
 
+    def lean(self, kept: np.ndarray) -> np.ndarray:
+        """See ``Estimator``."""
+        return np.zeros(len(kept))
+
 
 @dataclass(frozen=True, eq=False)
 class Corrected:
-    """The additive sum D times the exponential of a Gaussian process.
-
-    The process models log((truth + e) / (D + e)) as a function of the direction u = sqrt(d / D) in which the damage lies
-    and of its size t = log(D + e). u . u' is the cosine between two allocations in the space where squared length is
-    additive damage, so the kernel needs no scale per site.
+    """The additive sum D times the exponential of a Gaussian process, which models log((truth + e) / (D + e)).
 
     Attributes:
         units: As in ``Curves``.
         table: As in ``Curves``.
-        directions: Float[n, S], u of the fitted samples.
-        sizes: Float[n], t of the fitted samples.
-        weights: Float[n], inverse covariance times centred targets.
-        inverse: Float[n, n], inverse of the Cholesky factor of the covariance.
-        hyper: Float[7]: a, l1, l2, b of the kernel, both noise terms, the mean.
+        correction: The process.
+        leaning: The process of ``lean``.
     """
 
     kind: ClassVar[str] = "corrected"
     units: np.ndarray
     table: np.ndarray
-    directions: np.ndarray
-    sizes: np.ndarray
-    weights: np.ndarray
-    inverse: np.ndarray
-    hyper: np.ndarray
+    correction: Process
+    leaning: Process
 
     @cached_property
     def curves(self) -> Curves:
@@ -118,16 +118,14 @@ class Corrected:
         return np.concatenate([damage for damage, _ in parts]), np.concatenate([std for _, std in parts])
 
     def _estimate(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        directions, sizes = directions_and_sizes(self.curves.damages(kept))
-        cross = kernel(directions, sizes, self.directions, self.sizes, self.hyper)
-        shrunk = self.inverse @ cross.T
-        a, angle, _, b, floor, small, mean = self.hyper
-        cosine = (directions**2).sum(axis=1) ** 2  # with itself; below 1 by the share of the noise
-        own = a**2 * np.exp((cosine - 1) / angle**2) + b**2 * (1 + cosine)
-        noise = floor**2 + (small * NOISE / np.exp(sizes)) ** 2
-        std = np.sqrt(np.maximum(own - np.einsum("nm,nm->m", shrunk, shrunk), 0) + noise)
-        total = np.exp(np.clip(mean + cross @ self.weights, -5, 5) + sizes)
+        points = Points.of(kept, self.curves)
+        mean, std = self.correction.mean_and_std(points)
+        total = np.exp(np.clip(mean, -5, 5) + points.sizes)
         return np.maximum(total - NOISE, 0.0), total * std
+
+    def lean(self, kept: np.ndarray) -> np.ndarray:
+        """See ``Estimator``."""
+        return np.clip(self.leaning.mean(Points.of(kept, self.curves)), -1, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +160,10 @@ class Convolutional:
         total = np.exp(answers.mean(axis=0) * std + mean)
         return np.maximum(total - NOISE, 0.0), total * np.sqrt((answers * std).var(axis=0) + error**2)
 
+    def lean(self, kept: np.ndarray) -> np.ndarray:
+        """See ``Estimator``."""
+        return np.zeros(len(kept))
+
     def _members(self, kept: np.ndarray) -> np.ndarray:
         """Float[members, N], standardised."""
         columns = patches(mask_matrices(kept, self.units, self.WIDTH).astype(np.float32) - 0.5)
@@ -181,7 +183,7 @@ class Predictor:
     Attributes:
         estimator: One of ``ESTIMATORS``.
         link: Float[2, K]: damages from 0, rising, and the log-perplexities above dense that go with them.
-        scatter: Float[], standard deviation of log-perplexity around the link, as a share of log-perplexity + e.
+        scatter: Float[], standard deviation of log-perplexity around link and lean, as a share of log-perplexity + e.
     """
 
     estimator: Estimator
@@ -196,22 +198,22 @@ class Predictor:
     def predict(self, kept: np.ndarray) -> Prediction:
         """Predicts the damage of Int[N, S] kept units."""
         damage, std = self.estimator.estimate(np.asarray(kept))
-        log_ppl = self.log_ppl_of(damage)
+        log_ppl = self.leant(np.asarray(kept), damage)
         passed_on = (self.log_ppl_of(damage + std) - self.log_ppl_of(np.maximum(damage - std, 0))) / 2
-        return Prediction(damage, std, log_ppl, np.hypot(passed_on, self.scatter * (log_ppl + NOISE)))
+        return Prediction(damage, std, log_ppl, np.hypot(passed_on, self.scatter * (log_ppl + LEAN_NOISE)))
+
+    def leant(self, kept: np.ndarray, damage: np.ndarray) -> np.ndarray:
+        """Float[N]: log-perplexity above dense of allocations whose damage is known, nats/token."""
+        return np.maximum((self.log_ppl_of(damage) + LEAN_NOISE) * np.exp(self.estimator.lean(kept)) - LEAN_NOISE, 0.0)
 
     def log_ppl_of(self, damage: np.ndarray) -> np.ndarray:
-        """Log-perplexity above dense, nats/token, that goes with a damage; linear beyond the last knot."""
-        run, rise = np.diff(self.link[:, -2:])
-        slope = (rise / run).sum()  # of the last piece; 0 where no sample did damage and there is none
-        return np.interp(damage, self.link[0], self.link[1]) + np.maximum(damage - self.link[0, -1], 0) * slope
+        """Log-perplexity above dense that usually goes with a damage, nats/token."""
+        return read_link(self.link, damage)
 
     def save(self, path: Path, layout: Layout) -> None:
         """Writes the artefact."""
-        arrays = {field.name: getattr(self.estimator, field.name) for field in fields(self.estimator)}
-        save_artifact(
-            path, "predictor", layout.fingerprint, {**arrays, "link": self.link, "scatter": self.scatter}, estimator=self.kind
-        )
+        arrays = {**_flat(self.estimator), "link": self.link, "scatter": self.scatter}
+        save_artifact(path, "predictor", layout.fingerprint, arrays, estimator=self.kind)
 
     @classmethod
     def load(cls, path: Path, layout: Layout) -> "Predictor":
@@ -223,23 +225,37 @@ class Predictor:
         arrays, header = load_artifact(path, "predictor", layout.fingerprint)
         try:
             link, scatter = arrays.pop("link"), arrays.pop("scatter")
-            return cls(ESTIMATORS[header["estimator"]](**arrays), link, scatter)
+            estimator = ESTIMATORS[header["estimator"]](**_nested(arrays))
+            if any(isinstance(getattr(estimator, field.name), Process) != (field.type is Process) for field in fields(estimator)):
+                raise TypeError("a process in the place of an array, or the other way round")
+            return cls(estimator, link, scatter)
         except (KeyError, TypeError) as error:
             raise DamagedError(f"{path} must hold a known predictor; {error!r}; fit the study again") from error
 
 
-def directions_and_sizes(damages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """u and t of ``Corrected``: Float[N, S] and Float[N], of Float[N, S] single-site damages."""
-    total = damages.sum(axis=1) + NOISE
-    return np.sqrt(damages / total[:, None]), np.log(total)
+def read_link(link: np.ndarray, damage: np.ndarray) -> np.ndarray:
+    """Float[N], of Float[N] damages: straight between the knots of a link and beyond the last."""
+    run, rise = np.diff(link[:, -2:])
+    slope = (rise / run).sum()  # of the last piece; 0 where no sample did damage and there is none
+    return np.interp(damage, link[0], link[1]) + np.maximum(damage - link[0, -1], 0) * slope
 
 
-def kernel(u: np.ndarray, t: np.ndarray, v: np.ndarray, w: np.ndarray, hyper: np.ndarray) -> np.ndarray:
-    """Covariance of the correction between (u Float[N, S], t Float[N]) and (v Float[M, S], w Float[M]); Float[N, M]."""
-    a, angle, size, b = hyper[:4]
-    cosine = (u @ v.T) ** 2
-    gap = (t[:, None] - w[None]) ** 2
-    return a**2 * np.exp((cosine - 1) / angle**2 - gap / (2 * size**2)) + b**2 * (1 + cosine)
+def _flat(estimator: Estimator) -> dict[str, np.ndarray]:
+    """The arrays of an estimator; those of a process within it have its name and a dot in front."""
+    arrays = {}
+    for field in fields(estimator):
+        value = getattr(estimator, field.name)
+        parts = {f"{field.name}.{part.name}": getattr(value, part.name) for part in fields(value)} if is_dataclass(value) else {}
+        arrays.update(parts or {field.name: value})
+    return arrays
+
+
+def _nested(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | Process]:
+    """The inverse."""
+    whole: dict[str, np.ndarray | Process] = {name: array for name, array in arrays.items() if "." not in name}
+    for prefix in sorted({name.split(".")[0] for name in arrays if "." in name}):
+        whole[prefix] = Process(**{name.split(".", 1)[1]: arrays[name] for name in arrays if name.startswith(f"{prefix}.")})
+    return whole
 
 
 def patches(image: np.ndarray) -> np.ndarray:

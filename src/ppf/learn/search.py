@@ -9,7 +9,8 @@ from ppf.learn.threads import one_thread
 from ppf.space.allocation import allocate_many
 from ppf.space.layout import Layout
 
-_STEP_SHARES = (0.3, 0.1, 0.03, 0.01)
+STEP_SHARES = (0.3, 0.1, 0.03, 0.01)
+"""How far sites move, in keep-ratio, from the first quarter of a search to the last."""
 _PROPOSALS = 256
 
 
@@ -36,10 +37,10 @@ def refine(
     scores = objective(kept)
     seen: dict[bytes, tuple[float, np.ndarray]] = {row.tobytes(): (score, row) for row, score in zip(kept, scores, strict=True)}
     for step in range(steps):
-        share = _STEP_SHARES[min(step * len(_STEP_SHARES) // steps, len(_STEP_SHARES) - 1)]
+        share = STEP_SHARES[min(step * len(STEP_SHARES) // steps, len(STEP_SHARES) - 1)]
         elite = [row for _, row in sorted(seen.values(), key=lambda item: item[0])[:beam]]
         wishes = np.concatenate(
-            [_exchanges(row / layout.units, layout.units, share, _PROPOSALS // len(elite), rng) for row in elite]
+            [exchanged(np.tile(row / layout.units, (_PROPOSALS // len(elite), 1)), layout.units, share, rng) for row in elite]
         )
         moved = np.unique(allocate_many(wishes, np.full(len(wishes), remove), layout, align), axis=0)
         new = [row for row in moved if row.tobytes() not in seen]
@@ -50,8 +51,9 @@ def refine(
     return np.array([row for _, row in ranked]), np.array([score for score, _ in ranked])
 
 
-def _exchanges(keep: np.ndarray, units: np.ndarray, share: float, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Float[count, S]: wishes in which a few sites give or take, at least one unit; ``allocate`` balances the rest."""
-    few = rng.random((count, len(keep))) < rng.choice([1.5, 3, 6], (count, 1)) / len(keep)
+def exchanged(keep: np.ndarray, units: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Float[N, S]: wishes in which a few sites give or take, at least one unit; ``allocate`` balances the rest."""
+    count, sites = keep.shape
+    few = rng.random((count, sites)) < rng.choice([1.5, 3, 6], (count, 1)) / sites
     size = np.maximum(share * np.exp(rng.normal(0, 0.7, (count, 1))), 0.7 / units)
-    return keep + few * rng.normal(0, 1.5, (count, len(keep))) * size
+    return keep + few * rng.normal(0, 1.5, (count, sites)) * size

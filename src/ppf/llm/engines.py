@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -48,7 +47,7 @@ class Engine(Protocol):
 
         Args:
             masks: Which units stay.
-            part: ``"search"`` or ``"test"``.
+            part: ``"search"``, ``"validation"`` or ``"test"``.
             rows: Only these blocks of the part.
 
         Yields:

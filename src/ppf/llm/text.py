@@ -7,6 +7,8 @@
     FILE.parquet      likewise, column `text`
     wikitext2 c4      from the hub: train (by hash, 1/3 | 2/3) for calibration and search, test for test
 
+The part for search is dealt out twice: most of its blocks are for validation, where static pruning chooses among its best.
+
 A separate test text replaces the test part; then calibration and search share the whole of a file, 1/3 and 2/3. Of the
 other texts they stay what they are.
 """
@@ -27,6 +29,7 @@ from ppf.errors import InputError, PPFError, ResourceError
 from ppf.llm import pydocs
 
 PARTS = ("calibration", "search", "test")
+"""Of a text, as it is split."""
 _SHARES = {"calibration": 0.2, "search": 0.4, "test": 0.4}
 _HUB = {  # repository, configuration, and what joins rows that are lines; None where rows are documents
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", ""),
@@ -34,8 +37,9 @@ _HUB = {  # repository, configuration, and what joins rows that are lines; None 
 }
 _HUB_ROWS = 20_000
 _LINES = 200
+_DEALT = ("calibration", "search", "validation", "test")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_SAMPLED_BLOCKS = {"calibration": 64, "search": 128, "test": 128}
+_SAMPLED_BLOCKS = {"calibration": 64, "search": 256, "test": 128}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,23 +50,25 @@ class Text:
         name: As the user called it.
         calibration: Int[B, L], for importance.
         search: Int[B, L], for measuring masks.
+        validation: Int[B, L], for choosing among the best; none if the text is short.
         test: Int[B, L], for reported figures only.
     """
 
     name: str
     calibration: np.ndarray
     search: np.ndarray
+    validation: np.ndarray
     test: np.ndarray
 
     @property
     def digest(self) -> str:
         """Hash of all tokens and their arrangement."""
-        parts = [getattr(self, part) for part in PARTS]
+        parts = [getattr(self, part) for part in _DEALT]
         return hashlib.sha256(b"".join(repr(part.shape).encode() + part.astype("<i8").tobytes() for part in parts)).hexdigest()[:32]
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Writes the artefact."""
-        save_artifact(path, "text", fingerprint, {part: getattr(self, part) for part in PARTS}, name=self.name)
+        save_artifact(path, "text", fingerprint, {part: getattr(self, part) for part in _DEALT}, name=self.name)
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> "Text":
@@ -72,7 +78,7 @@ class Text:
             DamagedError: Not whole, or of another study.
         """
         arrays, header = load_artifact(path, "text", fingerprint)
-        return cls(header["name"], *(arrays[part] for part in PARTS))
+        return cls(header["name"], *(arrays[part] for part in _DEALT))
 
 
 @dataclass(frozen=True)
@@ -83,12 +89,14 @@ class TextSizes:
         seq_len: Tokens a block.
         calibration: Tokens for importance.
         search: Tokens for each measured mask.
+        validation: Tokens for choosing among the best.
         test: Tokens for each reported figure.
     """
 
     seq_len: int
     calibration: int
     search: int
+    validation: int
     test: int
 
 
@@ -126,8 +134,18 @@ def load_text(
         streams = _streams(name, tokenizer, apart=test_name is not None)
     if test_name is not None:
         streams["test"] = whole_text(test_name, tokenizer)
-    wanted = {"calibration": sizes.calibration, "search": sizes.search, "test": sizes.test}
-    return Text(name, *(take_blocks(streams[part], sizes.seq_len, wanted[part], seed, f"{name} ({part})") for part in PARTS))
+    wanted = {"calibration": sizes.calibration, "search": sizes.search + sizes.validation, "test": sizes.test}
+    parts = {part: take_blocks(streams[part], sizes.seq_len, wanted[part], seed, f"{name} ({part})") for part in PARTS}
+    search, validation = _dealt(parts["search"], max(1, sizes.search // sizes.seq_len))
+    return Text(name, parts["calibration"], search, validation, parts["test"])
+
+
+def _dealt(blocks: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """``count`` blocks, evenly spread, and the others."""
+    count = min(count, len(blocks))
+    first: np.ndarray = np.zeros(len(blocks), dtype=bool)
+    first[((np.arange(count) + 0.5) * len(blocks) / count).astype(np.int64)] = True
+    return blocks[first], blocks[~first]
 
 
 def whole_text(name: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -177,7 +195,8 @@ def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size
     """Int[T]: text drawn from the model itself at temperature 1, one block after another, seeded by part."""
     first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
     generator = torch.Generator().manual_seed(seed * len(PARTS) + PARTS.index(part))
-    wanted = -(-getattr(sizes, part) // sizes.seq_len)
+    tokens = getattr(sizes, part) + (sizes.validation if part == "search" else 0)
+    wanted = -(-tokens // sizes.seq_len)
     blocks, ids, cache = min(wanted, _SAMPLED_BLOCKS[part]), None, None
     ids = torch.full((blocks, 1), first, device=model.device)
     step = ids

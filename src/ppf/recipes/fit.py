@@ -2,8 +2,8 @@
 
 probes        each site alone at a few levels: the damage curves
 spread        random policies of every ratio around the additive optimum
-heldout       masks of one size at 20, 30, 40 and 50 %: predicted, never fitted
-round 1..R    search on the predictor, measure what it found, fit again
+round 1..R    the agent trains on the predictor; what it would do is measured, and masks near it; all is fitted again
+heldout       masks of one size around the agent's policies at 20, 30, 40 and 50 %: predicted, never fitted
 """
 
 from collections.abc import Sequence
@@ -17,20 +17,19 @@ import numpy as np
 from ppf.artifact import read_json, write_json
 from ppf.config import FitConfig
 from ppf.errors import InputError
-from ppf.learn.agent import Prior
+from ppf.learn.agent import Agent
 from ppf.learn.baselines import knapsack
 from ppf.learn.fit_predictor import FITS, fit_curves, fit_predictor
 from ppf.learn.metrics import figures, tau_near
 from ppf.learn.objective import predicted
 from ppf.learn.predictor import Predictor
-from ppf.learn.search import refine
 from ppf.learn.train_agent import AgentConfig, train_agent
 from ppf.llm.collect import Wanted, probes, spread, stratified_ratios
 from ppf.llm.load import LoadedModel
 from ppf.progress import Progress
 from ppf.recipes.lab import Lab, check_study_place, choose_device, leave_no_beginning, load_for
 from ppf.samples import Sample, kept_matrix
-from ppf.space.allocation import Allocation
+from ppf.space.allocation import allocate
 from ppf.space.budget import Budget
 from ppf.space.layout import Layout
 from ppf.space.policy import Policy
@@ -42,8 +41,6 @@ _HELDOUT_SHARE, _HELDOUT_MOST = 0.16, 24
 _SPREAD_SHARE = 0.35
 _SCALES = (0.03, 0.06, 0.12, 0.2)
 _LEVELS = {1: (0.0,), 2: (0.5, 0.0), 3: (0.75, 0.4, 0.0), 4: (0.8, 0.5, 0.25, 0.0), 5: (0.9, 0.75, 0.5, 0.25, 0.0)}
-_ROUND_RATIOS = 12
-_SEARCH_STEPS = 24
 
 
 def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None) -> StudyFolder:
@@ -83,10 +80,14 @@ def _fit_all(lab: Lab, levels: tuple[float, ...]) -> StudyFolder:
     (study.folder / "report.json").unlink(missing_ok=True)  # until it is written again, the study answers nothing
     lab.score()
     _collect(lab, levels)
-    predictors, report = _predictors(lab)
-    predictor = predictors[report["predictor"]]
-    predictor.save(study.path("predictor"), lab.layout)
-    _agent(lab, predictor)
+    with lab.progress.stage("predictor"):
+        predictors, ranks = {kind: refit(lab, kind) for kind in FITS}, _ranks(lab)
+    chosen = max(ranks, key=lambda kind: ranks[kind]) if config.predictor == "auto" else config.predictor
+    agent = trained(lab, predictors[chosen], "agent")
+    lab.measure("heldout", lambda: _heldout(lab, agent), 0)
+    predictors[chosen].save(study.path("predictor"), lab.layout)
+    agent.save(study.path("agent"), lab.layout)
+    report = {"predictor": chosen, "cross_validated_tau": ranks, **_report(lab, predictors)}
     write_json(study.folder / "report.json", {**report, "seconds": lab.keep_seconds(), "settings": asdict(config)})
     return study
 
@@ -102,11 +103,10 @@ def _levels(layout: Layout, samples: int) -> tuple[float, ...]:
 
 
 def _collect(lab: Lab, levels: tuple[float, ...]) -> None:
-    """Measures everything that the predictor is fitted to and judged by."""
+    """Measures everything that the predictor is fitted to."""
     config, layout = lab.config, lab.layout
     count = len(lab.measure("probes", lambda: probes(layout, levels), 0))
-    count += len(lab.measure("heldout", lambda: _heldout(lab), 0))
-    rest = max(config.samples - count, 8)
+    rest = max(config.samples - count - len(_heldout_ratios(lab)), 8)
     first = rest if config.rounds == 0 else max(8, int(rest * _SPREAD_SHARE))
     lab.measure("spread", lambda: _spread(lab, first), 0)
     for round in range(1, config.rounds + 1):
@@ -119,24 +119,30 @@ def _rng(lab: Lab, stage: int) -> np.random.Generator:
     return np.random.default_rng([lab.config.seed, stage])
 
 
-def _prior(lab: Lab) -> Prior:
-    """The additive optimum for every ratio."""
+def additive_agent(lab: Lab) -> Agent:
+    """The additive optimum for every ratio: where training starts, and what it must beat."""
     curves = fit_curves(lab.store.all("probe"), lab.store.failed(), lab.layout)
-    return Prior.of(knapsack(curves, lab.layout), curves)
+    return Agent(knapsack(curves, lab.layout), np.array(_most(lab)))
 
 
 def _centres(lab: Lab, ratios: Sequence[float], rng: np.random.Generator) -> list[tuple[float, Policy]]:
     """Policies between the additive optimum and the uniform one."""
-    prior = _prior(lab)
-    rows, blend = prior.keep[prior.rows(np.array(ratios))], rng.beta(1.0, 2.0, len(ratios))
+    additive = additive_agent(lab)
+    rows, blend = additive.keep[additive.rows(np.array(ratios))], rng.beta(1.0, 2.0, len(ratios))
     return [(ratio, Policy((1 - b) * row + b * (1 - ratio))) for ratio, row, b in zip(ratios, rows, blend, strict=True)]
 
 
-def _heldout(lab: Lab) -> list[Wanted]:
-    rng, most = _rng(lab, 1), _most(lab)
+def _heldout_ratios(lab: Lab) -> list[float]:
+    """The nominal ratio of each held-out mask."""
+    most = _most(lab)
     ratios = [ratio for ratio in HELDOUT_RATIOS if ratio <= most] or [round(most / 2, 3), round(most * 0.99, 3)]
-    per_ratio = min(_HELDOUT_MOST, max(2, int(lab.config.samples * _HELDOUT_SHARE) // len(ratios)))
-    return spread(lab.layout, _centres(lab, np.repeat(ratios, per_ratio).tolist(), rng), _SCALES, "heldout", rng)
+    each = min(_HELDOUT_MOST, max(2, int(lab.config.samples * _HELDOUT_SHARE) // len(ratios)))
+    return np.repeat(ratios, each).tolist()
+
+
+def _heldout(lab: Lab, agent: Agent) -> list[Wanted]:
+    centres = [(ratio, agent.propose(ratio)) for ratio in _heldout_ratios(lab)]
+    return spread(lab.layout, centres, _SCALES, "heldout", _rng(lab, 1))
 
 
 def _spread(lab: Lab, count: int) -> list[Wanted]:
@@ -152,24 +158,26 @@ def _most(lab: Lab) -> float:
 
 
 def _found(lab: Lab, round: int, count: int) -> list[Wanted]:
-    """Per ratio what search on the predictor found, and masks near it."""
+    """What the agent would do at many ratios, as far as is known now, and two masks near each."""
     rng, layout = _rng(lab, 10 + round), lab.layout
     kind = "corrected" if lab.config.predictor == "auto" else lab.config.predictor
-    prior, wanted = _prior(lab), list[Wanted]()
-    ratios = sorted(stratified_ratios(min(0.1, _most(lab) / 2), _most(lab), min(_ROUND_RATIOS, count), rng).tolist())
-    with lab.progress.stage(f"search {round}", len(ratios)) as advance:
-        objective = predicted(refit(lab, kind))
-        for index, ratio in enumerate(ratios):
-            share = count * (index + 1) // len(ratios) - count * index // len(ratios)
-            budget = Budget.from_ratio(ratio, layout)
-            starts = np.stack([prior.keep[prior.rows(np.array([ratio]))[0]], *incumbents(lab, ratio)])
-            found, _ = refine(objective, starts, budget.remove, layout, _SEARCH_STEPS, rng)
-            best = [Wanted(Allocation(row), "search", ratio) for row in found[: max(1, share // 3)]]
-            centre = Policy(found[0] / layout.units)
-            near = spread(layout, [(ratio, centre)] * (share - len(best)), _SCALES[:3], "search", rng)
-            wanted += [*best, *near]
-            advance()
-    return wanted
+    agent = trained(lab, refit(lab, kind), f"search {round}")
+    wanted = list[Wanted]()
+    for ratio in stratified_ratios(min(0.1, _most(lab) / 2), _most(lab), -(-count // 3), rng).tolist():
+        centre = agent.propose(ratio)
+        ours = Wanted(allocate(centre, Budget.from_ratio(ratio, layout), layout), "search", ratio)
+        wanted += [ours, *spread(layout, [(ratio, centre)] * 2, rng.permutation(_SCALES[:3]).tolist(), "search", rng)]
+    return wanted[:count]
+
+
+def trained(lab: Lab, predictor: Predictor, stage: str) -> Agent:
+    """The agent that a predictor teaches."""
+    config = AgentConfig()
+    with lab.progress.stage(stage, config.steps) as advance:
+        return train_agent(
+            additive_agent(lab), predicted(predictor), lab.layout, LOW_RATIO, _most(lab), lab.config.seed, config,
+            lambda gain: advance(f"{100 * (1 - np.exp(-gain)):.1f} % below the additive policy"),
+        )  # fmt: skip
 
 
 def incumbents(lab: Lab, ratio: float) -> list[np.ndarray]:
@@ -194,7 +202,7 @@ def _fit(lab: Lab, kind: str, samples: Sequence[Sample]) -> Predictor:
     return fit_predictor(kind, samples, lab.store.failed(), lab.layout, dense, lab.config.seed)
 
 
-def _ranks_best(lab: Lab) -> dict[str, float]:
+def _ranks(lab: Lab) -> dict[str, float]:
     """Per kind Kendall's tau among masks of nearly one size that it had not seen, by two-fold cross-validation."""
     samples = _fitted(lab)
     rest = [sample for sample in samples if sample.purpose != "probe"]
@@ -211,40 +219,24 @@ def _ranks_best(lab: Lab) -> dict[str, float]:
     return found
 
 
-def _predictors(lab: Lab) -> tuple[dict[str, Predictor], dict[str, Any]]:
-    """All kinds fitted to all that may be fitted, and their figures on the held-out masks."""
-    heldout, samples, failed = lab.store.all("heldout"), lab.store.all(), lab.store.failed()
-    dense = lab.study.record["dense"]
-    with lab.progress.stage("predictor"):
-        predictors = {kind: refit(lab, kind) for kind in FITS}
-        judged = {
-            kind: figures(predictor, heldout, lab.layout, dense["search"]["log_ppl"]) for kind, predictor in predictors.items()
-        }
-        ranks = _ranks_best(lab)
-    chosen = lab.config.predictor
-    report = {
-        "predictor": max(ranks, key=lambda kind: ranks[kind]) if chosen == "auto" else chosen,
-        "cross_validated_tau": ranks,
+def _report(lab: Lab, predictors: dict[str, Predictor]) -> dict[str, Any]:
+    """The predictors' figures on the held-out masks, and what was spent."""
+    samples, failed, dense = lab.store.all(), lab.store.failed(), lab.study.record["dense"]
+    chosen = lab.study.plan("importance") or {"by_site": [], "masks": 0}
+    heldout = [sample for sample in samples if sample.purpose == "heldout"]
+    judged = {kind: figures(made, heldout, lab.layout, dense["search"]["log_ppl"]) for kind, made in predictors.items()}
+    return {
+        "importance": {"method": lab.study.importance.method, "by_site": chosen["by_site"]},
         "heldout": {kind: {**asdict(found), "tau_mean": found.tau_mean} for kind, found in judged.items()},
         "samples": {purpose: sum(s.purpose == purpose for s in samples) for purpose in sorted({s.purpose for s in samples})},
         "failed": len(failed),
         "damaged": lab.store.damaged,
         "tokens": {
             "measured": sum(sample.tokens for sample in [*samples, *failed]),
-            "calibration": int(lab.text.calibration.size),
+            "calibration": int(lab.text.calibration.size) * max(1, chosen["masks"] // len(lab.layout.sites)),
+            "importance": chosen["masks"] * int(lab.text.search.size),
             "dense": int(lab.text.search.size + lab.text.test.size) + lab.reference_tokens,
         },
         "measuring_seconds": round(sum(sample.seconds for sample in samples), 2),
         "dense": dense,
     }
-    return predictors, report
-
-
-def _agent(lab: Lab, predictor: Predictor) -> None:
-    agent_config = AgentConfig()
-    with lab.progress.stage("agent", agent_config.iterations) as advance:
-        agent = train_agent(
-            _prior(lab), predicted(predictor), lab.layout, LOW_RATIO, _most(lab), lab.config.seed, agent_config,
-            lambda reward: advance(f"{100 * (1 - np.exp(-reward)):.1f} % below the additive policy"),
-        )  # fmt: skip
-    agent.save(lab.study.path("agent"), lab.layout)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ppf.config import FitConfig
@@ -18,14 +19,17 @@ from ppf.llm.perplexity import Evaluation, evaluate
 from ppf.llm.scores import score_units
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
-from ppf.samples import Sample
+from ppf.samples import Measurement, Sample
 from ppf.space.allocation import Allocation
+from ppf.space.importance import Importance
+from ppf.space.mask import Mask, select
 from ppf.study import StudyFolder, context_of
 
 _TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16_384, "mps": 4096}
+_TRIED_SCORES = ("taylor", "wanda_sp", "flap")
 _DECISIVE = (
-    "text", "test_text", "score", "seq_len", "calibration_tokens", "search_tokens", "test_tokens", "dtype", "seed", "samples",
-    "rounds", "max_ratio",
+    "text", "test_text", "score", "seq_len", "calibration_tokens", "search_tokens", "validation_tokens", "test_tokens", "dtype",
+    "seed", "samples", "rounds", "max_ratio",
 )  # fmt: skip
 
 
@@ -137,10 +141,25 @@ class Lab:
         if self.study.path("importance").is_file():
             return
         with self.progress.stage("importance"):
-            config = self.config
-            importance = score_units(self.model, self.layout, self.text.calibration, config.score, config.text, config.seed)
-            importance.save(self.study.path("importance"), self.layout)
+            names = _TRIED_SCORES if self.config.score == "auto" else (self.config.score,)
+            text, source, seed = self.text.calibration, self.config.text, self.config.seed
+            orders = [score_units(self.model, self.layout, text, name, source, seed) for name in names]
+        best = self._best_of_each_site(orders) if len(orders) > 1 else orders[0]
+        best.save(self.study.path("importance"), self.layout)
         self.keep_seconds()
+
+    def _best_of_each_site(self, orders: Sequence[Importance]) -> Importance:
+        """Each site takes the order that does the least damage when half of its units go, and all others stay."""
+        layout = self.layout
+        halves = np.tile(layout.units, (len(layout.sites), 1))
+        np.fill_diagonal(halves, np.maximum(layout.floors, layout.units // 2))
+        with self.progress.stage("choosing importance"):
+            answers = self.answers([select(Allocation(kept), order, layout) for order in orders for kept in halves], "search")
+        damage: np.ndarray = np.reshape([answer.kl if np.isfinite(answer.kl) else np.inf for answer in answers], (len(orders), -1))
+        chosen = [orders[index] for index in damage.argmin(axis=0)]
+        self.study.keep_plan("importance", {"by_site": [order.method for order in chosen], "masks": len(answers)})
+        method = "+".join(dict.fromkeys(order.method for order in chosen))
+        return Importance(tuple(order.scores[site] for site, order in enumerate(chosen)), method, orders[0].source)
 
     def measure(self, name: str, plan: Callable[[], Sequence[Wanted]], round: int) -> list[Sample]:
         """Measures what a stage wants; a stage that planned before goes on with its plan.
@@ -164,6 +183,16 @@ class Lab:
             return list(
                 collect(self._measuring, self.store, wanted, self.study.importance, self.layout, round, lambda sample: advance())
             )
+
+    def answers(self, masks: Sequence[Mask], part: str, rows: Sequence[int] | None = None) -> list[Measurement]:
+        """Measures masks and keeps nothing.
+
+        Args:
+            masks: Which units stay.
+            part: ``"search"``, ``"validation"`` or ``"test"``.
+            rows: Only these blocks of it.
+        """
+        return [result for _, result in sorted(self._measuring().measure(masks, part, rows), key=lambda pair: pair[0])]
 
     def keep_seconds(self) -> dict[str, float]:
         """Keeps the wall time of each stage, summed over all starts of the fit."""
@@ -194,7 +223,7 @@ class Lab:
     def _create(self, folder: Path) -> StudyFolder:
         config = self.config
         length = choose_seq_len(config.seq_len, self.model.config.max_position_embeddings)
-        sizes = TextSizes(length, config.calibration_tokens, config.search_tokens, config.test_tokens)
+        sizes = TextSizes(length, config.calibration_tokens, config.search_tokens, config.validation_tokens, config.test_tokens)
         with self.progress.stage("text"):
             self.text = load_text(config.text, self.loaded.tokenizer, sizes, config.seed, self.model, config.test_text)
         with self.progress.stage("dense model"):

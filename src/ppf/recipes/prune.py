@@ -30,9 +30,12 @@ from ppf.recipes.lab import Lab, choose_device, tokens_per_batch
 from ppf.samples import kept_matrix
 from ppf.space.allocation import Allocation
 from ppf.space.budget import Budget, unit_steps
+from ppf.space.mask import select
 from ppf.study import locked
 
 _REFINE_STEPS = 60
+FINALISTS = 8
+"""How many candidates of static pruning are measured on the validation text."""
 _SPEED_RUNS = 5
 _SPEED_TOKENS = 1024
 
@@ -91,7 +94,10 @@ def prune(folder: str | Path, loaded: LoadedModel, target: Target, device: str, 
         raise DamagedError(f"{folder} must be a study of this model; it is one of {name} as it was then; give its own model")
     decision = decider.decide(target)
     if candidates:
-        decision = refined(decider, decision, loaded, target, device, candidates, progress)
+        config = replace(FitConfig(**decider.study.record["settings"]), study=str(decider.study.folder), device=device)
+        with locked(decider.study.folder), Lab(loaded, config, progress) as lab:
+            lab.open_study()
+            decision = refined(decider, decision, lab, target, candidates)
     with progress.stage("cutting"):
         smaller = convert(cut(loaded.model, loaded.layout, decision.mask), loaded.model.device, loaded.dtype)
     with progress.stage("measuring the result"):
@@ -99,37 +105,48 @@ def prune(folder: str | Path, loaded: LoadedModel, target: Target, device: str, 
     return Pruned(smaller, loaded.tokenizer, decision, _plan(decider, decision, measured, speeds, bool(candidates)))
 
 
-def refined(
-    decider: Decider, decision: Decision, loaded: LoadedModel, target: Target, device: str, candidates: int, progress: Progress
-) -> Decision:
+def refined(decider: Decider, decision: Decision, lab: Lab, target: Target, candidates: int) -> Decision:
     """Static pruning: search on the predictor at one ratio, measure the best, learn, search again; the best measured wins.
 
-    Every measurement goes into the study's store and counts in later choices.
+    Every measurement on the search text goes into the study's store and counts in later choices. The best few are measured on
+    the validation text, too, which is longer and which no search has seen, and both decide.
     """
-    config = replace(FitConfig(**decider.study.record["settings"]), study=str(decider.study.folder), device=device)
-    with locked(decider.study.folder), Lab(loaded, config, progress) as lab:
-        lab.open_study()
-        budget, rng = decider.budget(target), np.random.default_rng(config.seed)
-        predictor = decider.predictor
-        first = max(1, candidates // 2)
-        for number, count in enumerate([first, candidates - first]):
-            starts = np.stack([decision.policy.keep, *incumbents(lab, decision.asked)])
-            with progress.stage("search"):
-                found, _ = search(predicted(predictor), starts, budget.remove, lab.layout, _REFINE_STEPS, rng, target.align)
-            ours = [decision.allocation.kept] if number == 0 else []
-            chosen = [*ours, *_apart(found, lab.layout.units, count)][:count]
-            lab.run("candidates", [Wanted(Allocation(kept), "refine", decision.asked) for kept in chosen], 100 + number)
-            if number == 0 and candidates > first:
-                with progress.stage("predictor"):
-                    predictor = refit(lab, decider.predictor.kind)
-        return decider.adopt(target, _best_measured(lab, budget, target.align, decision.allocation))
+    budget, rng = decider.budget(target), np.random.default_rng(lab.config.seed)
+    predictor = decider.predictor
+    first = max(1, candidates // 2)
+    for number, count in enumerate([first, candidates - first]):
+        starts = np.stack([decision.policy.keep, *incumbents(lab, decision.asked)])
+        with lab.progress.stage("search"):
+            found, _ = search(predicted(predictor), starts, budget.remove, lab.layout, _REFINE_STEPS, rng, target.align)
+        ours = [decision.allocation.kept] if number == 0 else []
+        chosen = [*ours, *_apart(found, lab.layout.units, count)][:count]
+        lab.run("candidates", [Wanted(Allocation(kept), "refine", decision.asked) for kept in chosen], 100 + number)
+        if number == 0 and candidates > first:
+            with lab.progress.stage("predictor"):
+                predictor = refit(lab, decider.predictor.kind)
+    return decider.adopt(target, _winner(lab, *_best_measured(lab, budget, target.align, decision.allocation)))
 
 
-def _best_measured(lab: Lab, budget: Budget, align: int, ours: Allocation) -> np.ndarray:
-    """Int[S]: of all masks ever measured in this study that meet a budget as ``allocate`` does, the one with the least damage.
+def _winner(lab: Lab, kept: np.ndarray, damage: np.ndarray) -> np.ndarray:
+    """Int[S]: of a few allocations, Int[N, S], and their damages on the search text the best on search and validation text."""
+    if not len(lab.text.validation) or len(kept) == 1:
+        return kept[int(damage.argmin())]
+    masks = [select(Allocation(row), lab.study.importance, lab.layout) for row in kept]
+    with lab.progress.stage("validating"):
+        answers = lab.answers(masks, "validation")
+    fresh = np.array([answer.kl if np.isfinite(answer.kl) else np.inf for answer in answers])
+    total = damage * lab.text.search.size + fresh * lab.text.validation.size
+    return kept[int(total.argmin())]
+
+
+def _best_measured(lab: Lab, budget: Budget, align: int, ours: Allocation) -> tuple[np.ndarray, np.ndarray]:
+    """Of all masks ever measured in this study that meet a budget as ``allocate`` does, those with the least damage.
 
     ``ours`` is one such: where one unit of a site costs more than all that the others can give, ``allocate`` spends less
     than the budget by more than a step.
+
+    Returns:
+        Int[N, S], ``ours`` first if it was measured, then the best, at most ``FINALISTS``; and Float[N] their damages.
 
     Raises:
         ResourceError: None could be measured.
@@ -144,7 +161,10 @@ def _best_measured(lab: Lab, budget: Budget, align: int, ours: Allocation) -> np
         reasons = [sample.reason for sample in lab.store.failed()] or ["nothing was measured"]
         raise ResourceError(f"a candidate must be measurable; none was: {reasons[-1]}; try --dtype or another --device")
     damage = np.array([sample.kl for sample in samples])
-    return kept[fits][damage[fits].argmin()]
+    is_ours = (kept[fits] == ours.kept).all(axis=1)
+    best = np.argsort(damage[fits], kind="stable")
+    order = np.concatenate([best[is_ours[best]], best[~is_ours[best]]])[:FINALISTS]  # what needed no luck is always among them
+    return kept[fits][order], damage[fits][order]
 
 
 def _apart(found: np.ndarray, units: np.ndarray, count: int) -> list[np.ndarray]:
@@ -191,16 +211,16 @@ def _plan(decider: Decider, decision: Decision, measured: Evaluation, speeds: di
     text = study.record["settings"]["test_text"] or study.record["settings"]["text"]
     return {
         "format": 1,
-        "model": {**model, "name": _leaf(model["name"])},
+        "model": {**model, "name": leaf(model["name"])},
         "layout": decider.layout.fingerprint,
         "context": study.context,
-        "importance": {"method": decider.importance.method, "source": _leaf(decider.importance.source)},
+        "importance": {"method": decider.importance.method, "source": leaf(decider.importance.source)},
         "refined": refined,
         **decision.to_json(decider.layout),
         "measured": {"log_ppl": measured.log_ppl, "ppl": float(np.exp(measured.log_ppl)), "interval": _ppl(measured.interval)},
         "dense": {"log_ppl": decider.dense_log_ppl, "ppl": float(np.exp(decider.dense_log_ppl))},
         "protocol": {
-            "text": _leaf(text),
+            "text": leaf(text),
             "seq_len": study.record["seq_len"],
             "tokens": measured.tokens,
             "dtype": study.record["dtype"],
@@ -216,7 +236,7 @@ def _plan(decider: Decider, decision: Decision, measured: Evaluation, speeds: di
     }
 
 
-def _leaf(name: str) -> str:
+def leaf(name: str) -> str:
     """A file's or folder's own name: an export says nothing of the machine on which it was made. A hub id stays whole."""
     return Path(name).name if Path(name).exists() else name
 

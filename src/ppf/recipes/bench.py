@@ -1,0 +1,273 @@
+"""bench: ways to choose what goes, compared on text that none of them has seen, each with what it cost.
+
+    rules       what a heuristic reads off the dense model: no mask is run
+    additive    the exact optimum of summed single-site damages: the probes of the fit, every ratio
+    searches    random, evolution, CMA-ES; on true measurements, one ratio at a time, or on the predictor
+    dynamic     the agent as it comes: the whole fit, every ratio
+    static      the agent, refined and truly measured at one ratio
+
+All share the study's calibration text, its exact budgets and its surgery, and, but for the two with an order of their own,
+its importance. Each study keeps its cells, so that a bench that was stopped goes on.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppf.artifact import read_json, write_json
+from ppf.config import BenchConfig, FitConfig, Target
+from ppf.decide import Decider
+from ppf.errors import DamagedError, InputError
+from ppf.learn.agent import Agent
+from ppf.learn.baselines import HEURISTICS
+from ppf.learn.black_box import SEARCHES, Problem
+from ppf.learn.objective import Objective, predicted
+from ppf.llm.load import LoadedModel
+from ppf.llm.scores import score_units
+from ppf.llm.statistics import layer_statistics
+from ppf.progress import Progress
+from ppf.recipes.fit import additive_agent
+from ppf.recipes.lab import Lab, load_for
+from ppf.recipes.prune import FINALISTS, leaf, refined
+from ppf.recipes.summary import summarise
+from ppf.space.allocation import Allocation, allocate
+from ppf.space.importance import Importance
+from ppf.space.mask import Mask, select
+from ppf.space.policy import Policy
+from ppf.space.statistics import Statistics
+from ppf.study import StudyFolder
+
+OWN_ORDER = {"wanda_sp": ("wanda_sp", "uniform"), "flap_own_order": ("flap", "flap")}
+"""Methods that bring their importance: (score, heuristic)."""
+PREDICTED_QUESTIONS = 20_000
+_TIERS = (8, 2, 1)
+"""Evolution asks on this fraction of the search text, from tier to tier."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a method chose at one ratio.
+
+    Attributes:
+        mask: What stays.
+        tokens: Run through the model for this ratio alone.
+        shared: Run through the model once for all ratios.
+        seconds: Wall time for this ratio alone.
+    """
+
+    mask: Mask
+    tokens: int
+    shared: int
+    seconds: float
+
+
+class Bench:
+    """One study on the bench.
+
+    Args:
+        lab: Of a copy of the study: what is measured here must not teach it.
+        decider: Of the same copy.
+        loaded: The dense model.
+        config: Of the bench.
+    """
+
+    def __init__(self, lab: Lab, decider: Decider, loaded: LoadedModel, config: BenchConfig) -> None:
+        self.lab, self.decider, self.loaded, self.config = lab, decider, loaded, config
+        self.layout, self.importance = lab.layout, decider.importance
+        self.report = read_json(lab.study.folder / "report.json")
+        self.seed = lab.config.seed
+        self.additive: Agent = additive_agent(lab)
+        self._refined = self._refine_tokens()
+
+    @property
+    def methods(self) -> dict[str, Callable[[float], Choice]]:
+        """By name: from a ratio to a choice."""
+        rules = {name: partial(self._rule, name, None) for name in HEURISTICS}
+        own = {name: partial(self._rule, rule, score) for name, (score, rule) in OWN_ORDER.items()}
+        searches = {name: partial(self._searched, name, True) for name in SEARCHES}
+        dreams = {f"{name}_on_predictor": partial(self._searched, name, False) for name in SEARCHES}
+        return {**rules, **own, "additive": self._additive, **searches, **dreams, "dynamic": self._dynamic, "static": self._static}
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """What the rules read, computed when the first one asks."""
+        path = self.lab.study.path("statistics")
+        if not path.is_file():
+            with self.lab.progress.stage("statistics"):
+                layer_statistics(self.lab.model, self.layout, self.lab.text.calibration).save(path, self.layout)
+        return Statistics.load(path, self.layout)
+
+    def _order(self, score: str | None) -> Importance:
+        if score in (None, self.importance.method):
+            return self.importance
+        return score_units(self.lab.model, self.layout, self.lab.text.calibration, str(score), self.importance.source, self.seed)
+
+    def _mask(self, ratio: float, policy: Policy, importance: Importance) -> Mask:
+        return select(allocate(policy, self.decider.budget(Target(ratio=ratio)), self.layout), importance, self.layout)
+
+    def _rule(self, rule: str, score: str | None, ratio: float) -> Choice:
+        start, importance = time.perf_counter(), self._order(score)
+        policy = HEURISTICS[rule](self.statistics, importance, self.layout, ratio)
+        mask = self._mask(ratio, policy, importance)
+        shared = self._order_tokens() if score is None else int(self.lab.text.calibration.size)
+        return Choice(mask, 0, shared, time.perf_counter() - start)
+
+    def _additive(self, ratio: float) -> Choice:
+        start, probes = time.perf_counter(), self.lab.store.all("probe")
+        mask = self._mask(ratio, self.additive.propose(ratio), self.importance)
+        shared = self._order_tokens() + sum(sample.tokens for sample in probes)
+        return Choice(mask, 0, shared, time.perf_counter() - start)
+
+    def _dynamic(self, ratio: float) -> Choice:
+        start, decision = time.perf_counter(), self.decider.decide(Target(ratio=ratio))
+        return Choice(decision.mask, 0, self._fitted_tokens(), time.perf_counter() - start)
+
+    def _static(self, ratio: float) -> Choice:
+        start, target = time.perf_counter(), Target(ratio=ratio)
+        decision = refined(self.decider, self.decider.decide(target), self.lab, target, self.config.candidates)
+        tokens = self._refine_tokens()
+        self._refined, before = tokens, self._refined  # what one ratio measured, the next one knows
+        validated = FINALISTS * int(self.lab.text.validation.size)
+        return Choice(decision.mask, tokens - before + validated, self._fitted_tokens() + before, time.perf_counter() - start)
+
+    def _refine_tokens(self) -> int:
+        return sum(sample.tokens for sample in self.lab.store.all("refine"))
+
+    def _order_tokens(self) -> int:
+        """What the study's importance took: the calibration, and the choice among several criteria."""
+        return int(self.report["tokens"]["calibration"] + self.report["tokens"].get("scores", 0))
+
+    def _fitted_tokens(self) -> int:
+        return int(sum(self.report["tokens"].values()))
+
+    def _searched(self, name: str, truly: bool, ratio: float) -> Choice:
+        start, search = time.perf_counter(), SEARCHES[name]
+        if truly:
+            asked = [Measured(self, size) for size in (_TIERS if name == "evolution" else (1,))]
+            tiers = tuple((measured.ask, measured.cost) for measured in asked)
+            budget = self.config.budget or self.report["tokens"]["measured"]
+            with self.lab.progress.stage(f"{name} at {ratio:g}"):
+                kept = search(self._problem(ratio, tiers, budget / self.lab.text.search.size))
+            tokens, shared = sum(measured.tokens for measured in asked), self._order_tokens()
+        else:
+            kept = search(self._problem(ratio, ((predicted(self.decider.predictor), 1.0),), PREDICTED_QUESTIONS))
+            tokens, shared = 0, self._fitted_tokens()
+        return Choice(select(Allocation(kept), self.importance, self.layout), tokens, shared, time.perf_counter() - start)
+
+    def _problem(self, ratio: float, tiers: tuple[tuple[Objective, float], ...], evaluations: float) -> Problem:
+        """From the uniform policy, as the published searches begin."""
+        remove = self.decider.budget(Target(ratio=ratio)).remove
+        seed = int(np.random.default_rng([self.seed, remove]).integers(2**31))
+        return Problem(tiers, self.layout, remove, np.full(len(self.layout.sites), 1 - ratio), evaluations, seed)
+
+    def measure(self, choices: Sequence[Choice]) -> list[dict[str, Any]]:
+        """What the choices do on the test text: per block log-perplexity above dense and KL divergence, nats/token."""
+        everything = Mask(tuple(np.ones(units, dtype=bool) for units in self.layout.units))
+        dense, *found = self.lab.answers([everything, *(choice.mask for choice in choices)], "test")
+        for result in (dense, *found):
+            if result.reason:
+                raise DamagedError(f"the test text must be measurable; {result.reason}; try another --device")
+        above = [np.subtract(result.losses, dense.losses) for result in found]
+        return [
+            {"above": above[place].round(6).tolist(), "kl": np.round(result.divergences, 6).tolist()}
+            for place, result in enumerate(found)
+        ]
+
+
+class Measured:
+    """An objective that runs the model on an evenly spread part of the search text, and counts the tokens.
+
+    Args:
+        bench: Where.
+        fraction: One block in so many.
+    """
+
+    def __init__(self, bench: Bench, fraction: int) -> None:
+        self._bench = bench
+        blocks = len(bench.lab.text.search)
+        self._rows = list(range(fraction // 2, blocks, fraction)) or [0]
+        self.cost = len(self._rows) / blocks
+        self.tokens = 0
+
+    def ask(self, kept: np.ndarray) -> np.ndarray:
+        """An ``Objective``: damage, infinite where there is none."""
+        masks = [select(Allocation(row), self._bench.importance, self._bench.layout) for row in kept]
+        results = self._bench.lab.answers(masks, "search", self._rows)
+        self.tokens += sum(result.tokens for result in results)
+        return np.array([result.kl if np.isfinite(result.kl) else np.inf for result in results])
+
+
+def bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
+    """Compares methods.
+
+    Args:
+        config: Studies, methods, ratios and budgets.
+        progress: Shows what happens.
+
+    Returns:
+        The JSON-ready results; see ``summary.summarise``.
+
+    Raises:
+        InputError: A study that is not fitted, of another model than the first, or an unknown method.
+    """
+    deciders = [Decider(folder) for folder in config.studies]
+    first = deciders[0].study.record
+    for decider in deciders:
+        if decider.study.record["model"]["digest"] != first["model"]["digest"]:
+            raise InputError(f"all studies must be of one model; {decider.study.folder} is of another; bench it by itself")
+        for ratio in config.ratios:
+            decider.budget(Target(ratio=ratio))
+    loaded = load_for(first["model"]["name"], progress)
+    cells = [cell for decider in deciders for cell in _cells(decider.study, loaded, config, progress)]
+    settings = first["settings"]
+    return {
+        "model": leaf(first["model"]["name"]),
+        "text": leaf(settings["test_text"] or settings["text"]),
+        "test_tokens": first["dense"]["test"]["tokens"],
+        "search_tokens": first["dense"]["search"]["tokens"],
+        "dense_ppl": [float(np.exp(decider.dense_log_ppl)) for decider in deciders],
+        "samples": settings["samples"],
+        "seeds": [decider.study.record["settings"]["seed"] for decider in deciders],
+        "heldout": [read_json(decider.study.folder / "report.json")["heldout"] for decider in deciders],
+        "rows": summarise(cells, "static"),
+    }
+
+
+def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progress: Progress) -> list[dict[str, Any]]:
+    """All cells of one study, those at hand taken from it."""
+    path = study.folder / "bench.json"
+    cells: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(shutil.copytree(study.folder, Path(temporary) / "study"))
+        settings = {**study.record["settings"], "study": str(copy), "device": config.device, "workers": config.workers}
+        with Lab(loaded, FitConfig(**settings), progress) as lab:
+            lab.open_study()
+            found = Bench(lab, Decider(copy), loaded, config)
+            names = config.methods or tuple(found.methods)
+            if unknown := set(names) - set(found.methods):
+                raise InputError(f"a method must be one of {', '.join(found.methods)}; {min(unknown)!r} came; choose one")
+            wanted = {f"{name} {ratio:g} {_terms(name, config)}": (name, ratio) for ratio in config.ratios for name in names}
+            for key, (name, ratio) in wanted.items():
+                if key not in cells:
+                    choice = found.methods[name](ratio)
+                    (measured,) = found.measure([choice])
+                    cells[key] = {
+                        "method": name, "ratio": ratio, "seed": found.seed, "kept": choice.mask.allocation.kept.tolist(),
+                        "tokens": choice.tokens, "shared_tokens": choice.shared, "seconds": round(choice.seconds, 3), **measured,
+                    }  # fmt: skip
+                    write_json(path, cells)
+    return [cells[key] for key in wanted]
+
+
+def _terms(name: str, config: BenchConfig) -> str:
+    """What else a cell depends on."""
+    if name in SEARCHES:
+        return f"budget {config.budget}"
+    return f"candidates {config.candidates}" if name == "static" else ""
