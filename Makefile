@@ -23,7 +23,7 @@ check: .venv/.dev
 bench: .venv/.bench
 	rm -rf runs/bench
 	$(BIN)/python benchmarks/demo.py --out runs/bench
-	$(BIN)/python benchmarks/policies.py --study runs/bench
+	$(BIN)/ppf bench runs/bench --out benchmarks/results/bench-ref-a.json
 	$(BIN)/python benchmarks/agents.py --study runs/bench
 	$(BIN)/python benchmarks/decision_speed.py
 	$(BIN)/python benchmarks/tables.py
@@ -44,7 +44,7 @@ clean:
 	touch $@
 
 .venv/.bench: .venv/.test
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[rl]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[rl,bench]'
 	touch $@
 
 .venv/.dev: .venv/.test

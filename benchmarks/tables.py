@@ -13,6 +13,9 @@ This page is written by `make bench`. Times were taken on shared, busy cores; re
 """
 
 
+BENCHES = ("ref-a", "stories260K", "ref-q")
+
+
 def load(name: str) -> dict[str, Any] | None:
     path = HERE / "results" / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
@@ -26,7 +29,7 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
 def heading(title: str, name: str, record: dict[str, Any]) -> str:
     machine = record["machine"]
     where = f"{machine['cores']} cores of {machine['cpu']}, load {machine['load']}, torch {machine['torch']}"
-    return f"## {title}\n\n`benchmarks/results/{name}.json`: `{record['command']}`, seed {record['seed']}; {where}.\n"
+    return f"## {title}\n\n`benchmarks/results/{name}.json`: `{record['command']}`, seed {record.get('seed', record['result'].get('seeds'))}; {where}.\n"
 
 
 def demo() -> str:
@@ -67,25 +70,37 @@ def demo() -> str:
     )
 
 
-def policies(name: str) -> str:
-    record = load(name)
+def bench(name: str) -> str:
+    record = load(f"bench-{name}")
     result = record["result"]
-    kinds = ("uniform", "additive", "agent", "refined")
-    rows = []
+    ratios = sorted({row["ratio"] for row in result["rows"]})
+    methods: dict[str, dict[float, dict[str, Any]]] = {}
     for row in result["rows"]:
-        cells = [
-            f"{row[kind]['above_dense']:.4f} ({row[kind]['interval'][0]:.4f} to {row[kind]['interval'][1]:.4f})" for kind in kinds
-        ]
-        rows.append([f"{100 * row['ratio']:.0f} %", *cells, f"{row['agent']['predicted']:.4f}"])
+        methods.setdefault(row["method"], {})[row["ratio"]] = row
+    rows = []
+    for method, found in methods.items():
+        cost = max(row["tokens"] + row["shared_tokens"] for row in found.values()) / 1e6
+        rows.append([method, f"{cost:.2f} M", *(_cell(found[ratio]) if ratio in found else "-" for ratio in ratios)])
+    seeds = len(result["seeds"])
     return "\n".join(
         [
-            heading(f"Policies, measured: `{result['model']}` on {result['text']}", name, record),
-            f"Log-perplexity above dense, nats/token, on {result['tokens']:,} test tokens (dense perplexity",
-            f"{result['dense_ppl']:.2f}), with 95 % intervals of the paired difference, bootstrapped over blocks. One fit.",
-            "The uniform policy has to round, too: with five KV groups a layer it gives up one in each from 10 to 30 %.\n",
-            table(["ratio", *kinds, "predicted for the agent"], rows),
+            heading(f"Ways to choose: `{result['model']}` on {result['text']}", f"bench-{name}", record),
+            f"Log-perplexity above dense, nats/token, on {result['test_tokens']:,} test tokens (dense perplexity",
+            f"{min(result['dense_ppl']):.2f}); {seeds} fit{'s' if seeds > 1 else ''} of {result['samples']} masks of",
+            f"{result['search_tokens']:,} tokens. Tokens: run through the model for one ratio, what serves all ratios included.",
+            "In brackets by how much it is worse than static pruning on the same blocks, 95 % interval over blocks. Bold: the least.\n",
+            table(["method", "tokens", *(f"{100 * ratio:.0f} %" for ratio in ratios)], rows),
         ]
     )
+
+
+def _cell(row: dict[str, Any]) -> str:
+    value = f"{row['above']:.4f}"
+    value = f"**{value}**" if row["regret"] == 0 else value
+    if row["method"] == "static" or "worse" not in row:
+        return value
+    low, high = row["worse"]["blocks"]
+    return f"{value} ({low:+.3f} to {high:+.3f})"
 
 
 def agents() -> str:
@@ -148,8 +163,7 @@ def speed() -> str:
 
 
 def main() -> None:
-    parts = [INTRO, demo(), policies("policies")]
-    parts += [policies("policies-wikitext2")] if load("policies-wikitext2") else []
+    parts = [INTRO, demo(), *(bench(name) for name in BENCHES if load(f"bench-{name}"))]
     parts += [agents()] if load("agents") else []
     parts += [speed()]
     (HERE.parent / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")

@@ -1,11 +1,13 @@
 """Small values to test with, and the form that every refusal must have."""
 
 import errno
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -58,6 +60,17 @@ def random_mask(of: Layout, seed: int = 0) -> Mask:
     """The most important units of a random allocation."""
     kept = np.random.default_rng(seed).integers(of.floors, of.units + 1)
     return select(Allocation(kept), importance(of, seed), of)
+
+
+def copied(fitted: Any, folder: Path, **model: Any) -> Path:
+    """The study in another place, and what it says of itself changed."""
+    shutil.copytree(fitted.folder, folder)
+    record = json.loads((folder / "study.json").read_text())
+    seed = model.pop("seed", record["settings"]["seed"])
+    record["model"] |= model
+    record["settings"] |= {"seed": seed}
+    (folder / "study.json").write_text(json.dumps(record))
+    return folder
 
 
 def names_in(folder: Path) -> list[str]:

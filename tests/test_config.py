@@ -142,7 +142,7 @@ def test_a_target_that_says_nothing_is_refused(wish):
 def test_the_scores_to_choose_from_are_those_that_there_are():
     from ppf.llm.scores import SCORES
 
-    assert set(get_args(ScoreName)) == set(SCORES) and "auto" in get_args(PredictorName)
+    assert set(get_args(ScoreName)) == {"auto", *SCORES} and "auto" in get_args(PredictorName)
 
 
 def test_defaults_pass_their_own_checks():

@@ -1,6 +1,3 @@
-import json
-import shutil
-
 import numpy as np
 import pytest
 
@@ -35,14 +32,3 @@ def fitted(place):
         tiny_models.model("llama-mha"), tokenizer=tiny_models.tokenizer(), study=place / "study", text=str(place / "text.txt"),
         quiet=True, **SETTINGS,
     )  # fmt: skip
-
-
-def copied(fitted, folder, **model):
-    """The study in another place, and what it says of itself changed."""
-    shutil.copytree(fitted.folder, folder)
-    record = json.loads((folder / "study.json").read_text())
-    seed = model.pop("seed", record["settings"]["seed"])
-    record["model"] |= model
-    record["settings"] |= {"seed": seed}
-    (folder / "study.json").write_text(json.dumps(record))
-    return folder

@@ -5,9 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import copied
 
-from builders import interrupted, refuses
+from builders import copied, interrupted, refuses
 from ppf.config import BenchConfig, Target
 from ppf.decide import Decider
 from ppf.errors import DamagedError, InputError

@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from conftest import copied
 
+from builders import copied
 from ppf import cli
 
 
