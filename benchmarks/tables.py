@@ -29,7 +29,8 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
 def heading(title: str, name: str, record: dict[str, Any]) -> str:
     machine = record["machine"]
     where = f"{machine['cores']} cores of {machine['cpu']}, load {machine['load']}, torch {machine['torch']}"
-    return f"## {title}\n\n`benchmarks/results/{name}.json`: `{record['command']}`, seed {record.get('seed', record['result'].get('seeds'))}; {where}.\n"
+    seed = record.get("seed", record["result"].get("seeds"))
+    return f"## {title}\n\n`benchmarks/results/{name}.json`: `{record['command']}`, seed {seed}; {where}.\n"
 
 
 def demo() -> str:
@@ -88,7 +89,8 @@ def bench(name: str) -> str:
             f"Log-perplexity above dense, nats/token, on {result['test_tokens']:,} test tokens (dense perplexity",
             f"{min(result['dense_ppl']):.2f}); {seeds} fit{'s' if seeds > 1 else ''} of {result['samples']} masks of",
             f"{result['search_tokens']:,} tokens. Tokens: run through the model for one ratio, what serves all ratios included.",
-            "In brackets by how much it is worse than static pruning on the same blocks, 95 % interval over blocks. Bold: the least.\n",
+            "In brackets by how much it is worse than static pruning on the same blocks, 95 % interval over blocks.",
+            "Bold: the least.\n",
             table(["method", "tokens", *(f"{100 * ratio:.0f} %" for ratio in ratios)], rows),
         ]
     )
@@ -131,6 +133,26 @@ def _range(values: list[float], digits: int) -> str:
     return mean if least == most else f"{mean} ({least} to {most})"
 
 
+def reference() -> str:
+    record = load("reference")
+    models = record["result"]["models"]
+    texts = list(next(iter(models.values()))["perplexity"])
+    rows = [
+        [
+            f"{name}: {found['family']}, {found['layers']} layers, {found['parameters']:,} parameters",
+            *(f"{found['perplexity'][text]['ppl']:.1f}" for text in texts),
+        ]
+        for name, found in models.items()
+    ]
+    return "\n".join(
+        [
+            heading("The reference models", "reference", record),
+            f"Perplexity on {record['result']['tokens']:,} tokens of text that neither was trained on, in blocks of half the context.\n",
+            table(["model", *texts], rows),
+        ]
+    )
+
+
 def speed() -> str:
     record = load("decision_speed")
     rows = []
@@ -164,6 +186,7 @@ def speed() -> str:
 
 def main() -> None:
     parts = [INTRO, demo(), *(bench(name) for name in BENCHES if load(f"bench-{name}"))]
+    parts += [reference()] if load("reference") else []
     parts += [agents()] if load("agents") else []
     parts += [speed()]
     (HERE.parent / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")
