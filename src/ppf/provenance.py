@@ -15,7 +15,7 @@ def provenance() -> dict[str, Any]:
     """Command, version, commit (with ``-dirty`` if files differ from it; None outside a checkout) and machine."""
     import ppf
 
-    program = Path(sys.argv[0])
+    program = Path(sys.argv[0]).resolve()
     name = ["python", f"{program.parent.name}/{program.name}"] if program.suffix == ".py" else [program.name]
     return {
         "command": " ".join([*name, *map(_inside, sys.argv[1:])]),

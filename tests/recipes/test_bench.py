@@ -136,7 +136,7 @@ def test_methods_that_ask_no_model_say_so_and_the_rest_what_they_asked(all_run):
     for ratio in RATIOS:
         shared = {name: spent[name, ratio]["shared_tokens"] for name in METHODS}
         assert shared["wanda_sp"] == shared["flap_own_order"] == text.calibration.size <= shared["uniform"]
-        assert shared["uniform"] == shared["random"] == report["tokens"]["calibration"] + report["tokens"].get("scores", 0)
+        assert shared["uniform"] == shared["random"] == report["tokens"]["calibration"] + report["tokens"]["importance"]
         assert shared["additive"] - shared["uniform"] == report["samples"]["probe"] * text.search.size
         assert shared["dynamic"] == shared["cma_on_predictor"] == sum(report["tokens"].values()) > shared["additive"]
     searched = sum(answer.tokens for (_, _, part, *_), answers in all_run.asked for answer in answers if part == "search")

@@ -142,7 +142,7 @@ class Bench:
 
     def _order_tokens(self) -> int:
         """What the study's importance took: the calibration, and the choice among several criteria."""
-        return int(self.report["tokens"]["calibration"] + self.report["tokens"].get("scores", 0))
+        return int(self.report["tokens"]["calibration"] + self.report["tokens"]["importance"])
 
     def _fitted_tokens(self) -> int:
         return int(sum(self.report["tokens"].values()))
