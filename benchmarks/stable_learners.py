@@ -46,10 +46,10 @@ class SideBySide(VecEnv):
         return [getattr(self.env, attr_name, None)] * WIDTH
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError
+        setattr(self.env, attr_name, value)
 
     def env_method(self, method_name: str, *arguments: Any, indices: Any = None, **named: Any) -> list[Any]:
-        raise NotImplementedError
+        return [getattr(self.env, method_name)(*arguments, **named)] * WIDTH
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
         return [False] * WIDTH

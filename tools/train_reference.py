@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, Qwen3Config
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -133,16 +135,37 @@ def batch_of(stream: np.ndarray, run: Run, step: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([stream[start : start + length + 1] for start in starts]).astype(np.int64))
 
 
+def keep(path: Path, model: PreTrainedModel, learners: list[torch.optim.Optimizer], step: int) -> None:
+    """Writes everything that training goes on with, whole or not at all."""
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    for place, learner in enumerate(learners):
+        for index, slots in learner.state_dict()["state"].items():
+            tensors |= {f"learner.{place}.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()}
+    save_file(tensors, path.with_suffix(".new"), metadata={"step": str(step)})
+    os.replace(path.with_suffix(".new"), path)
+
+
+def restore(path: Path, model: PreTrainedModel, learners: list[torch.optim.Optimizer]) -> int:
+    """Reads it back; the step to go on with."""
+    slots: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in learners]
+    with safe_open(path, "pt") as saved, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(saved.get_tensor(f"model.{name}"))
+        for key in saved.keys():  # noqa: SIM118 (the file is no dict)
+            if key.startswith("learner."):
+                _, place, index, name = key.split(".")
+                slots[int(place)].setdefault(int(index), {})[name] = saved.get_tensor(key)
+        step = int(saved.metadata()["step"])
+    for learner, state in zip(learners, slots, strict=True):
+        learner.load_state_dict({**learner.state_dict(), "state": state})
+    return step
+
+
 def train(model: PreTrainedModel, stream: np.ndarray, run: Run, out: Path) -> None:
     """Trains to the end, from the last state saved in ``out`` if there is one."""
     learners = optimisers(model, run)
-    state, log, first = out / "state.pt", out / "log.jsonl", 0
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        first = saved["step"]
-        model.load_state_dict(saved["model"])
-        for learner, kept in zip(learners, saved["learners"], strict=True):
-            learner.load_state_dict(kept)
+    state, log = out / "state.safetensors", out / "log.jsonl"
+    first = restore(state, model, learners) if state.exists() else 0
     model.train()
     start, seen = time.perf_counter(), 0
     for step in range(first, run.steps):
@@ -165,9 +188,7 @@ def train(model: PreTrainedModel, stream: np.ndarray, run: Run, out: Path) -> No
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == run.steps:
-            learned = [learner.state_dict() for learner in learners]
-            torch.save({"step": step + 1, "model": model.state_dict(), "learners": learned}, state.with_suffix(".new"))
-            os.replace(state.with_suffix(".new"), state)
+            keep(state, model, learners, step + 1)
 
 
 def main() -> None:
