@@ -6,7 +6,7 @@ import tiny_models as tiny
 from builders import random_mask, refuses
 from ppf.errors import UnsupportedError
 from ppf.llm.architectures import layout_of_model, linear
-from ppf.llm.masking import masked
+from ppf.llm.masking import masked, narrowed
 from ppf.space.mask import Mask
 
 IDS = tiny.blocks(2, 9)
@@ -77,3 +77,27 @@ def test_masks_in_bfloat16_stay_in_bfloat16():
     model = tiny.model(dtype=torch.bfloat16)
     layout = layout_of_model(model)
     assert masked_logits(model, layout, random_mask(layout)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("case", tiny.MASKS)
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_narrowing_is_masking_with_less_to_compute(name, case):
+    model = tiny.model(name)
+    layout, mask = layout_of_model(model), tiny.MASKS[case](layout_of_model(model))
+    before, parameters = tiny.snapshot(model), dict(model.named_parameters())
+    with narrowed(model, layout, mask):
+        answered = tiny.logits(model, IDS)
+        assert sum(parameter.numel() for parameter in model.parameters()) == layout.kept_params(mask.allocation.kept)
+    torch.testing.assert_close(answered, masked_logits(model, layout, mask), rtol=0, atol=1e-5)
+    assert tiny.snapshot(model) == before
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+def test_the_dense_weights_come_back_when_the_block_fails():
+    model = tiny.model()
+    layout = layout_of_model(model)
+    before = tiny.snapshot(model)
+    with pytest.raises(KeyError), narrowed(model, layout, random_mask(layout)):
+        assert tiny.snapshot(model) != before
+        raise KeyError
+    assert tiny.snapshot(model) == before

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from ppf.errors import ResourceError
 from ppf.llm.load import convert, load_model, quiet_transformers
-from ppf.llm.masking import masked
+from ppf.llm.masking import masked, narrowed
 from ppf.llm.perplexity import Reference, measure, reference_of
 from ppf.llm.text import Text
 from ppf.samples import Measurement
@@ -73,6 +73,8 @@ class Bench:
     def __init__(self, model: PreTrainedModel, layout: Layout, text: Text, tokens_per_batch: int) -> None:
         self._model, self._layout, self._text, self._batch = model, layout, text, tokens_per_batch
         self._references: dict[str, Reference] = {}
+        # Arithmetic is what a CPU is short of, memory what an accelerator is.
+        self._pruned = narrowed if model.device.type == "cpu" else masked
 
     def prepare(self, part: str) -> Reference:
         """The dense model's answers on a part."""
@@ -88,7 +90,7 @@ class Bench:
             reference = self.prepare(part)
             if rows is not None:
                 blocks, reference = blocks[list(rows)], reference.of(rows)
-            with masked(self._model, self._layout, mask):
+            with self._pruned(self._model, self._layout, mask):
                 losses, divergences = measure(self._model, blocks, reference, self._batch)
         except ResourceError as error:
             return Measurement(math.nan, math.nan, 0, time.perf_counter() - start, str(error))

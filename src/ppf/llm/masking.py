@@ -1,13 +1,19 @@
-"""masked(): a dense model that computes as if some units were gone; nothing is copied or changed for good."""
+"""A dense model that computes as if some units were gone, as long as a block runs; it comes back as it was.
+
+    masked      zeros in their place: no weight is copied, and no work is saved
+    narrowed    the weights of the cut model: what stays is copied, and the work is that of the cut model
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ppf.llm.architectures import linear
 from ppf.llm.compensation import Fill, means_per_site
+from ppf.llm.surgery import cut_site
 from ppf.space.layout import Layout
 from ppf.space.mask import Mask
 
@@ -37,6 +43,34 @@ def masked(model: PreTrainedModel, layout: Layout, mask: Mask, fill: Fill | None
             columns = torch.from_numpy(bits.copy()).repeat_interleave(site.columns).to(reader.weight)
             hook = _multiply(columns) if mean is None else _replace(columns, mean.to(reader.weight) * (1 - columns))
             stack.callback(reader.register_forward_pre_hook(hook).remove)
+        yield model
+
+
+@contextmanager
+def narrowed(model: PreTrainedModel, layout: Layout, mask: Mask) -> Iterator[PreTrainedModel]:
+    """Gives the modules of the dense model the weights of the cut one while the block runs.
+
+    Args:
+        model: The dense model.
+        layout: Its layout.
+        mask: Which units stay.
+
+    Yields:
+        The same model. Its logits equal those under ``masked``, up to rounding; its config and its parameters are for
+        running it only.
+    """
+    dense = model.state_dict()
+    state = dict(dense)
+    for site, bits in zip(layout.sites, mask.bits, strict=True):
+        if not bits.all():
+            cut_site(model, state, site, torch.from_numpy(bits.copy()), None)
+    with ExitStack() as stack:
+        for name, tensor in state.items():
+            if tensor is not dense[name]:
+                path, _, leaf = name.rpartition(".")
+                module = model.get_submodule(path)
+                stack.callback(setattr, module, leaf, getattr(module, leaf))
+                setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
         yield model
 
 

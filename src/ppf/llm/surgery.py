@@ -37,7 +37,7 @@ def cut(model: PreTrainedModel, layout: Layout, mask: Mask, fill: Fill | None = 
         smaller = PRUNED[layout.model_type][2]._from_config(config, dtype=model.dtype)
     source = model.state_dict()
     for site, bits, mean in zip(layout.sites, mask.bits, means, strict=True):
-        _cut_site(model, source, site, torch.from_numpy(bits.copy()), mean)
+        cut_site(model, source, site, torch.from_numpy(bits.copy()), mean)
     state = {name: source[name].clone() for name in smaller.state_dict()}
     smaller.load_state_dict(state, strict=True, assign=True)
     # Rotary frequencies lie in no state dict; computed afresh they are exact even if the dense model was cast as a whole.
@@ -80,10 +80,18 @@ def pruned_config(config: PreTrainedConfig, layout: Layout, allocation: Allocati
     return pruned
 
 
-def _cut_site(
+def cut_site(
     model: PreTrainedModel, state: dict[str, torch.Tensor], site: Site, bits: torch.Tensor, mean: torch.Tensor | None
 ) -> None:
-    """Drops rows of the writers and columns of the reader in ``state``; mean inputs of the dropped columns become a bias."""
+    """Drops rows of the writers and columns of the reader in ``state``; the model itself is not changed.
+
+    Args:
+        model: The dense model.
+        state: Its tensors by name; those of this site are replaced.
+        site: Where to cut.
+        bits: Bool[U], the units that stay.
+        mean: Float[U * columns] mean inputs, of which the dropped ones become a bias of the reader; None adds no bias.
+    """
     keep = torch.nonzero(bits).squeeze(1)
     by_module: dict[str, list[torch.Tensor]] = {}
     for rows in site.writers:

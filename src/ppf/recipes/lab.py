@@ -81,7 +81,7 @@ def choose_workers(asked: int | None, model_bytes: int) -> int:
     if (meminfo := Path("/proc/meminfo")).is_file():
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines() if ":" in line)
         free = int(lines.get("MemAvailable", f"{free // 1024} kB").split()[0]) * 1024
-    return max(1, min(len(os.sched_getaffinity(0)), int(free / (1.5 * model_bytes + 5e8))))
+    return max(1, min(len(os.sched_getaffinity(0)), int(free / (2 * model_bytes + 5e8))))
 
 
 class Lab:
