@@ -101,13 +101,14 @@ def spread(of: Truth, count: int, seed: int = 0, purpose: str = "spread", ratios
 
 def plain_covariance(hyper: np.ndarray, scales: np.ndarray, first: Points, second: Points) -> np.ndarray:
     """Float[N, M]: the kernel of a process, pair by pair."""
-    a, angle, size, b, c = hyper[:5]
+    a, angle, size, b, c, d = hyper[:6]
     table = np.empty((len(first.sizes), len(second.sizes)))
     for i, j in np.ndindex(*table.shape):
         cosine = (first.directions[i] * second.directions[j]).sum()
         far = (((first.gone[i] - second.gone[j]) / scales) ** 2).sum()
         alike = np.exp(-(1 - cosine**2) / angle**2) * np.exp(-0.5 * ((first.sizes[i] - second.sizes[j]) / size) ** 2)
-        table[i, j] = a**2 * alike + b**2 * (1 + cosine**2) + c**2 * np.exp(-0.5 * far)
+        together = np.mean([min(one, other) for one, other in zip(first.gone[i], second.gone[j], strict=True)])
+        table[i, j] = a**2 * alike + b**2 * (1 + cosine**2) + c**2 * np.exp(-0.5 * far) + d**2 * together
     return table
 
 
@@ -118,7 +119,7 @@ def plain_inner(hyper: np.ndarray, scales: np.ndarray, seen: Points) -> np.ndarr
 
 def plain_noise(hyper: np.ndarray, points: Points) -> np.ndarray:
     """Float[N]: variance of the noise of a measurement."""
-    return hyper[5] ** 2 + (hyper[6] * NOISE / np.exp(points.sizes)) ** 2
+    return hyper[6] ** 2 + (hyper[7] * NOISE / np.exp(points.sizes)) ** 2
 
 
 def plain_process(
@@ -127,7 +128,7 @@ def plain_process(
     """Float[N] both: mean and standard deviation by the textbook (Rasmussen and Williams, equations 2.25 and 2.26)."""
     inverse = np.linalg.inv(plain_inner(hyper, scales, seen))
     cross, own = plain_covariance(hyper, scales, new, seen), plain_covariance(hyper, scales, new, new)
-    mean = hyper[7] + cross @ inverse @ (target - hyper[7])
+    mean = hyper[8] + cross @ inverse @ (target - hyper[8])
     return mean, np.sqrt(np.diag(own - cross @ inverse @ cross.T) + plain_noise(hyper, new))
 
 

@@ -44,7 +44,7 @@ class FitConfig:
     """Text to calibrate and search on: pydocs, self, wikitext2, c4, or a .txt, .jsonl or .parquet file."""
     test_text: Annotated[str | None, arg(metavar="TEXT")] = None
     """Another text for the reported figures; by default a part of TEXT that is used for nothing else."""
-    samples: int = 600
+    samples: int = 590
     """Masks to measure, the held-out ones included."""
     score: ScoreName = "auto"
     """Importance criterion: the order in which units go inside a layer; auto takes the best of three for each."""
@@ -214,7 +214,7 @@ class DemoConfig:
 
     out: Annotated[str, arg(metavar="DIR")] = "runs/demo"
     """The study folder; checkpoints go into it."""
-    samples: int = 600
+    samples: int = 590
     """As in fit."""
     seed: int = 0
     """As in fit."""

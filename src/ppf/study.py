@@ -23,7 +23,7 @@ from ppf.samples import SampleStore
 from ppf.space.importance import Importance
 from ppf.space.layout import Layout
 
-STUDY_VERSION = 2
+STUDY_VERSION = 3
 MEASURE_VERSION = 1
 """To be raised when the same mask would give other figures."""
 _FIELDS: dict[str, tuple[type, ...]] = {

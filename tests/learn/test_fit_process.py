@@ -25,7 +25,7 @@ def wavy(of, noise=0.01, seed=0):
 
 def loss(hyper, scales, seen, target):
     """Negative logarithm of the marginal likelihood and of the prior (Rasmussen and Williams, equation 2.30)."""
-    inner, centred, length = plain_inner(hyper, scales, seen), target - hyper[7], np.log(scales)
+    inner, centred, length = plain_inner(hyper, scales, seen), target - hyper[8], np.log(scales)
     likelihood = 0.5 * centred @ np.linalg.inv(inner) @ centred + 0.5 * np.linalg.slogdet(inner)[1]
     return likelihood + 0.5 * ((length - length.mean()) ** 2).sum()
 
@@ -50,7 +50,7 @@ def test_a_fit_answers_as_a_plain_process_does(case):
 def test_fitting_makes_the_samples_likely(case):
     process, seen, target, places = case
     start = np.array([*module._START, target.mean()])
-    start[4] *= places
+    start[4:6] *= places
     after, before = loss(process.hyper, process.scales, seen, target), loss(start, np.ones(SITES), seen, target)
     assert after < before - 10
 
@@ -58,7 +58,7 @@ def test_fitting_makes_the_samples_likely(case):
 def test_no_hyperparameter_is_far_from_its_best(case):
     process, seen, target, _ = case
     after = loss(process.hyper, process.scales, seen, target)
-    for index, factor in [(index, factor) for index in range(7) for factor in (0.5, 2.0)]:
+    for index, factor in [(index, factor) for index in range(8) for factor in (0.5, 2.0)]:
         hyper = process.hyper.copy()
         hyper[index] *= factor
         assert loss(hyper, process.scales, seen, target) > after - 1
@@ -88,7 +88,7 @@ def test_without_places_nothing_depends_on_what_went():
     target = wavy(seen)
     process = fit_process(seen, target, places=False)
     other = fit_process(replace(seen, gone=seen.gone[::-1].copy()), target, places=False)
-    assert process.hyper[4] == 0 and (process.scales == 1).all()
+    assert not process.hyper[4:6].any() and (process.scales == 1).all()
     for name in ("hyper", "weights", "inverse"):
         np.testing.assert_array_equal(getattr(other, name), getattr(process, name))
     for one, same in zip(process.mean_and_std(new), other.mean_and_std(replace(new, gone=1 - new.gone)), strict=True):
@@ -99,7 +99,7 @@ def test_without_places_nothing_depends_on_what_went():
 def test_the_noise_of_the_measurements_is_found(noise):
     seen = points(80)
     target = 0.3 * seen.sizes + np.random.default_rng(0).normal(0, noise, len(seen.sizes))
-    assert fit_process(seen, target, places=True).hyper[5] == pytest.approx(noise, rel=0.3)
+    assert fit_process(seen, target, places=True).hyper[6] == pytest.approx(noise, rel=0.3)
 
 
 @pytest.mark.parametrize("places", [True, False])
@@ -113,7 +113,7 @@ def test_no_hyperparameter_leaves_its_range(places):
     seen = points()
     for target in (np.zeros(80), 50 * wavy(seen)):
         process = fit_process(seen, target, places)
-        free = np.delete(process.hyper[:7], [] if places else [4])
+        free = np.delete(process.hyper[:8], [] if places else [4, 5])
         assert free.min() > 0.999e-3 and free.max() < 100.1
         assert process.scales.min() > 0.999e-2 and process.scales.max() < 100.1
 
@@ -128,3 +128,17 @@ def test_a_fit_repeats_itself_and_changes_nothing_else(case):
     for part, copy in zip((seen.directions, seen.sizes, seen.gone, target), given, strict=True):
         np.testing.assert_array_equal(part, copy)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_units_with_effects_of_their_own_are_learnt_where_no_smooth_curve_leads():
+    rng = np.random.default_rng(3)
+    effects = [np.concatenate([[0.0], rng.normal(0, 0.1, units).cumsum()]) for units in LAYOUT.units]
+
+    def told(of):
+        gone = np.rint(of.gone * LAYOUT.units).astype(int)
+        return np.array([sum(effect[count] for effect, count in zip(effects, row, strict=True)) for row in gone])
+
+    seen, new = points(150), points(60, seed=7)
+    process = fit_process(seen, told(seen), places=True)
+    assert process.hyper[5] > 0.1
+    assert np.abs(process.mean(new) - told(new)).mean() < 0.5 * np.abs(told(new) - told(new).mean()).mean()

@@ -73,7 +73,7 @@ def test_what_the_processes_say_is_an_exponent_that_is_held_within_bounds():
 
     def saying(mean):
         """A process whose mean is the same everywhere."""
-        hyper = np.array((0.1, 0.5, 1.0, 0.1, 0.0, 0.02, 0.01, mean))
+        hyper = np.array((0.1, 0.5, 1.0, 0.1, 0.0, 0.0, 0.02, 0.01, mean))
         seen = Points.of(KEPT[:1], curves)
         return Process(seen.directions, seen.sizes, seen.gone, np.ones(len(curves.units)), hyper, np.zeros(1), np.ones((1, 1)))
 

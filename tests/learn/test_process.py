@@ -9,10 +9,11 @@ from ppf.learn.process import NOISE, Points, Process
 CURVES = curves_of(truth())
 SITES = len(LAYOUT.sites)
 HYPERS = {
-    "all": (0.4, 0.6, 1.2, 0.2, 0.3, 0.05, 0.5, -0.2),
-    "angles and sizes": (0.5, 0.3, 0.7, 0.05, 0.0, 0.02, 0.1, 0.3),
-    "places": (0.001, 0.7, 1.5, 0.001, 0.8, 0.1, 0.001, 0.0),
-    "line": (0.001, 0.5, 1.0, 0.9, 0.001, 0.3, 2.0, 1.5),
+    "all": (0.4, 0.6, 1.2, 0.2, 0.3, 0.2, 0.05, 0.5, -0.2),
+    "angles and sizes": (0.5, 0.3, 0.7, 0.05, 0.0, 0.0, 0.02, 0.1, 0.3),
+    "places": (0.001, 0.7, 1.5, 0.001, 0.8, 0.001, 0.1, 0.001, 0.0),
+    "walks": (0.001, 0.7, 1.5, 0.001, 0.0, 0.8, 0.1, 0.001, 0.0),
+    "line": (0.001, 0.5, 1.0, 0.9, 0.001, 0.001, 0.3, 2.0, 1.5),
 }
 
 
@@ -92,7 +93,7 @@ def test_what_was_left_out_is_what_the_others_do_not_say(case):
 
 
 def test_an_exact_measurement_is_said_back():
-    hyper, seen = np.array((0.5, 0.5, 1.0, 0.1, 0.5, 1e-3, 1e-3, 0.0)), points(4)
+    hyper, seen = np.array((0.5, 0.5, 1.0, 0.1, 0.5, 0.1, 1e-3, 1e-3, 0.0)), points(4)
     target = np.random.default_rng(0).normal(0, 0.3, len(seen.sizes))
     process = process_of(hyper, np.full(SITES, 0.3), seen, target)
     mean, std = process.mean_and_std(seen)
@@ -104,13 +105,13 @@ def test_the_standard_deviation_is_never_below_the_noise_and_rises_away_from_the
     process, seen, _ = case
     far = Points(np.eye(SITES), np.full(SITES, 3.0), np.eye(SITES))
     (_, near), (_, away) = process.mean_and_std(seen), process.mean_and_std(far)
-    assert (near >= process.hyper[5]).all() and np.median(away) > np.median(near)
+    assert (near >= process.hyper[6]).all() and np.median(away) > np.median(near)
 
 
-@pytest.mark.parametrize(("weight", "counts"), [(0.0, False), (0.3, True)])
-def test_which_sites_went_counts_by_itself_where_it_has_a_weight(weight, counts):
+@pytest.mark.parametrize(("weights", "counts"), [((0.0, 0.0), False), ((0.3, 0.0), True), ((0.0, 0.3), True)])
+def test_which_sites_went_counts_by_itself_where_it_has_a_weight(weights, counts):
     hyper, seen, new = np.array(HYPERS["all"]), points(), points(seed=5)
-    hyper[4] = weight
+    hyper[4:6] = weights
     target = np.random.default_rng(0).normal(0, 0.5, len(seen.sizes))
     process = process_of(hyper, np.ones(SITES), seen, target)
     elsewhere = replace(new, gone=1 - new.gone)

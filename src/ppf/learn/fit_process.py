@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from ppf.learn.process import NOISE, Points, Process
+from ppf.learn.process import NOISE, Points, Process, shared_walk
 
 _STEPS, _RATE = 120, 0.08
-_START = (0.3, 0.7, 1.5, 0.1, 0.2, 0.05, 0.02)
+_START = (0.3, 0.7, 1.5, 0.1, 0.2, 0.1, 0.05, 0.02)
 
 
 def fit_process(points: Points, target: np.ndarray, places: bool) -> Process:
@@ -20,19 +20,20 @@ def fit_process(points: Points, target: np.ndarray, places: bool) -> Process:
     u, t, x = (torch.from_numpy(part) for part in (points.directions, points.sizes, points.gone))
     y = torch.from_numpy(target)
     squares = (u @ u.T) ** 2, (t[:, None] - t[None]) ** 2
+    walk = torch.from_numpy(shared_walk(points.gone, points.gone)) if places else torch.zeros(())
     raw = torch.tensor(_START, dtype=torch.float64).log().requires_grad_(True)
     scales = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
     mean = y.mean().clone().requires_grad_(True)
 
     def covariance() -> torch.Tensor:
-        a, angle, size, b, c, floor, small = raw.exp()
+        a, angle, size, b, c, d, floor, small = raw.exp()
         cosine, gap = squares
         shared = a**2 * torch.exp((cosine - 1) / angle**2 - gap / (2 * size**2)) + b**2 * (1 + cosine)
         if places:
             scaled = x / scales.exp()
             length = (scaled**2).sum(1)
             far = length[:, None] + length[None] - 2 * scaled @ scaled.T
-            shared = shared + c**2 * torch.exp(-far.clamp(min=0) / 2)
+            shared = shared + c**2 * torch.exp(-far.clamp(min=0) / 2) + d**2 * walk
         return shared + torch.diag(floor**2 + (small * NOISE / t.exp()) ** 2 + 1e-6)
 
     optimiser = torch.optim.Adam([raw, mean, scales], lr=_RATE)
@@ -51,7 +52,7 @@ def fit_process(points: Points, target: np.ndarray, places: bool) -> Process:
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(t), dtype=torch.float64), upper=False)
         hyper: np.ndarray = np.append(raw.exp().numpy(), mean.item())
     if not places:
-        hyper[4] = 0.0
+        hyper[4:6] = 0.0
     return Process(
         points.directions, points.sizes, points.gone, scales.detach().exp().numpy(), hyper, weights.numpy(), inverse.numpy()
     )

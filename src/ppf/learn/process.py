@@ -5,7 +5,10 @@ direction u = sqrt(d / D)    in which the damage lies: u . u' is the cosine betw
 size      t = log(D + e)     of the additive damage
 gone      x                  share of each site that went, on a length scale per site
 
-k = a^2 exp((cos^2 - 1) / l1^2 - (t - t')^2 / 2 l2^2)  +  b^2 (1 + cos^2)  +  c^2 exp(-|x - x'|^2 / 2)
+k = a^2 exp((cos^2 - 1) / l1^2 - (t - t')^2 / 2 l2^2)  +  b^2 (1 + cos^2)  +  c^2 exp(-|x - x'|^2 / 2)  +  d^2 mean min(x, x')
+
+The last term is a random walk along the units of each site: every unit has an effect of its own, which no smooth curve through
+a few probes knows.
 """
 
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from ppf.learn.features import Curves
 
 NOISE = 0.01
 """Nats/token below which damages count as equal: keeps logarithms of small damages quiet."""
+_IN_CACHE = 2**17
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +53,7 @@ class Process:
         sizes: Float[n], of the fitted samples.
         gone: Float[n, S], of the fitted samples.
         scales: Float[S], length scales of ``gone``.
-        hyper: Float[8]: a, l1, l2, b, c of the kernel, both noise terms, the mean.
+        hyper: Float[9]: a, l1, l2, b, c, d of the kernel, both noise terms, the mean.
         weights: Float[n], inverse covariance times centred targets.
         inverse: Float[n, n], inverse of the Cholesky factor of the covariance.
     """
@@ -70,9 +74,9 @@ class Process:
         """Float[N] both; the standard deviation is that of a measurement, its noise included."""
         cross = self._cross(points)
         shrunk = self.inverse @ cross.T
-        a, angle, _, b, c, floor, small, mean = self.hyper
+        a, angle, _, b, c, d, floor, small, mean = self.hyper
         cosine = (points.directions**2).sum(axis=1) ** 2  # with itself; below 1 by the share of the noise
-        own = a**2 * np.exp((cosine - 1) / angle**2) + b**2 * (1 + cosine) + c**2
+        own = a**2 * np.exp((cosine - 1) / angle**2) + b**2 * (1 + cosine) + c**2 + d**2 * points.gone.mean(axis=1)
         noise = floor**2 + (small * NOISE / np.exp(points.sizes)) ** 2
         variance = np.maximum(own - np.einsum("nm,nm->m", shrunk, shrunk), 0) + noise
         return mean + cross @ self.weights, np.sqrt(variance)
@@ -84,10 +88,19 @@ class Process:
 
     def _cross(self, points: Points) -> np.ndarray:
         """Float[N, n]: covariance of the points with the fitted samples."""
-        a, angle, size, b, c = self.hyper[:5]
+        a, angle, size, b, c, d = self.hyper[:6]
         cosine = (points.directions @ self.directions.T) ** 2
         gap = (points.sizes[:, None] - self.sizes[None]) ** 2
-        here, there = points.gone / self.scales, self.gone / self.scales
-        far = (here**2).sum(1)[:, None] + (there**2).sum(1)[None] - 2 * here @ there.T
-        near = c**2 * np.exp(-np.maximum(far, 0) / 2) if c else 0.0
-        return a**2 * np.exp((cosine - 1) / angle**2 - gap / (2 * size**2)) + b**2 * (1 + cosine) + near
+        covariance = a**2 * np.exp((cosine - 1) / angle**2 - gap / (2 * size**2)) + b**2 * (1 + cosine)
+        if c or d:
+            here, there = points.gone / self.scales, self.gone / self.scales
+            far = (here**2).sum(1)[:, None] + (there**2).sum(1)[None] - 2 * here @ there.T
+            covariance += c**2 * np.exp(-np.maximum(far, 0) / 2) + d**2 * shared_walk(points.gone, self.gone)
+        return covariance
+
+
+def shared_walk(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Float[N, M] of Float[N, S] and Float[M, S]: how far random walks away from the dense model go together."""
+    rows = max(1, _IN_CACHE // second.size)
+    parts = [np.minimum(first[at : at + rows, None], second).mean(axis=2) for at in range(0, len(first), rows)]
+    return np.concatenate(parts) if parts else np.zeros((0, len(second)))

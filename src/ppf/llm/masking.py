@@ -1,7 +1,7 @@
 """A dense model that computes as if some units were gone, as long as a block runs; it comes back as it was.
 
-    masked      zeros in their place: no weight is copied, and no work is saved
-    narrowed    the weights of the cut model: what stays is copied, and the work is that of the cut model
+masked      zeros in their place: no weight is copied, and no work is saved
+narrowed    the weights of the cut model: what stays is copied, and the work is that of the cut model
 """
 
 from collections.abc import Iterator

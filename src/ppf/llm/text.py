@@ -2,7 +2,7 @@
 
     pydocs            buckets 0 | 1 | 2 of the documentation inside CPython
     self              sampled from the dense model, three seeds
-    FILE.txt          first 20 % | next 40 % | last 40 % of its tokens
+    FILE.txt          20 % | 40 % | 40 % of each of 20 stretches, so that a text that changes on its way is everywhere the same
     FILE.jsonl        its documents (field `text`), by a hash of their words: 20 % | 40 % | 40 %; one alone is cut as a .txt
     FILE.parquet      likewise, column `text`
     wikitext2 c4      from the hub: train (by hash, 1/3 | 2/3) for calibration and search, test for test
@@ -35,6 +35,7 @@ _HUB = {  # repository, configuration, and what joins rows that are lines; None 
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", ""),
     "c4": ("allenai/c4", "en", None),
 }
+_STRETCHES, _BLOCKS_OF_STRETCH = 20, 20
 _HUB_ROWS = 20_000
 _LINES = 200
 _DEALT = ("calibration", "search", "validation", "test")
@@ -131,7 +132,7 @@ def load_text(
             raise InputError("text self must be sampled from a model; none is at hand; name another text")
         streams = {part: sample_text(model, tokenizer, sizes, part, seed) for part in PARTS}
     else:
-        streams = _streams(name, tokenizer, apart=test_name is not None)
+        streams = _streams(name, tokenizer, sizes.seq_len, apart=test_name is not None)
     if test_name is not None:
         streams["test"] = whole_text(test_name, tokenizer)
     wanted = {"calibration": sizes.calibration, "search": sizes.search + sizes.validation, "test": sizes.test}
@@ -208,7 +209,7 @@ def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size
     return ids.reshape(-1).cpu().numpy().astype(np.int64)
 
 
-def _streams(name: str, tokenizer: PreTrainedTokenizerBase, apart: bool) -> dict[str, np.ndarray]:
+def _streams(name: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, apart: bool) -> dict[str, np.ndarray]:
     """The token stream of each part; ``apart`` means that the test part comes from elsewhere."""
     if name == "pydocs":
         return {part: _join(pydocs.documents(bucket), tokenizer) for bucket, part in enumerate(PARTS)}
@@ -218,10 +219,15 @@ def _streams(name: str, tokenizer: PreTrainedTokenizerBase, apart: bool) -> dict
     documents = _file_documents(Path(name))
     if len(documents) > 1:
         return _split_documents(documents, tokenizer, apart)
-    stream = _join(documents, tokenizer)
-    ends = np.cumsum([share for _, share in _shares(apart)])
-    parts = np.split(stream, (ends[:-1] * len(stream)).astype(int))
-    return dict(zip([part for part, _ in _shares(apart)], parts, strict=True))
+    return _cut_in_turn(_join(documents, tokenizer), seq_len, _shares(apart))
+
+
+def _cut_in_turn(stream: np.ndarray, seq_len: int, shares: list[tuple[str, float]]) -> dict[str, np.ndarray]:
+    """Each stretch of a text is dealt out to all parts; a short text is one stretch."""
+    ends = np.cumsum([share for _, share in shares])[:-1]
+    stretches = np.array_split(stream, max(1, min(_STRETCHES, len(stream) // (_BLOCKS_OF_STRETCH * seq_len))))
+    cut = [np.split(stretch, (ends * len(stretch)).astype(int)) for stretch in stretches]
+    return {part: np.concatenate(pieces) for (part, _), pieces in zip(shares, zip(*cut, strict=True), strict=True)}
 
 
 def _shares(apart: bool) -> list[tuple[str, float]]:
