@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -196,6 +197,15 @@ def test_other_terms_rerun_only_what_depends_on_them(all_run, here, tmp_path, ch
     assert {cell["method"] for key, cell in after.items() if key not in before} == again
 
 
+def test_another_agent_reruns_only_what_depends_on_it(all_run, here, tmp_path):
+    study = shutil.copytree(all_run.study, tmp_path / "s")
+    before, agent = cells_of(study), Decider(study).agent
+    replace(agent, max_ratio=agent.max_ratio + 0.01).save(study / "agent.safetensors", layout_of(study))
+    ran(study)
+    again = {cell["method"] for key, cell in cells_of(study).items() if key not in before}
+    assert again == {"dynamic", "static", *(f"{name}_on_predictor" for name in SEARCHES)}
+
+
 def test_a_stopped_bench_goes_on(fitted, here, tmp_path, monkeypatch):
     study = copied(fitted, tmp_path / "s")
     methods, measure = ("uniform", "dynamic", "additive"), recipe.Bench.measure
@@ -249,6 +259,12 @@ def test_a_study_that_is_not_fitted_is_refused(fitted, tmp_path, never_loads):
         ran(fitted.folder, study)
 
 
+def test_studies_of_one_seed_are_refused(fitted, tmp_path, never_loads):
+    with refuses(InputError) as caught:
+        ran(*(copied(fitted, tmp_path / f"s{place}", seed=seed) for place, seed in enumerate((0, 1, 0))))
+    assert "[0, 1, 0]" in str(caught.value)
+
+
 @pytest.mark.parametrize("ratio", [0.99, -0.1, float("nan"), 1.0])
 def test_a_ratio_that_cannot_be_is_refused(fitted, never_loads, ratio):
     with refuses(InputError):
@@ -264,8 +280,9 @@ def test_an_unknown_method_is_refused_and_named(fitted, here, tmp_path):
 
 
 def test_a_study_of_an_object_from_nowhere_is_refused(fitted, tmp_path):
-    with refuses(InputError):
+    with refuses(InputError) as caught:
         ran(copied(fitted, tmp_path / "s"))
+    assert "object" in str(caught.value)
 
 
 def test_a_test_text_that_gives_no_number_is_said(fitted, here, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ All share the study's calibration text, its exact budgets and its surgery, and, 
 its importance. Each study keeps its cells, so that a bench that was stopped goes on.
 """
 
+import hashlib
 import shutil
 import tempfile
 import time
@@ -37,6 +38,7 @@ from ppf.recipes.fit import additive_agent
 from ppf.recipes.lab import Lab, load_for
 from ppf.recipes.prune import FINALISTS, leaf, refined
 from ppf.recipes.summary import summarise
+from ppf.samples import Measurement
 from ppf.space.allocation import Allocation, allocate
 from ppf.space.importance import Importance
 from ppf.space.mask import Mask, select
@@ -169,16 +171,23 @@ class Bench:
 
     def measure(self, choices: Sequence[Choice]) -> list[dict[str, Any]]:
         """What the choices do on the test text: per block log-perplexity above dense and KL divergence, nats/token."""
-        everything = Mask(tuple(np.ones(units, dtype=bool) for units in self.layout.units))
-        dense, *found = self.lab.answers([everything, *(choice.mask for choice in choices)], "test")
-        for result in (dense, *found):
-            if result.reason:
-                raise DamagedError(f"the test text must be measurable; {result.reason}; try another --device")
-        above = [np.subtract(result.losses, dense.losses) for result in found]
+        found = self._tested([choice.mask for choice in choices])
+        above = [np.subtract(result.losses, self._dense.losses) for result in found]
         return [
             {"above": above[place].round(6).tolist(), "kl": np.round(result.divergences, 6).tolist()}
             for place, result in enumerate(found)
         ]
+
+    @cached_property
+    def _dense(self) -> Measurement:
+        return self._tested([Mask(tuple(np.ones(units, dtype=bool) for units in self.layout.units))])[0]
+
+    def _tested(self, masks: Sequence[Mask]) -> list[Measurement]:
+        found = self.lab.answers(masks, "test")
+        for result in found:
+            if result.reason:
+                raise DamagedError(f"the test text must be measurable; {result.reason}; try another --device")
+        return found
 
 
 class Measured:
@@ -224,6 +233,9 @@ def bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
             raise InputError(f"all studies must be of one model; {decider.study.folder} is of another; bench it by itself")
         for ratio in config.ratios:
             decider.budget(Target(ratio=ratio))
+    seeds = [decider.study.record["settings"]["seed"] for decider in deciders]
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"studies of one bench must differ in their seed; seeds {seeds} came; fit one again with another --seed")
     loaded = load_for(first["model"]["name"], progress)
     cells = [cell for decider in deciders for cell in _cells(decider.study, loaded, config, progress)]
     settings = first["settings"]
@@ -234,7 +246,7 @@ def bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
         "search_tokens": first["dense"]["search"]["tokens"],
         "dense_ppl": [float(np.exp(decider.dense_log_ppl)) for decider in deciders],
         "samples": settings["samples"],
-        "seeds": [decider.study.record["settings"]["seed"] for decider in deciders],
+        "seeds": seeds,
         "heldout": [read_json(decider.study.folder / "report.json")["heldout"] for decider in deciders],
         "rows": summarise(cells, "static"),
     }
@@ -253,7 +265,10 @@ def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progres
             names = config.methods or tuple(found.methods)
             if unknown := set(names) - set(found.methods):
                 raise InputError(f"a method must be one of {', '.join(found.methods)}; {min(unknown)!r} came; choose one")
-            wanted = {f"{name} {ratio:g} {_terms(name, config)}": (name, ratio) for ratio in config.ratios for name in names}
+            taught = _taught(study)
+            wanted = {
+                f"{name} {ratio:g} {_terms(name, config, taught)}": (name, ratio) for ratio in config.ratios for name in names
+            }
             for key, (name, ratio) in wanted.items():
                 if key not in cells:
                     choice = found.methods[name](ratio)
@@ -266,8 +281,16 @@ def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progres
     return [cells[key] for key in wanted]
 
 
-def _terms(name: str, config: BenchConfig) -> str:
+def _terms(name: str, config: BenchConfig, taught: str) -> str:
     """What else a cell depends on."""
     if name in SEARCHES:
         return f"budget {config.budget}"
-    return f"candidates {config.candidates}" if name == "static" else ""
+    if name == "static":
+        return f"candidates {config.candidates} of {taught}"
+    return f"of {taught}" if name == "dynamic" or name.endswith("_on_predictor") else ""
+
+
+def _taught(study: StudyFolder) -> str:
+    """Short hash of what was fitted; a study that is fitted again with another predictor gives other cells."""
+    files = [study.path(name).read_bytes() for name in ("predictor", "agent")]
+    return hashlib.sha256(b"".join(files)).hexdigest()[:8]

@@ -38,7 +38,7 @@ from ppf.study import StudyFolder, locked
 HELDOUT_RATIOS = (0.2, 0.3, 0.4, 0.5)
 LOW_RATIO = 0.02
 _HELDOUT_SHARE, _HELDOUT_MOST = 0.16, 24
-_SPREAD_SHARE = 0.35
+_SPREAD_SHARE = 0.2
 _SCALES = (0.03, 0.06, 0.12, 0.2)
 _LEVELS = {1: (0.0,), 2: (0.5, 0.0), 3: (0.75, 0.4, 0.0), 4: (0.8, 0.5, 0.25, 0.0), 5: (0.9, 0.75, 0.5, 0.25, 0.0)}
 

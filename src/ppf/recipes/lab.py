@@ -231,7 +231,7 @@ class Lab:
         self.text.save(folder / "text.safetensors", self.layout.fingerprint)
         loaded = self.loaded
         model: dict[str, Any] = {
-            "name": str(Path(loaded.name).resolve()) if Path(loaded.name).is_dir() else loaded.name,
+            "name": str(Path(loaded.name).resolve()) if loaded.name and Path(loaded.name).is_dir() else loaded.name,
             "digest": loaded.digest,
             "type": self.layout.model_type,
             "bytes_per_param": loaded.dtype.itemsize,

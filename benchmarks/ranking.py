@@ -1,0 +1,122 @@
+"""Who says best which of two masks of one size does less damage: the predictor, addition, or a short true measurement?
+
+The held-out masks of a study lie around good policies and no predictor was fitted to them. Each judge ranks those of one
+ratio. Truth is their damage on the text that the study searched on, on other blocks of it, and on other texts.
+
+    python benchmarks/ranking.py --study runs/a0 --name ref-a --texts book.txt other.txt
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ppf.decide import Decider
+from ppf.learn.fit_predictor import FITS, fit_predictor
+from ppf.learn.metrics import tau
+from ppf.llm.engines import InProcessEngine
+from ppf.llm.load import load_model
+from ppf.llm.text import Text, take_blocks, whole_text
+from ppf.samples import Sample, kept_matrix
+from ppf.space.allocation import Allocation
+from ppf.space.mask import select
+from record import write
+
+BLOCKS = (1, 2, 4, 8)
+"""Of the validation text: what a short true measurement may read."""
+TOKENS = 8192
+"""Of each other text."""
+TOKENS_PER_BATCH = 1024
+
+
+class Truth:
+    """Damages of the held-out masks.
+
+    Args:
+        decider: Of the study.
+        samples: Its held-out masks.
+        texts: Other text files.
+    """
+
+    def __init__(self, decider: Decider, samples: Sequence[Sample], texts: Sequence[str]) -> None:
+        loaded = load_model(decider.study.record["model"]["name"])
+        model = loaded.on(torch.device("cpu"), torch.float32)
+        own = Text.load(decider.study.path("text"), decider.layout.fingerprint)
+        length = own.search.shape[1]
+        streams = {Path(name).stem: whole_text(name, loaded.tokenizer) for name in texts}
+        parts = {"validation": own.validation, "test": own.test[: TOKENS // length]}
+        parts |= {name: take_blocks(stream, length, TOKENS, 0, name) for name, stream in streams.items()}
+        masks = [select(Allocation(np.array(sample.kept)), decider.importance, decider.layout) for sample in samples]
+        self.blocks: dict[str, np.ndarray] = {}
+        self.seconds: dict[str, float] = {}
+        for name, blocks in parts.items():
+            engine = InProcessEngine(
+                model, decider.layout, Text(name, own.calibration, blocks, own.validation[:0], blocks), TOKENS_PER_BATCH
+            )
+            start = time.perf_counter()
+            self.blocks[name] = np.array([answer.divergences for _, answer in engine.measure(masks)])
+            self.seconds[name] = (time.perf_counter() - start) / len(masks) / blocks.size
+
+
+def within(judged: np.ndarray, truth: np.ndarray, ratios: np.ndarray) -> dict[str, float]:
+    """Kendall's tau among the masks of each ratio."""
+    return {f"{ratio:g}": round(tau(judged[ratios == ratio], truth[ratios == ratio]), 3) for ratio in np.unique(ratios)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--study", required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--texts", nargs="*", default=[])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    decider = Decider(arguments.study)
+    study = decider.study
+    samples = study.store().all()
+    heldout = [sample for sample in samples if sample.purpose == "heldout"]
+    fitted = sorted((s for s in samples if s.purpose in ("probe", "spread", "search")), key=lambda s: (s.round, s.digest))
+    dense, seed = study.record["dense"]["search"]["log_ppl"], study.record["settings"]["seed"]
+    kept, ratios = kept_matrix(heldout, study.layout), np.array([sample.ratio for sample in heldout])
+    truth = Truth(decider, heldout, arguments.texts)
+    validation = truth.blocks["validation"]
+    judges = {kind: fit_predictor(kind, fitted, [], study.layout, dense, seed).predict(kept).damage for kind in FITS}
+    costs = dict.fromkeys(judges, 0)
+    length = validation.size and study.record["seq_len"]
+    judges["measured on the search text"] = np.array([sample.kl for sample in heldout])
+    costs["measured on the search text"] = heldout[0].tokens
+    for count in BLOCKS:
+        name = f"measured on {count * length} other tokens"
+        judges[name], costs[name] = validation[:, :count].mean(axis=1), count * length
+    # What a short measurement reads is no part of the truth that it is judged by.
+    truths = {"search": np.array([sample.kl for sample in heldout]), "validation": validation[:, max(BLOCKS) :].mean(axis=1)}
+    truths |= {name: found.mean(axis=1) for name, found in truth.blocks.items() if name != "validation"}
+    found = {
+        judge: {"tokens": costs[judge], "tau_within": {name: within(judged, real, ratios) for name, real in truths.items()}}
+        for judge, judged in judges.items()
+    }
+    start = time.perf_counter()
+    for row in kept:
+        decider.predictor.predict(row[None])
+    seconds = {"prediction": (time.perf_counter() - start) / len(kept), "token_measured": truth.seconds["validation"]}
+    write(
+        f"ranking-{arguments.name}",
+        seed,
+        {
+            "masks": len(heldout),
+            "fitted": len(fitted),
+            "truth_tokens": {n: int(b.shape[1] * length) for n, b in truth.blocks.items()},
+            "judges": found,
+            "seconds": seconds,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
