@@ -11,6 +11,7 @@ from ppf.learn.agent import Agent
 from ppf.learn.features import Curves
 from ppf.learn.predictor import LEAN_NOISE, Predictor
 from ppf.learn.process import NOISE, Points
+from ppf.learn.train_nested import chain_of
 from ppf.samples import Sample
 from ppf.space.allocation import allocate
 from ppf.space.budget import Budget
@@ -162,5 +163,6 @@ def fitted_study(folder: Path, predictor: Predictor, agent: Agent) -> StudyFolde
     IMPORTANCE.save(study.path("importance"), LAYOUT)
     predictor.save(study.path("predictor"), LAYOUT)
     agent.save(study.path("agent"), LAYOUT)
+    chain_of(agent, LAYOUT).save(study.path("nested"))
     (folder / "report.json").write_text("{}")
     return study

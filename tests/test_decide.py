@@ -133,6 +133,18 @@ def test_a_model_that_is_small_enough_stays_as_it_is(decider):
     assert decision.log_ppl == pytest.approx(2.5, abs=NOISE)
 
 
+def test_nested_decisions_lose_what_was_lost_before_and_meet_their_budgets(decider):
+    ratios = np.linspace(0, 0.7, 60)
+    found = [decider.decide(Target(ratio=float(ratio), nested=True)) for ratio in ratios]
+    kept = np.array([decision.allocation.kept for decision in found])
+    assert (np.diff(kept, axis=0) <= 0).all()
+    for ratio, decision in zip(ratios, found, strict=True):
+        assert 0 <= decision.met - ratio < LAYOUT.costs.max() / LAYOUT.prunable
+        np.testing.assert_allclose(decision.policy.keep, decision.allocation.kept / LAYOUT.units)
+    free = [decider.decide(Target(ratio=float(ratio))) for ratio in ratios]
+    assert any((one.allocation.kept != other.allocation.kept).any() for one, other in zip(found, free, strict=True))
+
+
 def test_ratios_beyond_the_agent_s_range_are_marked(decider):
     ratios = [0.0, 0.3, MAX_RATIO, MAX_RATIO + 1e-6, 0.7]
     decisions = [decider.decide(Target(ratio=ratio)) for ratio in ratios]
@@ -172,7 +184,7 @@ def test_more_than_can_go_is_refused(decider, target):
 # --- the folder ---
 
 
-@pytest.mark.parametrize("missing", ["importance", "predictor", "agent"])
+@pytest.mark.parametrize("missing", ["importance", "predictor", "agent", "nested"])
 def test_a_study_that_is_not_fitted_is_refused(folders, tmp_path, missing):
     folder = copy_of(folders["additive"], tmp_path / "study")
     (folder / f"{missing}.safetensors").unlink()

@@ -131,7 +131,7 @@ def test_artefacts_are_found_by_name(tmp_path):
 
 def test_a_study_is_fitted_when_all_is_there(tmp_path):
     study = made(tmp_path)
-    for name in ("agent", "importance", "predictor"):
+    for name in ("agent", "importance", "nested", "predictor"):
         assert not study.is_fitted
         with refuses(InputError):
             study.check_fitted()

@@ -103,6 +103,8 @@ class Target:
     """Or: size that the weights may have in the checkpoint's dtype, such as 500MiB or 8GB."""
     align: Annotated[int, arg(metavar="N")] = 1
     """Keep FFN channels in multiples of this (32, 64, 128, 256 suit hardware and quantisation)."""
+    nested: bool = False
+    """Take nested policies: what is gone at one ratio is gone at every larger one, at the price of a little more damage."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("ratio", "params", "memory") if getattr(self, name) is not None]
@@ -152,6 +154,8 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         _check_count("--candidates", self.candidates, 1)
+        if self.refine and self.target.nested:
+            raise InputError("--refine and --nested exclude each other: a refined policy is nested in no other; leave one out")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ppf.config import Target
 from ppf.learn.agent import Agent
+from ppf.learn.nested import Chain
 from ppf.learn.predictor import Prediction, Predictor
 from ppf.space.allocation import Allocation, allocate
 from ppf.space.budget import Budget, parse_count, parse_size
@@ -83,6 +84,11 @@ class Decider:
         self.agent = Agent.load(self.study.path("agent"), self.layout)
 
     @cached_property
+    def chain(self) -> Chain:
+        """The nested policies."""
+        return Chain.load(self.study.path("nested"), self.layout)
+
+    @cached_property
     def dense_log_ppl(self) -> float:
         """Of the dense model on the test text, nats/token."""
         return float(self.study.record["dense"]["test"]["log_ppl"])
@@ -106,13 +112,16 @@ class Decider:
 
         Args:
             target: How small.
-            policy: Instead of the agent's, such as the uniform one.
+            policy: Instead of the agent's, such as the uniform one; not with a nested target.
 
         Raises:
             InputError: More than the floors allow.
         """
         start = time.perf_counter()
         budget = self.budget(target)
+        if target.nested:
+            kept = self.chain.kept(np.array([budget.remove]), target.align)[0]
+            return self._decision(target, budget, Policy(kept / self.layout.units), Allocation(kept), start)
         policy = self.agent.propose(self._asked(target, budget)) if policy is None else policy
         return self._decision(target, budget, policy, allocate(policy, budget, self.layout, target.align), start)
 

@@ -88,14 +88,14 @@ class StudyFolder:
         return self.record["context"]
 
     def path(self, artefact: str) -> Path:
-        """Where an artefact lies: ``text``, ``importance``, ``predictor`` or ``agent``."""
+        """Where an artefact lies: ``text``, ``importance``, ``predictor``, ``agent`` or ``nested``."""
         return self.folder / f"{artefact}.safetensors"
 
     @property
     def is_fitted(self) -> bool:
         """Whether all stages are done; the report is written last."""
         return (self.folder / "report.json").is_file() and all(
-            self.path(name).is_file() for name in ("importance", "predictor", "agent")
+            self.path(name).is_file() for name in ("importance", "predictor", "agent", "nested")
         )
 
     def check_fitted(self) -> None:

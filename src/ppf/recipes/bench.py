@@ -4,6 +4,7 @@
     additive    the exact optimum of summed single-site damages: the probes of the fit, every ratio
     searches    random, evolution, CMA-ES; on true measurements, one ratio at a time, or on the predictor
     dynamic     the agent as it comes: the whole fit, every ratio
+    nested      the same, what goes at one ratio being gone at every larger one
     static      the agent, refined and truly measured at one ratio
 
 All share the study's calibration text, its exact budgets and its surgery, and, but for the two with an order of their own,
@@ -95,7 +96,16 @@ class Bench:
         own = {name: partial(self._rule, rule, score) for name, (score, rule) in OWN_ORDER.items()}
         searches = {name: partial(self._searched, name, True) for name in SEARCHES}
         dreams = {f"{name}_on_predictor": partial(self._searched, name, False) for name in SEARCHES}
-        return {**rules, **own, "additive": self._additive, **searches, **dreams, "dynamic": self._dynamic, "static": self._static}
+        return {
+            **rules,
+            **own,
+            "additive": self._additive,
+            **searches,
+            **dreams,
+            "nested": partial(self._dynamic, nested=True),
+            "dynamic": self._dynamic,
+            "static": self._static,
+        }
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -127,8 +137,8 @@ class Bench:
         shared = self._order_tokens() + sum(sample.tokens for sample in probes)
         return Choice(mask, 0, shared, time.perf_counter() - start)
 
-    def _dynamic(self, ratio: float) -> Choice:
-        start, decision = time.perf_counter(), self.decider.decide(Target(ratio=ratio))
+    def _dynamic(self, ratio: float, nested: bool = False) -> Choice:
+        start, decision = time.perf_counter(), self.decider.decide(Target(ratio=ratio, nested=nested))
         return Choice(decision.mask, 0, self._fitted_tokens(), time.perf_counter() - start)
 
     def _static(self, ratio: float) -> Choice:
@@ -281,16 +291,19 @@ def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progres
     return [cells[key] for key in wanted]
 
 
-def _terms(name: str, config: BenchConfig, taught: str) -> str:
+def _terms(name: str, config: BenchConfig, taught: dict[str, str]) -> str:
     """What else a cell depends on."""
     if name in SEARCHES:
         return f"budget {config.budget}"
     if name == "static":
-        return f"candidates {config.candidates} of {taught}"
-    return f"of {taught}" if name == "dynamic" or name.endswith("_on_predictor") else ""
+        return f"candidates {config.candidates} of {taught['agent']}"
+    if name == "dynamic" or name.endswith("_on_predictor"):
+        return f"of {taught['agent']}"
+    return f"of {taught['nested']}" if name == "nested" else ""
 
 
-def _taught(study: StudyFolder) -> str:
-    """Short hash of what was fitted; a study that is fitted again with another predictor gives other cells."""
-    files = [study.path(name).read_bytes() for name in ("predictor", "agent")]
-    return hashlib.sha256(b"".join(files)).hexdigest()[:8]
+def _taught(study: StudyFolder) -> dict[str, str]:
+    """Short hashes of what was fitted; a study that is fitted again with another predictor gives other cells."""
+    files = {name: study.path(name).read_bytes() for name in ("predictor", "agent", "nested")}
+    parts = {"agent": files["predictor"] + files["agent"], "nested": files["nested"]}
+    return {name: hashlib.sha256(part).hexdigest()[:8] for name, part in parts.items()}

@@ -24,6 +24,7 @@ from ppf.learn.metrics import figures, tau_near
 from ppf.learn.objective import predicted
 from ppf.learn.predictor import Predictor
 from ppf.learn.train_agent import AgentConfig, train_agent
+from ppf.learn.train_nested import NEST_STEPS, nest
 from ppf.llm.collect import Wanted, probes, spread, stratified_ratios
 from ppf.llm.load import LoadedModel
 from ppf.progress import Progress
@@ -84,9 +85,13 @@ def _fit_all(lab: Lab, levels: tuple[float, ...]) -> StudyFolder:
         predictors, ranks = {kind: refit(lab, kind) for kind in FITS}, _ranks(lab)
     chosen = max(ranks, key=lambda kind: ranks[kind]) if config.predictor == "auto" else config.predictor
     agent = trained(lab, predictors[chosen], "agent")
+    with lab.progress.stage("nested agent", NEST_STEPS) as advance:
+        objective, seed = predicted(predictors[chosen]), config.seed
+        chain = nest(agent, objective, lab.layout, LOW_RATIO, _most(lab), seed, advance=lambda gain: advance(""))
     lab.measure("heldout", lambda: _heldout(lab, agent), 0)
     predictors[chosen].save(study.path("predictor"), lab.layout)
     agent.save(study.path("agent"), lab.layout)
+    chain.save(study.path("nested"))
     report = {"predictor": chosen, "cross_validated_tau": ranks, **_report(lab, predictors)}
     write_json(study.folder / "report.json", {**report, "seconds": lab.keep_seconds(), "settings": asdict(config)})
     return study

@@ -85,9 +85,11 @@ def prune(folder: str | Path, loaded: LoadedModel, target: Target, device: str, 
         progress: Shows what happens.
 
     Raises:
-        InputError: More than the floors allow, or a study that is not fitted.
+        InputError: More than the floors allow, candidates of nested policies, or a study that is not fitted.
         DamagedError: A study of another model.
     """
+    if candidates and target.nested:
+        raise InputError("nested policies must be taken as they come; a refinement came too; leave one out")
     decider = Decider(folder)
     if decider.study.record["model"]["digest"] != loaded.digest:
         name = decider.study.record["model"]["name"]

@@ -1,0 +1,79 @@
+"""Nested policies: what is gone at one ratio is gone at every larger one, as a live model wants that changes its ratio.
+
+A chain is an order in which chunks go. Whatever the order, its policies are nested. Inference alone, in numpy.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ppf.artifact import load_artifact, save_artifact
+from ppf.errors import DamagedError, InputError
+from ppf.space.budget import aligned_floors, unit_steps
+from ppf.space.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """An order in which everything above the floors goes.
+
+    Attributes:
+        order: Int[C], the site that loses its next chunk.
+        chunks: Int[S], units of a chunk; the last one of a site may be smaller.
+        layout: Of the dense model.
+    """
+
+    order: np.ndarray
+    chunks: np.ndarray
+    layout: Layout
+
+    @cached_property
+    def _due(self) -> np.ndarray:
+        """Int[C + 1, S]: units that would be gone after so many chunks if there were no floors."""
+        steps: np.ndarray = np.zeros((len(self.order) + 1, len(self.chunks)), dtype=np.int64)
+        steps[np.arange(1, len(self.order) + 1), self.order] = 1
+        return steps.cumsum(axis=0) * self.chunks
+
+    def kept(self, remove: np.ndarray, align: int = 1) -> np.ndarray:
+        """Int[N, S]: what stays when Int[N] parameters go, or a little more.
+
+        The budget is met to within one channel where it falls into channels, and to within one KV group where into a group;
+        with ``align`` to within that many channels at every site.
+
+        Raises:
+            InputError: More than the floors allow.
+        """
+        layout, remove = self.layout, np.asarray(remove)
+        steps, floors = unit_steps(layout, align), aligned_floors(layout, align)
+        gone = np.minimum(self._due, layout.units - floors)
+        spent = gone @ layout.costs
+        if (remove > spent[-1]).any():
+            raise InputError(f"a chain removes at most {spent[-1]:,} parameters; {int(remove.max()):,} were asked; ask for less")
+        whole = np.searchsorted(spent, remove)
+        before = np.maximum(whole - 1, 0)
+        site = self.order[np.maximum(whole, 1) - 1]
+        lost = gone[before]
+        rows = np.arange(len(remove))
+        needed = -(-(remove - spent[before]) // layout.costs[site])
+        lost[rows, site] += np.where(whole > 0, needed, 0)
+        kept = layout.units - lost
+        return np.where(lost == 0, kept, kept // steps * steps)
+
+    def save(self, path: Path) -> None:
+        """Writes the artefact."""
+        save_artifact(path, "nested", self.layout.fingerprint, {"order": self.order, "chunks": self.chunks})
+
+    @classmethod
+    def load(cls, path: Path, layout: Layout) -> "Chain":
+        """Reads the artefact.
+
+        Raises:
+            DamagedError: Not whole, or of another model.
+        """
+        arrays, _ = load_artifact(path, "nested", layout.fingerprint)
+        try:
+            return cls(arrays["order"], arrays["chunks"], layout)
+        except KeyError as error:
+            raise DamagedError(f"{path} must hold a nested agent; {error} is missing; fit the study again") from error
