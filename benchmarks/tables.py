@@ -1,36 +1,13 @@
 """Writes docs/results.md from benchmarks/results/*.json."""
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from evidence import agents, benches, learning, ranking, texts
+from page import HERE, heading, load, table, within
 
-HERE = Path(__file__).parent
 INTRO = """# Results
 
 Every figure comes from a file in `benchmarks/results`, named above each table, with its command, seed, commit and machine.
 This page is written by `make bench`. Times were taken on shared, busy cores; read them as upper bounds.
 """
-
-
-BENCHES = ("ref-a", "stories260K", "ref-q")
-
-
-def load(name: str) -> dict[str, Any] | None:
-    path = HERE / "results" / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def heading(title: str, name: str, record: dict[str, Any]) -> str:
-    machine = record["machine"]
-    where = f"{machine['cores']} cores of {machine['cpu']}, load {machine['load']}, torch {machine['torch']}"
-    seed = record.get("seed", record["result"].get("seeds"))
-    return f"## {title}\n\n`benchmarks/results/{name}.json`: `{record['command']}`, seed {seed}; {where}.\n"
 
 
 def demo() -> str:
@@ -48,8 +25,7 @@ def demo() -> str:
         [
             kind + (" (decides)" if kind == result["predictor"] else ""),
             f"{found['mse']:.1e}", f"{found['mae']:.4f}", f"{found['tau']:.3f}",
-            " / ".join(f"{value:.2f}" for value in found["tau_within"].values()),
-            " / ".join(f"{value:.2f}" for value in found["tau_log_ppl_within"].values()), f"{found['z']:.2f}",
+            within(found["tau_within"]), within(found["tau_log_ppl_within"]), f"{found['z']:.2f}",
         ]
         for kind, found in result["heldout"].items()
     ]  # fmt: skip
@@ -69,68 +45,6 @@ def demo() -> str:
             table(["predictor", "MSE", "MAE", "tau", "tau within, damage", "tau within, log-perplexity", "error/std"], judged),
         ]
     )
-
-
-def bench(name: str) -> str:
-    record = load(f"bench-{name}")
-    result = record["result"]
-    ratios = sorted({row["ratio"] for row in result["rows"]})
-    methods: dict[str, dict[float, dict[str, Any]]] = {}
-    for row in result["rows"]:
-        methods.setdefault(row["method"], {})[row["ratio"]] = row
-    rows = []
-    for method, found in methods.items():
-        cost = max(row["tokens"] + row["shared_tokens"] for row in found.values()) / 1e6
-        rows.append([method, f"{cost:.2f} M", *(_cell(found[ratio]) if ratio in found else "-" for ratio in ratios)])
-    seeds = len(result["seeds"])
-    return "\n".join(
-        [
-            heading(f"Ways to choose: `{result['model']}` on {result['text']}", f"bench-{name}", record),
-            f"Log-perplexity above dense, nats/token, on {result['test_tokens']:,} test tokens (dense perplexity",
-            f"{min(result['dense_ppl']):.2f}); {seeds} fit{'s' if seeds > 1 else ''} of {result['samples']} masks of",
-            f"{result['search_tokens']:,} tokens. Tokens: run through the model for one ratio, what serves all ratios included.",
-            "In brackets by how much it is worse than static pruning on the same blocks, 95 % interval over blocks.",
-            "Bold: the least.\n",
-            table(["method", "tokens", *(f"{100 * ratio:.0f} %" for ratio in ratios)], rows),
-        ]
-    )
-
-
-def _cell(row: dict[str, Any]) -> str:
-    value = f"{row['above']:.4f}"
-    value = f"**{value}**" if row["regret"] == 0 else value
-    if row["method"] == "static" or "worse" not in row:
-        return value
-    low, high = row["worse"]["blocks"]
-    return f"{value} ({low:+.3f} to {high:+.3f})"
-
-
-def agents() -> str:
-    record = load("agents")
-    result = record["result"]
-    columns = ("mean_gain", "worst_gain", "shortfall", "worst_shortfall", "gain_up_to_part", "gain_beyond_part")
-    rows = [
-        [name, *(_range(found[column], 4) for column in columns), _range(found["questions"], 0), _range(found["seconds"], 0)]
-        for name, found in result["learners"].items()
-    ]
-    part = f"{100 * result['part']:.0f} %"
-    header = ["learner", "mean gain", "worst ratio", "shortfall", "worst", f"gain up to {part}", "beyond", "questions", "seconds"]
-    return "\n".join(
-        [
-            heading("Which learner for the agent", "agents", record),
-            f"Each learner may ask the predictor {result['questions']:,} times, and begins with the additive optimum. Gain:",
-            "log(damage of the start / damage of the policy) under the predictor's objective, over",
-            f"{result['ratios']} ratios that none was trained on; 0 is the start. Shortfall: what searching each of these ratios",
-            "alone gains beyond that. Means over the seeds, with the least and the most in brackets.\n",
-            table(header, rows),
-        ]
-    )
-
-
-def _range(values: list[float], digits: int) -> str:
-    """Mean of the seeds, and where they lie."""
-    mean, least, most = (f"{value:,.{digits}f}" for value in (sum(values) / len(values), min(values), max(values)))
-    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def reference() -> str:
@@ -186,10 +100,7 @@ def speed() -> str:
 
 
 def main() -> None:
-    parts = [INTRO, demo(), *(bench(name) for name in BENCHES if load(f"bench-{name}"))]
-    parts += [reference()] if load("reference") else []
-    parts += [agents()] if load("agents") else []
-    parts += [speed()]
+    parts = [INTRO, demo(), *benches(), *texts(), *ranking(), *learning(), *agents(), reference(), speed()]
     (HERE.parent / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")
 
 

@@ -53,6 +53,7 @@ def demo(config: DemoConfig, progress: Progress) -> list[dict[str, Any]]:
                 "dense": plan["dense"]["ppl"],
                 "params": plan["params"]["after"],
                 "bytes": size,
+                "tokens_per_second": plan["tokens_per_second"],
                 "folder": str(out),
             }
         )

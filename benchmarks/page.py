@@ -1,0 +1,42 @@
+"""What the pages of results share: reading a results file, headings, Markdown tables."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = HERE / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def heading(title: str, name: str, record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    where = f"{machine['cores']} cores of {machine['cpu']}, load {machine['load']}, torch {machine['torch']}"
+    seed = record.get("seed", record["result"].get("seeds"))
+    return f"## {title}\n\n`benchmarks/results/{name}.json`: `{record['command']}`, seed {seed}; {where}.\n"
+
+
+def section(title: str, name: str, record: dict[str, Any], words: str, *parts: str) -> str:
+    """A heading, what the figures mean, and tables or plots, a blank line between them."""
+    return "\n".join([heading(title, name, record), fill(" ".join(words.split()), 120), *(f"\n{part}" for part in parts)])
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean of the seeds, and where they lie."""
+    mean, least, most = (f"{value:,.{digits}f}" for value in (sum(values) / len(values), min(values), max(values)))
+    return mean if least == most else f"{mean} ({least} to {most})"
+
+
+def within(taus: dict[str, float]) -> str:
+    """Kendall's tau at each ratio."""
+    return " / ".join(f"{value:.2f}" for value in taus.values())
