@@ -101,8 +101,10 @@ class Target:
     """Or: parameters that the whole model may keep, such as 3M or 6.5B."""
     memory: Annotated[str | None, arg(metavar="SIZE")] = None
     """Or: size that the weights may have in the checkpoint's dtype, such as 500MiB or 8GB."""
-    align: Annotated[int, arg(metavar="N")] = 1
-    """Keep FFN channels in multiples of this (32, 64, 128, 256 suit hardware and quantisation)."""
+    align: Annotated[int | None, arg(metavar="N")] = None
+    """Keep FFN channels in multiples of this (32, 64, 128, 256 suit hardware); by default 1, or 32 for a quantised GGUF file."""
+    tp: Annotated[int, arg(metavar="N")] = 1
+    """Keep KV groups and channels in multiples of this, so that tensor parallelism over N devices splits every layer evenly."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("ratio", "params", "memory") if getattr(self, name) is not None]
@@ -110,11 +112,17 @@ class Target:
             came = " and ".join(f"--{name}" for name in given) or "none"
             raise InputError(f"exactly one of --ratio, --params and --memory must be given; {came} came; give one")
         _check_count("--align", self.align, 1)
+        _check_count("--tp", self.tp, 1)
         _check_words(params=self.params, memory=self.memory)
         if self.params is not None:
             parse_count(self.params)
         if self.memory is not None:
             parse_size(self.memory)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """``(align, tp)``, as ``allocate`` takes them."""
+        return self.align or 1, self.tp
 
 
 @dataclass(frozen=True)

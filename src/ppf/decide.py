@@ -94,12 +94,12 @@ class Decider:
             InputError: More than the floors allow.
         """
         if target.ratio is not None:
-            return Budget.from_ratio(target.ratio, self.layout, target.align)
+            return Budget.from_ratio(target.ratio, self.layout, *target.grid)
         if target.params is not None:
-            return Budget.from_params(parse_count(target.params), self.layout, target.align)
+            return Budget.from_params(parse_count(target.params), self.layout, *target.grid)
         assert target.memory is not None  # a target is given in exactly one wording
         size = parse_size(target.memory) - _HEADER * (self.layout.layers + 2)
-        return Budget.from_memory(size, self.layout, self.study.record["model"]["bytes_per_param"], target.align)
+        return Budget.from_memory(size, self.layout, self.study.record["model"]["bytes_per_param"], *target.grid)
 
     def decide(self, target: Target, policy: Policy | None = None) -> Decision:
         """Decides.
@@ -114,7 +114,7 @@ class Decider:
         start = time.perf_counter()
         budget = self.budget(target)
         policy = self.agent.propose(self._asked(target, budget)) if policy is None else policy
-        return self._decision(target, budget, policy, allocate(policy, budget, self.layout, target.align), start)
+        return self._decision(target, budget, policy, allocate(policy, budget, self.layout, *target.grid), start)
 
     def adopt(self, target: Target, kept: np.ndarray) -> Decision:
         """The decision for an allocation that was found otherwise; Int[S] kept units that meet the target."""

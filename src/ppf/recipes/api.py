@@ -49,7 +49,7 @@ class Study:
         return read_json(self.folder / "report.json")
 
     def policy(
-        self, ratio: float | None = None, *, params: str | None = None, memory: str | None = None, align: int = 1
+        self, ratio: float | None = None, *, params: str | None = None, memory: str | None = None, align: int = 1, tp: int = 1
     ) -> Decision:
         """Decides alone, in milliseconds; no model is loaded.
 
@@ -58,8 +58,9 @@ class Study:
             params: Or parameters that may stay, such as ``"3M"``.
             memory: Or bytes that the weights may have, such as ``"500MiB"``.
             align: FFN channels stay in multiples of this.
+            tp: KV groups, and channels, stay in multiples of this.
         """
-        return self._decider.decide(Target(ratio, params, memory, align))
+        return self._decider.decide(Target(ratio, params, memory, align, tp))
 
     def prune(
         self,
@@ -68,6 +69,7 @@ class Study:
         params: str | None = None,
         memory: str | None = None,
         align: int = 1,
+        tp: int = 1,
         refine: bool = False,
         candidates: int = 16,
         device: str = "auto",
@@ -76,13 +78,13 @@ class Study:
         """Makes a smaller model; save it with ``save_pretrained``.
 
         Args:
-            ratio: As in ``policy``; so are ``params``, ``memory`` and ``align``.
+            ratio: As in ``policy``; so are ``params``, ``memory``, ``align`` and ``tp``.
             refine: Search at this size and measure the best candidates truly.
             candidates: How many.
             device: Where to measure.
             quiet: Show no progress.
         """
-        target = Target(ratio, params, memory, align)
+        target = Target(ratio, params, memory, align, tp)
         self._decider.budget(target)  # refuses before the model is loaded
         progress = Progress(quiet)
         if self._loaded is None:

@@ -117,14 +117,14 @@ def refined(decider: Decider, decision: Decision, lab: Lab, target: Target, cand
     for number, count in enumerate([first, candidates - first]):
         starts = np.stack([decision.policy.keep, *incumbents(lab, decision.asked)])
         with lab.progress.stage("search"):
-            found, _ = search(predicted(predictor), starts, budget.remove, lab.layout, _REFINE_STEPS, rng, target.align)
+            found, _ = search(predicted(predictor), starts, budget.remove, lab.layout, _REFINE_STEPS, rng, *target.grid)
         ours = [decision.allocation.kept] if number == 0 else []
         chosen = [*ours, *_apart(found, lab.layout.units, count)][:count]
         lab.run("candidates", [Wanted(Allocation(kept), "refine", decision.asked) for kept in chosen], 100 + number)
         if number == 0 and candidates > first:
             with lab.progress.stage("predictor"):
                 predictor = refit(lab, decider.predictor.kind)
-    return decider.adopt(target, _winner(lab, *_best_measured(lab, budget, target.align, decision.allocation)))
+    return decider.adopt(target, _winner(lab, *_best_measured(lab, budget, target.grid, decision.allocation)))
 
 
 def _winner(lab: Lab, kept: np.ndarray, damage: np.ndarray) -> np.ndarray:
@@ -139,7 +139,7 @@ def _winner(lab: Lab, kept: np.ndarray, damage: np.ndarray) -> np.ndarray:
     return kept[int(total.argmin())]
 
 
-def _best_measured(lab: Lab, budget: Budget, align: int, ours: Allocation) -> tuple[np.ndarray, np.ndarray]:
+def _best_measured(lab: Lab, budget: Budget, grid: tuple[int, int], ours: Allocation) -> tuple[np.ndarray, np.ndarray]:
     """Of all masks ever measured in this study that meet a budget as ``allocate`` does, those with the least damage.
 
     ``ours`` is one such: where one unit of a site costs more than all that the others can give, ``allocate`` spends less
@@ -153,7 +153,7 @@ def _best_measured(lab: Lab, budget: Budget, align: int, ours: Allocation) -> tu
     """
     layout, samples = lab.layout, lab.store.all()
     kept = kept_matrix(samples, layout)
-    steps, target = unit_steps(layout, align), layout.prunable - budget.remove
+    steps, target = unit_steps(layout, *grid), layout.prunable - budget.remove
     spent = kept @ layout.costs
     close = (spent <= target) & (spent >= min(ours.kept @ layout.costs, target - (steps * layout.costs).min() + 1))
     fits = close & ((kept % steps == 0) | (kept == layout.units)).all(axis=1)
