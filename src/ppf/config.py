@@ -1,7 +1,7 @@
 """What each command can be told. A default lives here once; its docstring is the `--help`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, get_args
 
 from tyro.conf import Positional, arg
@@ -12,6 +12,10 @@ from ppf.space.budget import parse_count, parse_size
 ScoreName = Literal["auto", "taylor", "flap", "wanda_sp", "magnitude", "random"]
 PredictorName = Literal["auto", "corrected", "additive", "cnn"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+QuantName = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
+QUANTISED: tuple[QuantName, ...] = ("q8_0", "q4_0", "q4_k_m")
+"""Types whose blocks must divide the width of a layer, or the layer falls back to a finer type."""
+_BLOCK = 32
 
 
 def _check_count(flag: str, value: int | None, least: int) -> None:
@@ -155,11 +159,42 @@ class PruneConfig:
     """Where the dense model lies now; by default where it was when the study was fitted."""
     device: str = "auto"
     """As in fit."""
+    gguf: Annotated[str | None, arg(metavar="FILE")] = None
+    """Also write a GGUF file for llama.cpp, checked like the folder."""
+    quant: QuantName | None = None
+    """Number type of the GGUF file; by default f16. A quantised one keeps channels in multiples of 32 unless --align is given."""
     json: bool = False
     """Print strict JSON."""
 
     def __post_init__(self) -> None:
         _check_count("--candidates", self.candidates, 1)
+        _check_words(gguf=self.gguf)
+        if self.quant is not None:
+            _check_choice("--quant", self.quant, QuantName)
+            if self.gguf is None:
+                raise InputError(f"--quant must come with --gguf FILE; {self.quant} came alone; say where the GGUF file goes")
+        if self.quant in QUANTISED and self.target.align is None:
+            object.__setattr__(self, "target", replace(self.target, align=_BLOCK))
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a dense or pruned model as one GGUF file for llama.cpp, checked before it gets its name."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """A folder (dense or exported), a hub id, or ref-a."""
+    gguf: Annotated[str, arg(metavar="FILE")]
+    """The new file."""
+    quant: QuantName = "f16"
+    """Number type of the matrices: f32, f16, bf16, q8_0, q4_0, or q4_k_m, which needs llama-cpp-python."""
+    force: bool = False
+    """Replace a file of that name."""
+    json: bool = False
+    """Print strict JSON."""
+
+    def __post_init__(self) -> None:
+        _check_words(model=self.model, gguf=self.gguf)
+        _check_choice("--quant", self.quant, QuantName)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Run time: from a wanted size to a decision, in milliseconds. No language model is touched, torch is not imported."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,14 @@ class Decider:
         budget = self.budget(target)
         policy = self.agent.propose(self._asked(target, budget)) if policy is None else policy
         return self._decision(target, budget, policy, allocate(policy, budget, self.layout, *target.grid), start)
+
+    def rounding(self, target: Target) -> dict[str, Any] | None:
+        """What rounding to the grid costs: predicted perplexity of the agent's policy with it and without, if there is any."""
+        align, tp = target.grid
+        if (align, tp) == (1, 1):
+            return None
+        rounded, free = (self.decide(one) for one in (target, replace(target, align=1, tp=1)))
+        return {"align": align, "tp": tp, "ppl": float(np.exp(rounded.log_ppl)), "unrounded_ppl": float(np.exp(free.log_ppl))}
 
     def adopt(self, target: Target, kept: np.ndarray) -> Decision:
         """The decision for an allocation that was found otherwise; Int[S] kept units that meet the target."""

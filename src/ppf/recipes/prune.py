@@ -102,7 +102,8 @@ def prune(folder: str | Path, loaded: LoadedModel, target: Target, device: str, 
         smaller = convert(cut(loaded.model, loaded.layout, decision.mask), loaded.model.device, loaded.dtype)
     with progress.stage("measuring the result"):
         measured, speeds = _measured(decider, loaded, smaller, choose_device(device))
-    return Pruned(smaller, loaded.tokenizer, decision, _plan(decider, decision, measured, speeds, bool(candidates)))
+    plan = _plan(decider, decision, measured, speeds, bool(candidates)) | {"rounding": decider.rounding(target)}
+    return Pruned(smaller, loaded.tokenizer, decision, plan)
 
 
 def refined(decider: Decider, decision: Decision, lab: Lab, target: Target, candidates: int) -> Decision:
