@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.errors import InputError, ResourceError
-from ppf.llm.gguf_check import LLAMA_CPP, Check, check, in_llama_cpp
+from ppf.llm import gguf_check
+from ppf.llm.gguf_check import Check, check, in_llama_cpp
 from ppf.llm.gguf_shape import Shape, shape_of
 from ppf.llm.gguf_tensors import BLOCK, tensors, type_of
 from ppf.llm.gguf_tokenizer import Vocabulary, vocabulary
@@ -100,7 +101,7 @@ def check_gguf(path: Path, quant: str, force: bool) -> None:
     path = Path(path)
     if importlib.util.find_spec("gguf") is None:
         raise ResourceError("a GGUF file needs the package gguf; it is missing; pip install 'ppf[gguf]'")
-    if quant == "q4_k_m" and importlib.util.find_spec(LLAMA_CPP) is None:
+    if quant == "q4_k_m" and not gguf_check.has_llama_cpp():
         raise ResourceError(
             "q4_k_m needs llama.cpp's quantisation; llama-cpp-python is missing; pip install 'ppf[llamacpp]', or use --quant q4_0"
         )

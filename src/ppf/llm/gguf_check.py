@@ -20,7 +20,6 @@ from ppf.llm.gguf_shape import Shape
 from ppf.llm.gguf_tensors import BLOCK
 from ppf.llm.load import convert
 
-LLAMA_CPP = "llama_cpp"
 WEIGHT_BOUNDS = {"f32": 0.0, "f16": 1e-3, "bf16": 4e-3, "q8_0": 2e-2, "q4_0": 0.2, "q4_k_m": 0.2}
 """Root mean square error of a stored matrix, as a share of its own root mean square."""
 LOGIT_BOUNDS = {"f32": 1e-3, "f16": 1e-2, "bf16": 3e-2, "q8_0": 0.1, "q4_0": 0.7, "q4_k_m": 0.7}
@@ -88,7 +87,7 @@ def check(
         DamagedError: It does not hold, compute or load what it should.
     """
     counts = _reread(file, shape.arch, keys, arrays, quant)
-    if importlib.util.find_spec(LLAMA_CPP) is None:
+    if not has_llama_cpp():
         return Check(*counts, None, LOGIT_BOUNDS[quant], ())
     difference, notes = _answers(file, model, tokenizer, shape, quant)
     return Check(*counts, difference, LOGIT_BOUNDS[quant], notes)
@@ -149,9 +148,9 @@ def _answers(
     if not difference <= LOGIT_BOUNDS[quant]:
         raise _damaged(f"llama.cpp's logits are off by {difference:.1e} of their spread, more than {LOGIT_BOUNDS[quant]:g}")
     expected = [] if tokenizer is None else [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    wrong = sum(ours != theirs for ours, theirs in zip(expected, answer["texts"], strict=True))
-    note = f"llama.cpp splits {wrong} of {len(texts)} test texts into other tokens than transformers does"
-    return difference, (note,) if wrong else ()
+    wrong = [text for text, ours, theirs in zip(texts, expected, answer["texts"], strict=True) if ours != theirs]
+    note = f"llama.cpp splits {len(wrong)} of {len(texts)} test texts into other tokens than transformers does"
+    return difference, (f"{note}, the first is {wrong[0][:24]!r}",) if wrong else ()
 
 
 def distance(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -165,6 +164,11 @@ def _exact(model: PreTrainedModel) -> PreTrainedModel:
     if model.dtype == torch.float32 and model.device.type == "cpu":
         return model
     return convert(copy.deepcopy(model), torch.device("cpu"), torch.float32)
+
+
+def has_llama_cpp() -> bool:
+    """Whether llama-cpp-python is installed; it is not loaded."""
+    return importlib.util.find_spec("llama_cpp") is not None
 
 
 def in_llama_cpp(task: str, request: dict[str, Any]) -> dict[str, Any]:
