@@ -8,13 +8,14 @@ import tyro
 
 from builders import refuses
 from ppf import config
-from ppf.config import DemoConfig, EvalConfig, FitConfig, PolicyConfig, PredictorName, PruneConfig, ScoreName, Target
+from ppf.config import DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PredictorName, PruneConfig, ScoreName, Target
 from ppf.errors import InputError
 
 COMMANDS = {
     FitConfig: ["ref-a", "--study", "s"],
     PolicyConfig: ["s", "--ratio", "0.3"],
     PruneConfig: ["s", "--out", "o", "--ratio", "0.3"],
+    ExportConfig: ["ref-a", "--gguf", "f"],
     EvalConfig: ["ref-a"],
     DemoConfig: [],
 }

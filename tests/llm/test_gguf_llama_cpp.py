@@ -74,7 +74,7 @@ def test_rows_in_the_wrong_order_are_found_out_in_every_type(tmp_path, monkeypat
     """The file is then what the program meant to write: only llama.cpp's answers show that it should not have."""
     monkeypatch.setattr(gguf_tensors, "interleaved", lambda rows, heads: rows)
     smaller = builders.pruned(builders.model("llama-mha"))
-    for quant in ("f32", "f16", "bf16", "q8_0"):
+    for quant in FILE_TYPES:
         with refuses(DamagedError) as caught:
             difference(smaller, tmp_path / "a.gguf", quant)
         assert "logits" in str(caught.value) and names_in(tmp_path) == []

@@ -22,7 +22,7 @@ from ppf.llm.load import convert
 
 WEIGHT_BOUNDS = {"f32": 0.0, "f16": 1e-3, "bf16": 4e-3, "q8_0": 2e-2, "q4_0": 0.2, "q4_k_m": 0.2}
 """Root mean square error of a stored matrix, as a share of its own root mean square."""
-LOGIT_BOUNDS = {"f32": 1e-3, "f16": 1e-2, "bf16": 3e-2, "q8_0": 0.1, "q4_0": 0.7, "q4_k_m": 0.7}
+LOGIT_BOUNDS = {"f32": 1e-3, "f16": 1e-2, "bf16": 3e-2, "q8_0": 0.1, "q4_0": 0.5, "q4_k_m": 0.5}
 """Root mean square difference of logits, as a share of their spread: both less their mean, which no probability depends on."""
 _TOKENS, _CONTEXT = 32, 256
 TEXTS = (
