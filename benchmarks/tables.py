@@ -185,10 +185,43 @@ def speed() -> str:
     )
 
 
+def gguf() -> str:
+    record = load("gguf")
+    result = record["result"]
+    rows = [
+        [
+            f"{row['model']}, {row['quant']}", row["arch"], f"{row['bytes'] / 1e6:.2f} MB",
+            f"{row['fallbacks']} of {row['matrices']}",
+            f"{row['ppl_transformers']:.2f}", f"{row['ppl']:.2f}", f"{row['logits']:.1e}",
+            _quartiles(row["tokens_per_second"], 0), _quartiles(row["speedup"], 2), f"{row['promised']:.2f}",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    header = [
+        "file", "architecture", "size", "finer type", "perplexity, transformers", "llama.cpp", "logits off by", "tokens/s",
+        "faster than dense", "by FLOPs",
+    ]  # fmt: skip
+    return "\n".join(
+        [
+            heading("GGUF files in llama.cpp", "gguf", record),
+            f"`ref-a`, dense and with {100 * result['ratio']:.0f} % of the prunable parameters gone, channels in multiples of 1",
+            f"and 32; llama-cpp-python {result['llama_cpp_python']}. Perplexity on {result['tokens']:,} test tokens in blocks of",
+            f"{result['prompt']}; transformers in float32. Finer type: matrices of a width that blocks do not divide. Speed:",
+            f"prompts of {result['prompt']} tokens, one thread, files in turns, median of {result['repeats']} (quartiles).\n",
+            table(header, rows),
+        ]
+    )
+
+
+def _quartiles(found: dict[str, float], digits: int) -> str:
+    return f"{found['median']:,.{digits}f} ({found['low']:,.{digits}f} to {found['high']:,.{digits}f})"
+
+
 def main() -> None:
     parts = [INTRO, demo(), *(bench(name) for name in BENCHES if load(f"bench-{name}"))]
     parts += [reference()] if load("reference") else []
     parts += [agents()] if load("agents") else []
+    parts += [gguf()] if load("gguf") else []
     parts += [speed()]
     (HERE.parent / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")
 
