@@ -6,6 +6,7 @@ tokenizer ── vocabulary ─► keys ───────────┘
 """
 
 import importlib.util
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -154,7 +155,7 @@ def _write(file: Path, model: PreTrainedModel, shape: Shape, keys: dict[str, Any
         for name, array in tensors(model, shape):
             kinds.append(type_of(name, array, quant))
             size = quant_shape_to_byte_shape(array.shape, kinds[-1])
-            writer.add_tensor_info(name, array.shape, array.dtype, _product(size), raw_dtype=kinds[-1])
+            writer.add_tensor_info(name, array.shape, array.dtype, math.prod(size), raw_dtype=kinds[-1])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -168,13 +169,6 @@ def _adder(writer: Any, value: Any) -> Callable[[str, Any], None]:
     """The writer's method for a value; True is an int, too, and comes first."""
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     return writer.add_array if isinstance(value, list) else kinds[type(value)]
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= int(size)
-    return total
 
 
 def _lossless(dtype: torch.dtype) -> str:

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ppf.config import ExportConfig, PruneConfig
+from ppf.config import ExportConfig, PruneConfig, QuantName
 from ppf.llm.gguf import Written, check_gguf, write_gguf
 from ppf.llm.gguf_shape import shape_of
 from ppf.llm.load import LoadedModel
@@ -35,9 +35,7 @@ def export_pruned(config: PruneConfig, pruned: Pruned) -> dict[str, Any] | None:
     """The GGUF file that goes with a pruned checkpoint, as ``record_of``; None if none is wanted."""
     if config.gguf is None:
         return None
-    name = f"{pruned.plan['model']['name']} pruned"
-    file = Path(config.gguf)
-    return record_of(write_gguf(pruned.model, pruned.tokenizer, file, _quant(config), name, config.force), config.gguf)
+    return record_of(pruned.save_gguf(config.gguf, _quant(config), config.force), config.gguf)
 
 
 def check_wish(config: ExportConfig | PruneConfig, loaded: LoadedModel | None = None) -> None:
@@ -59,7 +57,7 @@ def check_wish(config: ExportConfig | PruneConfig, loaded: LoadedModel | None = 
         shape_of(loaded.model)
 
 
-def _quant(config: ExportConfig | PruneConfig) -> str:
+def _quant(config: ExportConfig | PruneConfig) -> QuantName:
     return config.quant or "f16"
 
 

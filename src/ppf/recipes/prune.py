@@ -13,13 +13,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.artifact import check_new_folder, read_json
-from ppf.config import FitConfig, Target
+from ppf.config import FitConfig, QuantName, Target
 from ppf.decide import Decider, Decision
 from ppf.errors import DamagedError, InputError, ResourceError
 from ppf.learn.objective import predicted
 from ppf.learn.search import refine as search
 from ppf.llm.collect import Wanted
 from ppf.llm.export import export, weight_bytes
+from ppf.llm.gguf import Written, write_gguf
 from ppf.llm.load import LoadedModel, convert
 from ppf.llm.perplexity import Evaluation, evaluate
 from ppf.llm.surgery import cut
@@ -71,6 +72,25 @@ class Pruned:
             DamagedError: The reload check failed; nothing is left behind.
         """
         return export(self.model, self.tokenizer, self.plan, Path(out), force)
+
+    def save_gguf(self, out: str | Path, quant: QuantName = "f16", force: bool = False) -> Written:
+        """Writes a GGUF file for llama.cpp, after reading it back, and with llama-cpp-python after comparing logits.
+
+        Args:
+            out: A new file.
+            quant: Number type of the matrices.
+            force: Replace a file of that name.
+
+        Returns:
+            What the file holds and what was checked.
+
+        Raises:
+            InputError: The file exists.
+            UnsupportedError: llama.cpp has no architecture for the model.
+            DamagedError: The check failed; nothing is left behind.
+            ResourceError: A package is missing.
+        """
+        return write_gguf(self.model, self.tokenizer, Path(out), quant, f"{self.plan['model']['name']} pruned", force)
 
 
 def prune(folder: str | Path, loaded: LoadedModel, target: Target, device: str, candidates: int, progress: Progress) -> Pruned:
