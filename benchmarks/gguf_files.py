@@ -23,6 +23,10 @@ import numpy as np
 QUANTS = ("f16", "q8_0")
 RATIO = 0.3
 ALIGNS = (1, 32)
+STAND_IN = {
+    "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12, "num_key_value_heads": 6,
+    "vocab_size": 4096, "max_position_embeddings": 512,
+}  # fmt: skip
 
 
 def load(file: str, tokens: int, **options: Any) -> Any:
@@ -96,41 +100,80 @@ def models_of(study: str) -> tuple[dict[str, Any], Any, np.ndarray]:
     return models, loaded.tokenizer, Text.load(decider.study.path("text"), decider.layout.fingerprint).test
 
 
+def stand_in(seed: int) -> dict[str, Any]:
+    """A random Llama of a common width, dense and pruned to layers that differ; its speed is real, its answers mean nothing."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from ppf.llm.architectures import layout_of_model
+    from ppf.llm.surgery import cut
+    from ppf.space.allocation import allocate
+    from ppf.space.budget import Budget
+    from ppf.space.importance import Importance
+    from ppf.space.mask import select
+    from ppf.space.policy import Policy
+
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    dense = AutoModelForCausalLM.from_config(LlamaConfig(**STAND_IN)).eval()
+    layout = layout_of_model(dense)
+    importance = Importance(tuple(rng.random(units) for units in layout.units), "random", "none")
+    policy = Policy(rng.normal(0.7, 0.15, len(layout.sites)))
+    models: dict[str, Any] = {"dense": dense}
+    for align in ALIGNS:
+        kept = allocate(policy, Budget.from_ratio(RATIO, layout, align), layout, align)
+        models[f"pruned, align {align}"] = cut(dense, layout, select(kept, importance, layout))
+    return models
+
+
+def timed(rows: list[dict[str, Any]], models: dict[str, Any], files: dict[str, str], blocks: Path, repeats: int) -> None:
+    """Adds to each row what was timed, and what the removed operations promise."""
+    tokens = np.load(blocks, allow_pickle=False).shape[1]
+    seconds = in_process("speed", {"files": files, "blocks": str(blocks), "repeats": repeats})
+    for row in rows:
+        own, dense = (np.array(seconds[f"{name}, {row['quant']}"]) for name in (row["model"], "dense"))
+        row["tokens_per_second"], row["speedup"] = _spread(tokens / own), _spread(dense / own)
+        row["promised"] = flops(models["dense"], tokens) / flops(models[row["model"]], tokens)
+
+
+def written(models: dict[str, Any], tokenizer: Any, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A file for each model and type: what there is to say of each, and where they are."""
+    from ppf.llm.gguf import write_gguf
+
+    folder.mkdir()
+    rows, files = [], {}
+    for name, model in models.items():
+        for quant in QUANTS:
+            file = folder / f"{len(rows)}.gguf"
+            found = write_gguf(model, tokenizer, file, quant, name)
+            files[f"{name}, {quant}"] = str(file)
+            row = {"model": name, "quant": quant, "arch": found.arch, "bytes": found.bytes, "logits": found.check.difference}
+            rows.append({**row, "matrices": found.check.matrices, "fallbacks": found.check.fallbacks})
+    return rows, files
+
+
 def measure(study: str, repeats: int, work: Path) -> dict[str, Any]:
     import torch
 
-    from ppf.llm.gguf import write_gguf
     from ppf.llm.load import convert
     from ppf.llm.perplexity import evaluate
 
-    models, tokenizer, blocks = models_of(study)
-    np.save(work / "blocks.npy", blocks)
-    rows, files, promised = [], {}, {}
-    for name, model in models.items():
-        promised[name] = flops(models["dense"], blocks.shape[1]) / flops(model, blocks.shape[1])
-        for quant in QUANTS:
-            files[f"{name}, {quant}"] = str(work / f"{len(files)}.gguf")
-            written = write_gguf(model, tokenizer, Path(files[f"{name}, {quant}"]), quant, name)
-            found = in_process("perplexity", {"file": files[f"{name}, {quant}"], "blocks": str(work / "blocks.npy")})
-            check, ppl = written.check, float(np.exp(found["log_ppl"]))
-            rows.append(
-                {
-                    "model": name, "quant": quant, "arch": written.arch, "bytes": written.bytes, "logits": check.difference,
-                    "matrices": check.matrices, "fallbacks": check.fallbacks, "ppl": ppl,
-                }
-            )  # fmt: skip
-        exact = convert(model, torch.device("cpu"), torch.float32)
-        for row in rows[-len(QUANTS) :]:
-            row["ppl_transformers"] = float(np.exp(evaluate(exact, blocks).log_ppl))
-    seconds = in_process("speed", {"files": files, "blocks": str(work / "blocks.npy"), "repeats": repeats})
+    models, tokenizer, text = models_of(study)
+    blocks = work / "blocks.npy"
+    np.save(blocks, text)
+    rows, files = written(models, tokenizer, work / "own")
     for row in rows:
-        own, dense = (np.array(seconds[f"{name}, {row['quant']}"]) for name in (row["model"], "dense"))
-        row["tokens_per_second"] = _spread(blocks.shape[1] / own)
-        row["speedup"], row["promised"] = _spread(dense / own), promised[row["model"]]
-    return {
-        "rows": rows, "ratio": RATIO, "repeats": repeats, "prompt": int(blocks.shape[1]), "tokens": int(blocks.size),
-        "llama_cpp_python": version("llama-cpp-python"), "gguf": version("gguf"),
-    }  # fmt: skip
+        exact = convert(models[row["model"]], torch.device("cpu"), torch.float32)
+        request = {"file": files[f"{row['model']}, {row['quant']}"], "blocks": str(blocks)}
+        row["ppl"] = float(np.exp(in_process("perplexity", request)["log_ppl"]))
+        row["ppl_transformers"] = float(np.exp(evaluate(exact, text).log_ppl))
+    timed(rows, models, files, blocks, repeats)
+    larger = stand_in(0)
+    wide, files = written(larger, tokenizer, work / "stand-in")
+    timed(wide, larger, files, blocks, repeats)
+    versions = {package.replace("-", "_"): version(package) for package in ("llama-cpp-python", "gguf")}
+    sizes = {"ratio": RATIO, "repeats": repeats, "prompt": int(text.shape[1]), "tokens": int(text.size)}
+    return {"rows": rows, "stand_in": {"shape": STAND_IN, "rows": wide}, **sizes, **versions}
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
