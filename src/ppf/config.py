@@ -13,9 +13,8 @@ ScoreName = Literal["auto", "taylor", "flap", "wanda_sp", "magnitude", "random"]
 PredictorName = Literal["auto", "corrected", "additive", "cnn"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantName = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
-QUANTISED: tuple[QuantName, ...] = ("q8_0", "q4_0", "q4_k_m")
-"""Types whose blocks must divide the width of a layer, or the layer falls back to a finer type."""
 _BLOCK = 32
+"""At other widths a quantised GGUF file falls back to finer types, and llama.cpp is slower than on the dense model."""
 
 
 def _check_count(flag: str, value: int | None, least: int) -> None:
@@ -106,7 +105,7 @@ class Target:
     memory: Annotated[str | None, arg(metavar="SIZE")] = None
     """Or: size that the weights may have in the checkpoint's dtype, such as 500MiB or 8GB."""
     align: Annotated[int | None, arg(metavar="N")] = None
-    """Keep FFN channels in multiples of this (32, 64, 128, 256 suit hardware); by default 1, or 32 for a quantised GGUF file."""
+    """Keep FFN channels in multiples of this (32, 64, 128, 256 suit hardware); by default 1, or 32 with --gguf."""
     tp: Annotated[int, arg(metavar="N")] = 1
     """Keep KV groups and channels in multiples of this, so that tensor parallelism over N devices splits every layer evenly."""
 
@@ -162,7 +161,7 @@ class PruneConfig:
     gguf: Annotated[str | None, arg(metavar="FILE")] = None
     """Also write a GGUF file for llama.cpp, checked like the folder."""
     quant: QuantName | None = None
-    """Number type of the GGUF file; by default f16. A quantised one keeps channels in multiples of 32 unless --align is given."""
+    """Number type of the GGUF file; by default f16."""
     json: bool = False
     """Print strict JSON."""
 
@@ -173,7 +172,7 @@ class PruneConfig:
             _check_choice("--quant", self.quant, QuantName)
             if self.gguf is None:
                 raise InputError(f"--quant must come with --gguf FILE; {self.quant} came alone; say where the GGUF file goes")
-        if self.quant in QUANTISED and self.target.align is None:
+        if self.gguf is not None and self.target.align is None:
             object.__setattr__(self, "target", replace(self.target, align=_BLOCK))
 
 

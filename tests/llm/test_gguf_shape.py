@@ -78,13 +78,21 @@ def test_an_untied_qwen3_is_padded_to_its_widest_layer_and_says_so():
     shape = shape_of(smaller)
     own = [layer.mlp.gate_proj.out_features for layer in smaller.model.layers]
     assert shape.ffn == (max(own),) * 3 and min(own) < max(own)
-    assert "padded" in shape.notes[0] and shape_of(tiny_models.model("qwen3-gqa")).notes == ()
+    assert "padded" in shape.notes[0]
+    assert shape_of(builders.model("qwen3-gqa", intermediate_size=64)).notes == ()
+
+
+def test_widths_at_which_llama_cpp_is_slow_are_told():
+    """Measured: benchmarks/results/gguf.json."""
+    assert shape_of(builders.model("llama-mha", intermediate_size=64)).notes == ()
+    (note,) = shape_of(builders.model("llama-mha", intermediate_size=65)).notes
+    assert note.startswith("3 of 6") and "--align 32" in note
 
 
 @pytest.mark.parametrize("name", ["mistral-mha-tied-window", "qwen2-mha-tied-window"])
 def test_a_sliding_window_bounds_the_context_and_the_user_is_told(name):
     shape = shape_of(tiny_models.model(name))
-    assert shape.context == 6 and "window" in shape.notes[0]
+    assert shape.context == 6 and "window" in shape.notes[-1]
     assert shape_of(tiny_models.model("mistral-gqa")).context == 64
 
 

@@ -19,13 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.errors import InputError, ResourceError
 from ppf.llm import gguf_check
-from ppf.llm.gguf_check import Check, check, in_llama_cpp
+from ppf.llm.gguf_check import Check, answers, check, in_llama_cpp
 from ppf.llm.gguf_shape import Shape, shape_of
 from ppf.llm.gguf_tensors import BLOCK, tensors, type_of
 from ppf.llm.gguf_tokenizer import Vocabulary, vocabulary
 
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_k_m": 15}
 """llama.cpp's number for each kind of file."""
+_FOUR_BITS = ("q4_0", "q4_k_m")
 _QUANTISATION_VERSION = 2
 
 
@@ -75,11 +76,7 @@ def write_gguf(
     keys = _keys(model, shape, words, quant, name)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
-            file = Path(work) / "model.gguf"
-            first = quant if quant != "q4_k_m" else _lossless(model.dtype)
-            _write(file, model, shape, {**keys, "general.file_type": FILE_TYPES[first]}, first)
-            if first != quant:
-                file = _quantised(file, quant)
+            file = _made(Path(work), model, shape, keys, quant)
             known = None if words.missing else tokenizer
             found = check(file, model, known, shape, keys, tensors(model, shape), quant)
             size = file.stat().st_size
@@ -163,6 +160,18 @@ def _write(file: Path, model: PreTrainedModel, shape: Shape, keys: dict[str, Any
             writer.write_tensor_data(quantize(array, kind))
     finally:
         writer.close()
+
+
+def _made(work: Path, model: PreTrainedModel, shape: Shape, keys: dict[str, Any], quant: str) -> Path:
+    """The file, not yet checked. Rounding to 4 bits could hide a wrong order of rows: llama.cpp answers before it, too."""
+    file, first = work / "model.gguf", _lossless(model.dtype)
+    if quant in _FOUR_BITS and gguf_check.has_llama_cpp():
+        _write(file, model, shape, {**keys, "general.file_type": FILE_TYPES[first]}, first)
+        answers(file, model, None, shape, first)
+    if quant == "q4_k_m":
+        return _quantised(file, quant)
+    _write(file, model, shape, keys, quant)
+    return file
 
 
 def _adder(writer: Any, value: Any) -> Callable[[str, Any], None]:

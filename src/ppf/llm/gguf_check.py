@@ -89,7 +89,7 @@ def check(
     counts = _reread(file, shape.arch, keys, arrays, quant)
     if not has_llama_cpp():
         return Check(*counts, None, LOGIT_BOUNDS[quant], ())
-    difference, notes = _answers(file, model, tokenizer, shape, quant)
+    difference, notes = answers(file, model, tokenizer, shape, quant)
     return Check(*counts, difference, LOGIT_BOUNDS[quant], notes)
 
 
@@ -131,10 +131,14 @@ def _compare(name: str, array: np.ndarray, stored: Any, quant: str) -> None:
         raise _damaged(f"tensor {name} differs from the model's by more than {quant} rounds")
 
 
-def _answers(
+def answers(
     file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, shape: Shape, quant: str
 ) -> tuple[float, tuple[str, ...]]:
-    """How far llama.cpp's logits are from those of transformers in float32, and what differs in the token ids of texts."""
+    """How far llama.cpp's logits are from those of transformers in float32, and what differs in the token ids of texts.
+
+    Raises:
+        DamagedError: The file does not load, or the logits are further off than ``quant`` may take them.
+    """
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, min(_TOKENS, shape.context)).tolist()
     texts = [] if tokenizer is None else list(TEXTS)
     with tempfile.TemporaryDirectory() as work:

@@ -16,6 +16,7 @@ from ppf.llm.architectures import family_of
 
 _OWN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _INTERLEAVED = {"llama", "deci"}
+_EVEN = 32
 _MOVING_ROPE = {"dynamic", "longrope"}
 
 
@@ -79,6 +80,9 @@ def shape_of(model: PreTrainedModel) -> Shape:
     else:
         arch = _OWN[family] if alike and _fits_own(model, family, heads[0] * head_dim, factors) else "deci"
     context, note = _context(config)
+    if uneven := sum(width % _EVEN != 0 for width in (*ffn, *(of * head_dim for of in heads))):
+        what = f"{uneven} of {2 * len(ffn)} attention and FFN widths are no multiple of {_EVEN}"
+        notes.append(f"{what}; llama.cpp may be slower at them than on the dense model; prune with --align {_EVEN}")
     return Shape(arch, heads, kv_heads, ffn, head_dim, base, factors, scale, context, tied, (*notes, *note))
 
 
