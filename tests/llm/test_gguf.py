@@ -139,6 +139,19 @@ def test_a_file_is_replaced_only_by_force(smaller, tmp_path):
     assert path.stat().st_mode & 0o777 == 0o666 & ~0o022
 
 
+def test_a_file_that_came_meanwhile_stays(smaller, tmp_path, monkeypatch):
+    original = gguf.check
+
+    def slow(*arguments):
+        (tmp_path / "a.gguf").write_text("theirs")
+        return original(*arguments)
+
+    monkeypatch.setattr(gguf, "check", slow)
+    with refuses(InputError):
+        written(smaller, tmp_path / "a.gguf")
+    assert names_in(tmp_path) == ["a.gguf"] and (tmp_path / "a.gguf").read_text() == "theirs"
+
+
 @pytest.mark.parametrize("place", ["", "none/a.gguf", "file/a.gguf"])
 def test_a_place_that_is_none_for_a_file_is_refused(smaller, tmp_path, place):
     (tmp_path / "file").write_text("x")

@@ -80,6 +80,7 @@ def write_gguf(
             known = None if words.missing else tokenizer
             found = check(file, model, known, shape, keys, tensors(model, shape), quant)
             size = file.stat().st_size
+            check_gguf(path, quant, force)  # again: writing takes long, and another process may have come first
             _publish(file, path)
     except OSError as error:
         if error.errno is None:
