@@ -5,8 +5,9 @@ import pytest
 from gguf import GGUFReader
 
 import gguf_builders as builders
+import ppf
 import tiny_models
-from builders import names_in, refuses
+from builders import copied, names_in, refuses
 from ppf import cli
 from ppf.config import ExportConfig, PruneConfig, Target
 from ppf.decide import Decider
@@ -92,8 +93,9 @@ def test_what_rounding_costs_is_that_of_the_two_decisions(fitted):
     assert fitted.policy(ratio=0.4, align=16, tp=2).allocation.kept.tolist() == kept.tolist()
 
 
-def test_refining_keeps_the_grid(fitted):
-    pruned = fitted.prune(ratio=0.4, align=8, tp=2, refine=True, candidates=4, device="cpu")
+def test_refining_keeps_the_grid(fitted, tmp_path):
+    study = ppf.Study(copied(fitted, tmp_path / "study"), tiny_models.model("llama-mha"), tiny_models.tokenizer())
+    pruned = study.prune(ratio=0.4, align=8, tp=2, refine=True, candidates=4, device="cpu")
     kept = pruned.decision.allocation.kept
     assert (kept % 2 == 0).all() and (kept[1::2] % 8 == 0).all()
     assert pruned.plan["rounding"]["tp"] == 2
