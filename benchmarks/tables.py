@@ -99,8 +99,47 @@ def speed() -> str:
     )
 
 
+def gguf() -> str:
+    record = load("gguf")
+    result, wide = record["result"], record["result"]["stand_in"]
+    rows = [
+        [
+            f"{row['model']}, {row['quant']}", row["arch"], f"{row['bytes'] / 1e6:.2f} MB",
+            f"{row['fallbacks']} of {row['matrices']}", f"{row['ppl_transformers']:.2f}", f"{row['ppl']:.2f}",
+            f"{row['logits']:.1e}",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    header = ["file", "architecture", "size", "finer type", "perplexity, transformers", "llama.cpp", "logits off by"]
+    speeds = [
+        [
+            f"{name}: {row['model']}, {row['quant']}", _quartiles(row["tokens_per_second"], 0), _quartiles(row["speedup"], 2),
+            f"{row['promised']:.2f}",
+        ]
+        for name, found in (("`ref-a`", result["rows"]), ("random", wide["rows"]))
+        for row in found
+    ]  # fmt: skip
+    shape = wide["shape"]
+    return "\n".join(
+        [
+            heading("GGUF files in llama.cpp", "gguf", record),
+            f"`ref-a`, dense and with {100 * result['ratio']:.0f} % of the prunable parameters gone, channels in multiples of 1",
+            f"and 32; llama-cpp-python {result['llama_cpp_python']}. Perplexity on {result['tokens']:,} test tokens in blocks of",
+            f"{result['prompt']}; transformers in float32. Finer type: matrices of a width that blocks do not divide.\n",
+            table(header, rows),
+            f"\nPrompts of {result['prompt']} tokens, one thread, files in turns, medians of {result['repeats']} (quartiles).",
+            f"Random: a Llama of {shape['num_hidden_layers']} layers, {shape['hidden_size']} wide, without training.\n",
+            table(["file", "tokens/s", "times as fast as dense", "by removed operations"], speeds),
+        ]
+    )
+
+
+def _quartiles(found: dict[str, float], digits: int) -> str:
+    return f"{found['median']:,.{digits}f} ({found['low']:,.{digits}f} to {found['high']:,.{digits}f})"
+
+
 def main() -> None:
-    parts = [INTRO, demo(), *benches(), *texts(), *ranking(), *learning(), *agents(), reference(), speed()]
+    parts = [INTRO, demo(), *benches(), *texts(), *ranking(), *learning(), *agents(), reference(), gguf(), speed()]
     (HERE.parent / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")
 
 

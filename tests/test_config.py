@@ -8,13 +8,14 @@ import tyro
 
 from builders import refuses
 from ppf import config
-from ppf.config import DemoConfig, EvalConfig, FitConfig, PolicyConfig, PredictorName, PruneConfig, ScoreName, Target
+from ppf.config import DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PredictorName, PruneConfig, ScoreName, Target
 from ppf.errors import InputError
 
 COMMANDS = {
     FitConfig: ["ref-a", "--study", "s"],
     PolicyConfig: ["s", "--ratio", "0.3"],
     PruneConfig: ["s", "--out", "o", "--ratio", "0.3"],
+    ExportConfig: ["ref-a", "--gguf", "f"],
     EvalConfig: ["ref-a"],
     DemoConfig: [],
 }
@@ -125,11 +126,20 @@ def test_a_target_is_said_in_exactly_one_way(wishes):
 
 @pytest.mark.parametrize("wish", [{"ratio": 0.0}, {"ratio": 0.5}, {"params": "3M"}, {"params": "1.5B"}, {"memory": "500MiB"}])
 def test_one_way_is_enough(wish):
-    assert dataclasses.asdict(Target(**wish)) == {"ratio": None, "params": None, "memory": None, "align": 1, **wish}
+    assert dataclasses.asdict(Target(**wish)) == {"ratio": None, "params": None, "memory": None, "align": None, "tp": 1, **wish}
 
 
 @pytest.mark.parametrize(
-    "wish", [{"params": "many"}, {"params": "-3M"}, {"params": "0"}, {"memory": "3M"}, {"memory": "1"}, {"ratio": 0.3, "align": 0}]
+    "wish",
+    [
+        {"params": "many"},
+        {"params": "-3M"},
+        {"params": "0"},
+        {"memory": "3M"},
+        {"memory": "1"},
+        {"ratio": 0.3, "align": 0},
+        {"ratio": 0.3, "tp": 0},
+    ],
 )
 def test_a_target_that_says_nothing_is_refused(wish):
     with refuses(InputError):

@@ -16,13 +16,15 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
-from ppf.config import BenchConfig, DemoConfig, EvalConfig, FitConfig, PolicyConfig, PruneConfig
+from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig
 from ppf.errors import InputError, PPFError
+from ppf.printing import human_size, print_gguf, print_table
 
 Command = (
     Annotated[FitConfig, subcommand("fit")]
     | Annotated[PruneConfig, subcommand("prune")]
     | Annotated[PolicyConfig, subcommand("policy")]
+    | Annotated[ExportConfig, subcommand("export")]
     | Annotated[EvalConfig, subcommand("eval")]
     | Annotated[BenchConfig, subcommand("bench")]
     | Annotated[DemoConfig, subcommand("demo")]
@@ -119,7 +121,7 @@ def _one_line(box: str, arguments: list[str]) -> str:
         return own[1]
     if number := re.match(r"Error parsing (--[\w-]+): .*from \['?(.*?)'?\]", words):
         words = f"{number[1]} does not take {number[2]!r}"
-    command = f" {arguments[0]}" if arguments[0] in ("fit", "prune", "policy", "eval", "bench", "demo") else ""
+    command = f" {arguments[0]}" if arguments[0] in ("fit", "prune", "policy", "export", "eval", "bench", "demo") else ""
     return f"the command line must be one that ppf knows; {words}; see ppf{command} --help"
 
 
@@ -135,27 +137,37 @@ def _fit(config: FitConfig) -> None:
 def _prune(config: PruneConfig) -> None:
     from ppf.decide import Decider
     from ppf.progress import Progress
+    from ppf.recipes.export import check_wish, export_pruned
     from ppf.recipes.lab import load_for
     from ppf.recipes.prune import check_out, dense_bytes, prune
 
     check_out(config.out, config.force, config.study)
     decider, progress = Decider(config.study), Progress()
     decider.budget(config.target)
+    check_wish(config)
     model = decider.study.record["model"]
     loaded = load_for(config.model or model["name"], progress)
+    check_wish(config, loaded)
     pruned = prune(config.study, loaded, config.target, config.device, config.candidates if config.refine else 0, progress)
     with progress.stage("writing and checking"):
         size = pruned.save_pretrained(config.out, config.force)
+        gguf = export_pruned(config, pruned)
     plan = {
         key: value for key, value in pruned.plan.items() if key not in ("mask", "policy", "report", "layout", "context", "format")
     }
-    record = {**plan, "bytes": {"before": dense_bytes(loaded, model["bytes_per_param"]), "after": size}, "out": config.out}
+    record = {
+        **plan,
+        "bytes": {"before": dense_bytes(loaded, model["bytes_per_param"]), "after": size},
+        "out": config.out,
+        "gguf": gguf,
+    }
     _warn_range(record)
     _warn_nothing(config, record)
     if config.json:
         _print_json(record)
     else:
         _print_pruned(record)
+    print_gguf(gguf, config.json)
 
 
 def _policy(config: PolicyConfig) -> None:
@@ -169,6 +181,21 @@ def _policy(config: PolicyConfig) -> None:
         _print_json(record)
     else:
         _print_policy(record)
+
+
+def _export(config: ExportConfig) -> None:
+    from ppf.progress import Progress
+    from ppf.recipes.export import check_wish, export
+    from ppf.recipes.lab import load_for
+
+    check_wish(config)
+    progress = Progress()
+    loaded = load_for(config.model, progress)
+    with progress.stage("writing and checking"):
+        record = export(config, loaded)
+    if config.json:
+        _print_json(record)
+    print_gguf(record, config.json)
 
 
 def _eval(config: EvalConfig) -> None:
@@ -202,7 +229,7 @@ def _bench(config: BenchConfig) -> None:
     rows = {row["method"]: [row["method"], f"{(row['tokens'] + row['shared_tokens']) / 1e6:.2f} M"] for row in result["rows"]}
     for row in result["rows"]:
         rows[row["method"]].append(f"{row['above']:.4f}{'*' if row['regret'] == 0 else ''}")
-    _table("log-perplexity above dense on the test text, nats/token", ["method", "tokens", *ratios], list(rows.values()))
+    print_table("log-perplexity above dense on the test text, nats/token", ["method", "tokens", *ratios], list(rows.values()))
     print("* the least at its ratio. Tokens run through the model for one ratio, what serves all of them included.")
     print(f"written to {config.out}")
 
@@ -212,13 +239,13 @@ def _demo(config: DemoConfig) -> None:
     from ppf.recipes.demo import demo
 
     rows = demo(config, Progress())
-    _table(
+    print_table(
         f"ref-a on the pydocs test text, dense perplexity {rows[0]['dense']:.2f}",
         ["ratio", "predicted", "measured", "uniform", "parameters", "file", "folder"],
         [
             [
                 f"{100 * row['ratio']:.1f} %", f"{row['predicted']:.2f}", f"{row['measured']:.2f}", f"{row['uniform']:.2f}",
-                f"{row['params']:,}", _size(row["bytes"]), row["folder"],
+                f"{row['params']:,}", human_size(row["bytes"]), row["folder"],
             ]
             for row in rows
         ],
@@ -229,6 +256,7 @@ _RUN: dict[type, Callable[[Any], None]] = {
     FitConfig: _fit,
     PruneConfig: _prune,
     PolicyConfig: _policy,
+    ExportConfig: _export,
     EvalConfig: _eval,
     BenchConfig: _bench,
     DemoConfig: _demo,
@@ -258,13 +286,16 @@ def _print_pruned(record: dict[str, Any]) -> None:
     lines = {
         "ratio": f"asked {record['ratio']['asked']:.4f}, met {record['ratio']['met']:.4f} of the prunable parameters",
         "parameters": f"{before:,} -> {after:,}  ({100 * (1 - after / before):.1f} % of all gone)",
-        "weights": f"{_size(record['bytes']['before'])} -> {_size(record['bytes']['after'])}",
+        "weights": f"{human_size(record['bytes']['before'])} -> {human_size(record['bytes']['after'])}",
         "perplexity": f"predicted {record['predicted']['ppl']:.2f}, measured {record['measured']['ppl']:.2f} "
         f"(95 % {low:.2f} to {high:.2f}), dense {record['dense']['ppl']:.2f}",
         "protocol": f"{protocol['text']}, {protocol['tokens']:,} tokens in blocks of {protocol['seq_len']}, {protocol['dtype']}",
         "tokens/s": f"{speed['before']:,.0f} -> {speed['after']:,.0f}  (prompt, this machine)",
         "written to": f"{record['out']}  (reloaded and checked)",
     }
+    if rounding := record["rounding"]:
+        steps = " ".join(f"--{name} {rounding[name]}" for name in ("align", "tp") if rounding[name] > 1)
+        lines["perplexity"] += f"; with {steps} predicted {rounding['ppl']:.2f}, without {rounding['unrounded_ppl']:.2f}"
     for name, value in lines.items():
         print(f"{name:<11} {value}")
 
@@ -274,7 +305,9 @@ def _print_policy(record: dict[str, Any]) -> None:
     kinds = list(dict.fromkeys(entry["kind"] for entry in record["kept"]))
     layers = sorted({entry["layer"] for entry in record["kept"]})
     cells = {(entry["layer"], entry["kind"]): f"{entry['kept']} of {entry['of']}" for entry in record["kept"]}
-    _table("what stays", ["layer", *kinds], [[str(layer), *(cells.get((layer, kind), "") for kind in kinds)] for layer in layers])
+    print_table(
+        "what stays", ["layer", *kinds], [[str(layer), *(cells.get((layer, kind), "") for kind in kinds)] for layer in layers]
+    )
     print(f"ratio       asked {ratio['asked']:.4f}, met {ratio['met']:.4f}")
     print(f"perplexity  predicted {predicted['ppl']:.2f}  ({predicted['log_ppl']:.4f} +- {predicted['std']:.4f} nats/token)")
     gone = 100 * (1 - params["after"] / params["before"])
@@ -290,7 +323,7 @@ def _print_report(report: dict[str, Any], study: str) -> None:
         within = " / ".join(f"{value:.2f}" for value in found["tau_within"].values())
         used = "*" if kind == report["predictor"] else ""
         rows.append([kind + used, f"{found['mse']:.2e}", f"{found['mae']:.4f}", f"{found['tau']:.2f}", within, f"{found['z']:.2f}"])
-    _table(
+    print_table(
         f"predictors on {first['count']} held-out masks",
         ["predictor", "MSE", "MAE", "tau", f"tau within {ratios} %", "error/std"],
         rows,
@@ -302,23 +335,3 @@ def _print_report(report: dict[str, Any], study: str) -> None:
     print(f"samples  {samples}; {report['failed']} failed{lost}; {tokens:,} tokens through the model")
     print("seconds  " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in report["seconds"].items()))
     print(f"next     ppf prune {shlex.quote(study)} --ratio 0.3 --out smaller")
-
-
-def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(highlight=False)
-    wide = Console(highlight=False, width=160)
-    (console if console.is_terminal and console.width >= 100 else wide).print(table)
-
-
-def _size(count: int) -> str:
-    unit, name = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= pair[0] or pair[1] == "kB")
-    return f"{count / unit:.2f} {name}"

@@ -1,7 +1,7 @@
 """What each command can be told. A default lives here once; its docstring is the `--help`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, get_args
 
 from tyro.conf import Positional, arg
@@ -12,6 +12,9 @@ from ppf.space.budget import parse_count, parse_size
 ScoreName = Literal["auto", "taylor", "flap", "wanda_sp", "magnitude", "random"]
 PredictorName = Literal["auto", "corrected", "additive", "cnn"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+QuantName = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
+_BLOCK = 32
+"""At other widths a quantised GGUF file falls back to finer types, and llama.cpp is slower than on the dense model."""
 
 
 def _check_count(flag: str, value: int | None, least: int) -> None:
@@ -101,8 +104,10 @@ class Target:
     """Or: parameters that the whole model may keep, such as 3M or 6.5B."""
     memory: Annotated[str | None, arg(metavar="SIZE")] = None
     """Or: size that the weights may have in the checkpoint's dtype, such as 500MiB or 8GB."""
-    align: Annotated[int, arg(metavar="N")] = 1
-    """Keep FFN channels in multiples of this (32, 64, 128, 256 suit hardware and quantisation)."""
+    align: Annotated[int | None, arg(metavar="N")] = None
+    """Keep FFN channels in multiples of this (32, 64, 128, 256 suit hardware); by default 1, or 32 with --gguf."""
+    tp: Annotated[int, arg(metavar="N")] = 1
+    """Keep KV groups and channels in multiples of this, so that tensor parallelism over N devices splits every layer evenly."""
     nested: bool = False
     """Take nested policies: what is gone at one ratio is gone at every larger one, at the price of a little more damage."""
 
@@ -112,11 +117,17 @@ class Target:
             came = " and ".join(f"--{name}" for name in given) or "none"
             raise InputError(f"exactly one of --ratio, --params and --memory must be given; {came} came; give one")
         _check_count("--align", self.align, 1)
+        _check_count("--tp", self.tp, 1)
         _check_words(params=self.params, memory=self.memory)
         if self.params is not None:
             parse_count(self.params)
         if self.memory is not None:
             parse_size(self.memory)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """``(align, tp)``, as ``allocate`` takes them."""
+        return self.align or 1, self.tp
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,10 @@ class PruneConfig:
     """Where the dense model lies now; by default where it was when the study was fitted."""
     device: str = "auto"
     """As in fit."""
+    gguf: Annotated[str | None, arg(metavar="FILE")] = None
+    """Also write a GGUF file for llama.cpp, checked like the folder."""
+    quant: QuantName | None = None
+    """Number type of the GGUF file; by default f16."""
     json: bool = False
     """Print strict JSON."""
 
@@ -156,6 +171,33 @@ class PruneConfig:
         _check_count("--candidates", self.candidates, 1)
         if self.refine and self.target.nested:
             raise InputError("--refine and --nested exclude each other: a refined policy is nested in no other; leave one out")
+        _check_words(gguf=self.gguf)
+        if self.quant is not None:
+            _check_choice("--quant", self.quant, QuantName)
+            if self.gguf is None:
+                raise InputError(f"--quant must come with --gguf FILE; {self.quant} came alone; say where the GGUF file goes")
+        if self.gguf is not None and self.target.align is None:
+            object.__setattr__(self, "target", replace(self.target, align=_BLOCK))
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a dense or pruned model as one GGUF file for llama.cpp, checked before it gets its name."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """A folder (dense or exported), a hub id, or ref-a."""
+    gguf: Annotated[str, arg(metavar="FILE")]
+    """The new file."""
+    quant: QuantName = "f16"
+    """Number type of the matrices: f32, f16, bf16, q8_0, q4_0, or q4_k_m, which needs llama-cpp-python."""
+    force: bool = False
+    """Replace a file of that name."""
+    json: bool = False
+    """Print strict JSON."""
+
+    def __post_init__(self) -> None:
+        _check_words(model=self.model, gguf=self.gguf)
+        _check_choice("--quant", self.quant, QuantName)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Run time: from a wanted size to a decision, in milliseconds. No language model is touched, torch is not imported."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -100,12 +100,12 @@ class Decider:
             InputError: More than the floors allow.
         """
         if target.ratio is not None:
-            return Budget.from_ratio(target.ratio, self.layout, target.align)
+            return Budget.from_ratio(target.ratio, self.layout, *target.grid)
         if target.params is not None:
-            return Budget.from_params(parse_count(target.params), self.layout, target.align)
+            return Budget.from_params(parse_count(target.params), self.layout, *target.grid)
         assert target.memory is not None  # a target is given in exactly one wording
         size = parse_size(target.memory) - _HEADER * (self.layout.layers + 2)
-        return Budget.from_memory(size, self.layout, self.study.record["model"]["bytes_per_param"], target.align)
+        return Budget.from_memory(size, self.layout, self.study.record["model"]["bytes_per_param"], *target.grid)
 
     def decide(self, target: Target, policy: Policy | None = None) -> Decision:
         """Decides.
@@ -120,10 +120,18 @@ class Decider:
         start = time.perf_counter()
         budget = self.budget(target)
         if target.nested:
-            kept = self.chain.kept(np.array([budget.remove]), target.align)[0]
+            kept = self.chain.kept(np.array([budget.remove]), *target.grid)[0]
             return self._decision(target, budget, Policy(kept / self.layout.units), Allocation(kept), start)
         policy = self.agent.propose(self._asked(target, budget)) if policy is None else policy
-        return self._decision(target, budget, policy, allocate(policy, budget, self.layout, target.align), start)
+        return self._decision(target, budget, policy, allocate(policy, budget, self.layout, *target.grid), start)
+
+    def rounding(self, target: Target) -> dict[str, Any] | None:
+        """What rounding to the grid costs: predicted perplexity of the agent's policy with it and without, if there is any."""
+        align, tp = target.grid
+        if (align, tp) == (1, 1):
+            return None
+        rounded, free = (self.decide(one) for one in (target, replace(target, align=1, tp=1)))
+        return {"align": align, "tp": tp, "ppl": float(np.exp(rounded.log_ppl)), "unrounded_ppl": float(np.exp(free.log_ppl))}
 
     def adopt(self, target: Target, kept: np.ndarray) -> Decision:
         """The decision for an allocation that was found otherwise; Int[S] kept units that meet the target."""

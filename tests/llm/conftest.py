@@ -3,6 +3,14 @@ import shutil
 import pytest
 
 import tiny_models as tiny
+from ppf.llm import gguf_check
+
+
+@pytest.fixture(autouse=True)
+def llama_cpp_only_where_it_is_tested(request, monkeypatch):
+    """Whatever is installed, a test does without llama.cpp unless it is marked."""
+    if "llamacpp" not in request.keywords:
+        monkeypatch.setattr(gguf_check, "has_llama_cpp", lambda: False)
 
 
 @pytest.fixture(scope="session")

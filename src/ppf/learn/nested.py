@@ -36,17 +36,17 @@ class Chain:
         steps[np.arange(1, len(self.order) + 1), self.order] = 1
         return steps.cumsum(axis=0) * self.chunks
 
-    def kept(self, remove: np.ndarray, align: int = 1) -> np.ndarray:
+    def kept(self, remove: np.ndarray, align: int = 1, tp: int = 1) -> np.ndarray:
         """Int[N, S]: what stays when Int[N] parameters go, or a little more.
 
         The budget is met to within one channel where it falls into channels, and to within one KV group where into a group;
-        with ``align`` to within that many channels at every site.
+        with ``align`` and ``tp`` (see ``unit_steps``) to within such a step at every site.
 
         Raises:
             InputError: More than the floors allow.
         """
         layout, remove = self.layout, np.asarray(remove)
-        steps, floors = unit_steps(layout, align), aligned_floors(layout, align)
+        steps, floors = unit_steps(layout, align, tp), aligned_floors(layout, align, tp)
         gone = np.minimum(self._due, layout.units - floors)
         spent = gone @ layout.costs
         if (remove > spent[-1]).any():

@@ -16,7 +16,7 @@ _PROPOSALS = 256
 
 @one_thread()
 def refine(
-    objective: Objective, starts: np.ndarray, remove: int, layout: Layout, steps: int, rng: np.random.Generator, align: int = 1
+    objective: Objective, starts: np.ndarray, remove: int, layout: Layout, steps: int, rng: np.random.Generator, *grid: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Local search at one budget: exchanges between sites, from coarse to fine, several starts side by side.
 
@@ -27,13 +27,13 @@ def refine(
         layout: Of the dense model.
         steps: Rounds; each asks the objective for up to 256 allocations.
         rng: Source of randomness.
-        align: FFN channels stay in multiples of this.
+        grid: ``align`` and ``tp``, as in ``allocate``.
 
     Returns:
         Int[M, S] distinct allocations, best first, and Float[M] their objective.
     """
     beam = max(2, len(starts))
-    kept = np.unique(allocate_many(starts, np.full(len(starts), remove), layout, align), axis=0)
+    kept = np.unique(allocate_many(starts, np.full(len(starts), remove), layout, *grid), axis=0)
     scores = objective(kept)
     seen: dict[bytes, tuple[float, np.ndarray]] = {row.tobytes(): (score, row) for row, score in zip(kept, scores, strict=True)}
     for step in range(steps):
@@ -42,7 +42,7 @@ def refine(
         wishes = np.concatenate(
             [exchanged(np.tile(row / layout.units, (_PROPOSALS // len(elite), 1)), layout.units, share, rng) for row in elite]
         )
-        moved = np.unique(allocate_many(wishes, np.full(len(wishes), remove), layout, align), axis=0)
+        moved = np.unique(allocate_many(wishes, np.full(len(wishes), remove), layout, *grid), axis=0)
         new = [row for row in moved if row.tobytes() not in seen]
         if new:
             for row, score in zip(new, objective(np.array(new)), strict=True):

@@ -55,6 +55,7 @@ class Study:
         params: str | None = None,
         memory: str | None = None,
         align: int = 1,
+        tp: int = 1,
         nested: bool = False,
     ) -> Decision:
         """Decides alone, in milliseconds; no model is loaded.
@@ -64,9 +65,10 @@ class Study:
             params: Or parameters that may stay, such as ``"3M"``.
             memory: Or bytes that the weights may have, such as ``"500MiB"``.
             align: FFN channels stay in multiples of this.
+            tp: KV groups, and channels, stay in multiples of this.
             nested: Take policies of which what is gone at one ratio is gone at every larger one.
         """
-        return self._decider.decide(Target(ratio, params, memory, align, nested))
+        return self._decider.decide(Target(ratio, params, memory, align, tp, nested))
 
     def prune(
         self,
@@ -75,6 +77,7 @@ class Study:
         params: str | None = None,
         memory: str | None = None,
         align: int = 1,
+        tp: int = 1,
         nested: bool = False,
         refine: bool = False,
         candidates: int = 16,
@@ -84,13 +87,13 @@ class Study:
         """Makes a smaller model; save it with ``save_pretrained``.
 
         Args:
-            ratio: As in ``policy``; so are ``params``, ``memory``, ``align`` and ``nested``.
+            ratio: As in ``policy``; so are ``params``, ``memory``, ``align``, ``tp`` and ``nested``.
             refine: Search at this size and measure the best candidates truly.
             candidates: How many.
             device: Where to measure.
             quiet: Show no progress.
         """
-        target = Target(ratio, params, memory, align, nested)
+        target = Target(ratio, params, memory, align, tp, nested)
         self._decider.budget(target)  # refuses before the model is loaded
         progress = Progress(quiet)
         if self._loaded is None:

@@ -13,13 +13,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.artifact import check_new_folder, read_json
-from ppf.config import FitConfig, Target
+from ppf.config import FitConfig, QuantName, Target
 from ppf.decide import Decider, Decision
 from ppf.errors import DamagedError, InputError, ResourceError
 from ppf.learn.objective import predicted
 from ppf.learn.search import refine as search
 from ppf.llm.collect import Wanted
 from ppf.llm.export import export, weight_bytes
+from ppf.llm.gguf import Written, write_gguf
 from ppf.llm.load import LoadedModel, convert
 from ppf.llm.perplexity import Evaluation, evaluate
 from ppf.llm.surgery import cut
@@ -72,6 +73,25 @@ class Pruned:
         """
         return export(self.model, self.tokenizer, self.plan, Path(out), force)
 
+    def save_gguf(self, out: str | Path, quant: QuantName = "f16", force: bool = False) -> Written:
+        """Writes a GGUF file for llama.cpp, after reading it back, and with llama-cpp-python after comparing logits.
+
+        Args:
+            out: A new file.
+            quant: Number type of the matrices.
+            force: Replace a file of that name.
+
+        Returns:
+            What the file holds and what was checked.
+
+        Raises:
+            InputError: The file exists.
+            UnsupportedError: llama.cpp has no architecture for the model.
+            DamagedError: The check failed; nothing is left behind.
+            ResourceError: A package is missing.
+        """
+        return write_gguf(self.model, self.tokenizer, Path(out), quant, f"{self.plan['model']['name']} pruned", force)
+
 
 def prune(folder: str | Path, loaded: LoadedModel, target: Target, device: str, candidates: int, progress: Progress) -> Pruned:
     """Makes a smaller model.
@@ -104,7 +124,8 @@ def prune(folder: str | Path, loaded: LoadedModel, target: Target, device: str, 
         smaller = convert(cut(loaded.model, loaded.layout, decision.mask), loaded.model.device, loaded.dtype)
     with progress.stage("measuring the result"):
         measured, speeds = _measured(decider, loaded, smaller, choose_device(device))
-    return Pruned(smaller, loaded.tokenizer, decision, _plan(decider, decision, measured, speeds, bool(candidates)))
+    plan = _plan(decider, decision, measured, speeds, bool(candidates)) | {"rounding": decider.rounding(target)}
+    return Pruned(smaller, loaded.tokenizer, decision, plan)
 
 
 def refined(decider: Decider, decision: Decision, lab: Lab, target: Target, candidates: int) -> Decision:
@@ -119,14 +140,14 @@ def refined(decider: Decider, decision: Decision, lab: Lab, target: Target, cand
     for number, count in enumerate([first, candidates - first]):
         starts = np.stack([decision.policy.keep, *incumbents(lab, decision.asked)])
         with lab.progress.stage("search"):
-            found, _ = search(predicted(predictor), starts, budget.remove, lab.layout, _REFINE_STEPS, rng, target.align)
+            found, _ = search(predicted(predictor), starts, budget.remove, lab.layout, _REFINE_STEPS, rng, *target.grid)
         ours = [decision.allocation.kept] if number == 0 else []
         chosen = [*ours, *_apart(found, lab.layout.units, count)][:count]
         lab.run("candidates", [Wanted(Allocation(kept), "refine", decision.asked) for kept in chosen], 100 + number)
         if number == 0 and candidates > first:
             with lab.progress.stage("predictor"):
                 predictor = refit(lab, decider.predictor.kind)
-    return decider.adopt(target, _winner(lab, *_best_measured(lab, budget, target.align, decision.allocation)))
+    return decider.adopt(target, _winner(lab, *_best_measured(lab, budget, target.grid, decision.allocation)))
 
 
 def _winner(lab: Lab, kept: np.ndarray, damage: np.ndarray) -> np.ndarray:
@@ -141,7 +162,7 @@ def _winner(lab: Lab, kept: np.ndarray, damage: np.ndarray) -> np.ndarray:
     return kept[int(total.argmin())]
 
 
-def _best_measured(lab: Lab, budget: Budget, align: int, ours: Allocation) -> tuple[np.ndarray, np.ndarray]:
+def _best_measured(lab: Lab, budget: Budget, grid: tuple[int, int], ours: Allocation) -> tuple[np.ndarray, np.ndarray]:
     """Of all masks ever measured in this study that meet a budget as ``allocate`` does, those with the least damage.
 
     ``ours`` is one such: where one unit of a site costs more than all that the others can give, ``allocate`` spends less
@@ -155,7 +176,7 @@ def _best_measured(lab: Lab, budget: Budget, align: int, ours: Allocation) -> tu
     """
     layout, samples = lab.layout, lab.store.all()
     kept = kept_matrix(samples, layout)
-    steps, target = unit_steps(layout, align), layout.prunable - budget.remove
+    steps, target = unit_steps(layout, *grid), layout.prunable - budget.remove
     spent = kept @ layout.costs
     close = (spent <= target) & (spent >= min(ours.kept @ layout.costs, target - (steps * layout.costs).min() + 1))
     fits = close & ((kept % steps == 0) | (kept == layout.units)).all(axis=1)

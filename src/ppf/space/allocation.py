@@ -32,7 +32,7 @@ class Allocation:
         object.__setattr__(self, "kept", kept)
 
 
-def allocate(policy: Policy, budget: Budget, layout: Layout, align: int = 1) -> Allocation:
+def allocate(policy: Policy, budget: Budget, layout: Layout, align: int = 1, tp: int = 1) -> Allocation:
     """Turns wishes into whole units.
 
     Args:
@@ -40,6 +40,7 @@ def allocate(policy: Policy, budget: Budget, layout: Layout, align: int = 1) -> 
         budget: What must go.
         layout: Of the dense model.
         align: FFN channels stay in multiples of this (or all of them).
+        tp: KV groups, and channels, stay in multiples of this.
 
     Returns:
         An allocation that removes at least the budget, and less than one step (a channel, or ``align`` of them) more if the
@@ -48,17 +49,17 @@ def allocate(policy: Policy, budget: Budget, layout: Layout, align: int = 1) -> 
     Raises:
         InputError: The policy has another number of sites or is not finite, or the floors cannot meet the budget.
     """
-    return Allocation(allocate_many(policy.keep[None], np.array([budget.remove]), layout, align)[0])
+    return Allocation(allocate_many(policy.keep[None], np.array([budget.remove]), layout, align, tp)[0])
 
 
-def allocate_many(keep: np.ndarray, remove: np.ndarray, layout: Layout, align: int = 1) -> np.ndarray:
+def allocate_many(keep: np.ndarray, remove: np.ndarray, layout: Layout, align: int = 1, tp: int = 1) -> np.ndarray:
     """``allocate`` for many policies at once.
 
     Args:
         keep: Float[N, S] wishes.
         remove: Int[N] parameters to remove.
         layout: Of the dense model.
-        align: As in ``allocate``.
+        align: As in ``allocate``; so is ``tp``.
 
     Returns:
         Int[N, S] kept units.
@@ -71,7 +72,7 @@ def allocate_many(keep: np.ndarray, remove: np.ndarray, layout: Layout, align: i
         raise InputError(f"a policy must have {len(layout.sites)} sites as its model has; shape {keep.shape} came; use its own")
     if not np.isfinite(keep).all():
         raise InputError("a policy must be finite numbers; a NaN or an infinity came; mend it")
-    steps, floors, units, costs = unit_steps(layout, align), aligned_floors(layout, align), layout.units, layout.costs
+    steps, floors, units, costs = unit_steps(layout, align, tp), aligned_floors(layout, align, tp), layout.units, layout.costs
     target = layout.prunable - np.asarray(remove, dtype=np.int64)
     if (target < floors @ costs).any() or (target > layout.prunable).any():
         raise InputError(f"a budget must leave the floors ({int(floors @ costs):,} parameters); it does not; ask for less")

@@ -25,13 +25,14 @@ class Budget:
     remove: int
 
     @classmethod
-    def from_ratio(cls, ratio: float, layout: Layout, align: int = 1) -> "Budget":
+    def from_ratio(cls, ratio: float, layout: Layout, align: int = 1, tp: int = 1) -> "Budget":
         """Removes a share of the prunable parameters.
 
         Args:
             ratio: In [0, 1).
             layout: Of the dense model.
             align: FFN channels stay in multiples of this, which raises the floor.
+            tp: KV groups and channels do too.
 
         Raises:
             InputError: Not a number in [0, 1), or more than the floors allow.
@@ -40,33 +41,33 @@ class Budget:
             raise InputError(f"a pruning ratio must be a number in [0, 1); {ratio!r} came; try 0.3")
         if not 0 <= ratio < 1:
             raise InputError(f"a pruning ratio must lie in [0, 1); {ratio:g} came; 0.3 removes 30 % of the prunable parameters")
-        return cls(removed(ratio, layout))._feasible(layout, align, f"ratio {ratio:g}")
+        return cls(removed(ratio, layout))._feasible(layout, align, tp, f"ratio {ratio:g}")
 
     @classmethod
-    def from_params(cls, params: int, layout: Layout, align: int = 1) -> "Budget":
+    def from_params(cls, params: int, layout: Layout, align: int = 1, tp: int = 1) -> "Budget":
         """Leaves at most ``params`` parameters in the whole model.
 
         Raises:
             InputError: Below what the floors leave.
         """
-        return cls(max(0, layout.total - params))._feasible(layout, align, f"{params:,} parameters")
+        return cls(max(0, layout.total - params))._feasible(layout, align, tp, f"{params:,} parameters")
 
     @classmethod
-    def from_memory(cls, size: int, layout: Layout, bytes_per_param: float, align: int = 1) -> "Budget":
+    def from_memory(cls, size: int, layout: Layout, bytes_per_param: float, align: int = 1, tp: int = 1) -> "Budget":
         """Leaves weights of at most ``size`` bytes at ``bytes_per_param``.
 
         Raises:
             InputError: Below what the floors leave.
         """
         budget = cls(max(0, layout.total - math.floor(size / bytes_per_param)))
-        return budget._feasible(layout, align, f"{size:,} bytes")
+        return budget._feasible(layout, align, tp, f"{size:,} bytes")
 
     def ratio(self, layout: Layout) -> float:
         """The share of the prunable parameters that this budget removes."""
         return self.remove / layout.prunable
 
-    def _feasible(self, layout: Layout, align: int, wish: str) -> "Budget":
-        most = int((layout.units - aligned_floors(layout, align)) @ layout.costs)
+    def _feasible(self, layout: Layout, align: int, tp: int, wish: str) -> "Budget":
+        most = int((layout.units - aligned_floors(layout, align, tp)) @ layout.costs)
         if self.remove > most:
             reach = most / layout.prunable
             smallest = layout.total - most
@@ -82,21 +83,35 @@ def removed(ratio: float, layout: Layout) -> int:
     return math.ceil(ratio * layout.prunable - 1e-6)
 
 
-def aligned_floors(layout: Layout, align: int) -> np.ndarray:
-    """Int[S]: floors, raised to a whole multiple of ``align`` channels at every FFN (or all of a narrower one)."""
-    steps = unit_steps(layout, align)
+def aligned_floors(layout: Layout, align: int, tp: int = 1) -> np.ndarray:
+    """Int[S]: floors, raised to a whole step at every site (or all of a narrower FFN); see ``unit_steps``."""
+    steps = unit_steps(layout, align, tp)
     return np.minimum(-(-layout.floors // steps) * steps, layout.units)
 
 
-def unit_steps(layout: Layout, align: int) -> np.ndarray:
-    """Int[S]: units are kept in multiples of this: ``align`` for channels, 1 for KV groups.
+def unit_steps(layout: Layout, align: int, tp: int = 1) -> np.ndarray:
+    """Int[S]: units are kept in multiples of this, or all of them.
+
+    Args:
+        layout: Of the dense model.
+        align: Multiple for channels.
+        tp: Multiple for KV groups and for channels, so that tensor parallelism over so many devices splits every layer evenly.
 
     Raises:
-        InputError: ``align`` is not a positive whole number.
+        InputError: One of them is no positive whole number, or the dense model itself cannot be split ``tp`` ways.
     """
-    if not isinstance(align, (int, np.integer)) or isinstance(align, bool) or align < 1:
-        raise InputError(f"the alignment must be a positive number of channels; {align!r} came; use 1, 32, 64, 128 or 256")
-    return np.array([1 if site.kind == "attn" else align for site in layout.sites], dtype=np.int64)
+    _check_step(align, "the alignment must be a positive number of channels", "use 1, 32, 64, 128 or 256")
+    _check_step(tp, "tensor parallelism must be over a positive number of devices", "use 1, 2, 4 or 8")
+    for site in layout.sites:
+        if site.units % tp:
+            what = f"the dense model's {site.units} {'KV groups' if site.kind == 'attn' else 'channels'} in {site.label}"
+            raise InputError(f"{what} must be a multiple of --tp; {tp} came; use a divisor of them")
+    return np.array([tp if site.kind == "attn" else math.lcm(align, tp) for site in layout.sites], dtype=np.int64)
+
+
+def _check_step(value: int, must: str, todo: str) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{must}; {value!r} came; {todo}")
 
 
 def parse_count(text: str) -> int:

@@ -1,0 +1,195 @@
+"""Is a GGUF file what it should be? It is read again, and where llama-cpp-python is installed, llama.cpp answers from it."""
+
+import copy
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppf.errors import DamagedError
+from ppf.llm.gguf_shape import Shape
+from ppf.llm.gguf_tensors import BLOCK
+from ppf.llm.load import convert
+
+WEIGHT_BOUNDS = {"f32": 0.0, "f16": 1e-3, "bf16": 4e-3, "q8_0": 2e-2, "q4_0": 0.2, "q4_k_m": 0.2}
+"""Root mean square error of a stored matrix, as a share of its own root mean square."""
+LOGIT_BOUNDS = {"f32": 1e-3, "f16": 1e-2, "bf16": 3e-2, "q8_0": 0.1, "q4_0": 0.5, "q4_k_m": 0.5}
+"""Root mean square difference of logits, as a share of their spread: both less their mean, which no probability depends on."""
+_TOKENS, _CONTEXT = 32, 256
+TEXTS = (
+    "The quick brown fox doesn't jump over 12345 lazy dogs, does it?",
+    "def f(x):\n    return {'a': [x ** 2, -1.5e-3]}  # comment\n\n\n\tdone",
+    "Größe, naïve café; 日本語のテキスト и кириллица. 🙂",
+    "  two  spaces,   three\r\n and an End.\n",
+)
+"""Texts whose token ids are compared."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was checked.
+
+    Attributes:
+        tensors: Read again and compared with the model's.
+        keys: Read again and compared.
+        matrices: How many of the tensors are matrices.
+        fallbacks: How many matrices are of a width that the type's blocks do not divide, and so in a finer type.
+        difference: Between llama.cpp's logits and transformers', see ``LOGIT_BOUNDS``; None if llama.cpp was not there.
+        bound: What the difference must not exceed.
+        notes: What the user should know.
+    """
+
+    tensors: int
+    keys: int
+    matrices: int
+    fallbacks: int
+    difference: float | None
+    bound: float
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        again = f"{self.tensors} tensors and {self.keys} keys read back and compared"
+        if self.difference is None:
+            return f"{again}; not loaded in llama.cpp (pip install 'ppf[llamacpp]' for that)"
+        return f"{again}; loaded in llama.cpp: logits off transformers' by {self.difference:.1e} (at most {self.bound:g})"
+
+
+def check(
+    file: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    shape: Shape,
+    keys: dict[str, Any],
+    arrays: Iterator[tuple[str, np.ndarray]],
+    quant: str,
+) -> Check:
+    """Compares a file with the model that it was made from.
+
+    Args:
+        file: The GGUF file.
+        model: The model; not changed.
+        tokenizer: Its tokenizer, if the file holds it.
+        shape: What ``shape_of`` said.
+        keys: Every key that must be there.
+        arrays: Every tensor that must be there.
+        quant: Number type of the matrices.
+
+    Raises:
+        DamagedError: It does not hold, compute or load what it should.
+    """
+    counts = _reread(file, shape.arch, keys, arrays, quant)
+    if not has_llama_cpp():
+        return Check(*counts, None, LOGIT_BOUNDS[quant], ())
+    difference, notes = answers(file, model, tokenizer, shape, quant)
+    return Check(*counts, difference, LOGIT_BOUNDS[quant], notes)
+
+
+def _reread(
+    file: Path, arch: str, keys: dict[str, Any], arrays: Iterator[tuple[str, np.ndarray]], quant: str
+) -> tuple[int, int, int, int]:
+    """Tensors, keys, matrices, and matrices of a width that the type's blocks do not divide."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    for key, value in {**keys, "general.architecture": arch}.items():
+        found = reader.fields[key].contents() if key in reader.fields else None
+        if found != (float(np.float32(value)) if isinstance(value, float) else _rounded(value)):
+            raise _damaged(f"key {key} differs")
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    matrices = fallbacks = 0
+    for name, array in arrays:
+        _compare(name, array, stored.pop(name, None), quant)
+        matrices += array.ndim > 1
+        fallbacks += array.ndim > 1 and array.shape[-1] % BLOCK.get(quant, 1) != 0
+    if stored:
+        raise _damaged(f"tensor {min(stored)} is too many")
+    return len(reader.tensors), len(keys) + 1, matrices, fallbacks
+
+
+def _rounded(value: Any) -> Any:
+    """A list of floats as it comes back from float32; any other value as it is."""
+    return [float(np.float32(one)) for one in value] if isinstance(value, list) and isinstance(value[0], float) else value
+
+
+def _compare(name: str, array: np.ndarray, stored: Any, quant: str) -> None:
+    from gguf.quants import dequantize
+
+    if stored is None or tuple(int(size) for size in reversed(stored.shape)) != array.shape:
+        raise _damaged(f"tensor {name} is missing or of another shape")
+    values = dequantize(stored.data, stored.tensor_type).reshape(array.shape)
+    bound = WEIGHT_BOUNDS[quant] if array.ndim > 1 else 0.0
+    if not np.linalg.norm(values - array) <= bound * np.linalg.norm(array):
+        raise _damaged(f"tensor {name} differs from the model's by more than {quant} rounds")
+
+
+def answers(
+    file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, shape: Shape, quant: str
+) -> tuple[float, tuple[str, ...]]:
+    """How far llama.cpp's logits are from those of transformers in float32, and what differs in the token ids of texts.
+
+    Raises:
+        DamagedError: The file does not load, or the logits are further off than ``quant`` may take them.
+    """
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, min(_TOKENS, shape.context)).tolist()
+    texts = [] if tokenizer is None else list(TEXTS)
+    with tempfile.TemporaryDirectory() as work:
+        out = Path(work) / "logits.npy"
+        request = {"file": str(file), "ids": ids, "texts": texts, "out": str(out), "context": _CONTEXT}
+        answer = in_llama_cpp("logits", {**request, "threads": torch.get_num_threads()})
+        theirs = np.load(out, allow_pickle=False)
+    with torch.inference_mode():
+        ours = _exact(model)(input_ids=torch.tensor([ids])).logits[0].numpy()
+    difference = max(distance(found, ours) for found in theirs)
+    if not difference <= LOGIT_BOUNDS[quant]:
+        raise _damaged(f"llama.cpp's logits are off by {difference:.1e} of their spread, more than {LOGIT_BOUNDS[quant]:g}")
+    expected = [] if tokenizer is None else [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    wrong = [text for text, ours, theirs in zip(texts, expected, answer["texts"], strict=True) if ours != theirs]
+    note = f"llama.cpp splits {len(wrong)} of {len(texts)} test texts into other tokens than transformers does"
+    return difference, (f"{note}, the first is {wrong[0][:24]!r}",) if wrong else ()
+
+
+def distance(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Root mean square difference of logits as a share of their spread; Float[T, V] both."""
+    found, wanted = (of.astype(np.float64) - of.mean(axis=-1, keepdims=True, dtype=np.float64) for of in (found, wanted))
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def _exact(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in float32 on the CPU: itself or a copy."""
+    if model.dtype == torch.float32 and model.device.type == "cpu":
+        return model
+    return convert(copy.deepcopy(model), torch.device("cpu"), torch.float32)
+
+
+def has_llama_cpp() -> bool:
+    """Whether llama-cpp-python is installed; it is not loaded."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def in_llama_cpp(task: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Has llama.cpp do something in a process of its own.
+
+    Raises:
+        DamagedError: It refused the file, or the process ended.
+    """
+    command = [sys.executable, "-m", "ppf.llm.llama_cpp_process", task]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise _damaged(f"llama.cpp stopped with code {done.returncode}: {lines[-1][:200]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _damaged(what: str) -> DamagedError:
+    return DamagedError(
+        f"a GGUF file must hold and answer what its model does; {what}; nothing was written, use the folder instead"
+    )

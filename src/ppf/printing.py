@@ -1,0 +1,47 @@
+"""How the command line lays out its answers."""
+
+import sys
+from typing import Any
+
+
+def print_gguf(record: dict[str, Any] | None, quiet: bool) -> None:
+    """What there is to say of a GGUF file; with ``quiet``, or without a file, only what the user must know."""
+    for note in record["notes"] if record else ():
+        print(f"warning: {note}", file=sys.stderr)
+    if record is None or quiet:
+        return
+    check = record["check"]
+    finer = (
+        f"; {check['fallbacks']} of {check['matrices']} matrices are of a finer type, for blocks do not divide their width"
+        if check["fallbacks"]
+        else ""
+    )
+    lines = {
+        "GGUF": f"{record['out']}, {human_size(record['bytes'])}, architecture {record['arch']}, {record['quant']}{finer}",
+        "tokenizer": record["tokenizer"],
+        "checked": record["checked"],
+    }
+    for name, value in lines.items():
+        print(f"{name:<11} {value}")
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A table as wide as it needs to be, so that a file or a pipe gets whole rows."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    wide = Console(highlight=False, width=160)
+    (console if console.is_terminal and console.width >= 100 else wide).print(table)
+
+
+def human_size(count: int) -> str:
+    """Bytes in the largest decimal unit that fits."""
+    unit, name = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= pair[0] or pair[1] == "kB")
+    return f"{count / unit:.2f} {name}"

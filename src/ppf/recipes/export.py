@@ -1,0 +1,66 @@
+"""export: any model as a GGUF file, and what there is to say of it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ppf.config import ExportConfig, PruneConfig, QuantName
+from ppf.llm.gguf import Written, check_gguf, write_gguf
+from ppf.llm.gguf_shape import shape_of
+from ppf.llm.load import LoadedModel
+from ppf.recipes.prune import Pruned, leaf
+
+
+def export(config: ExportConfig, loaded: LoadedModel) -> dict[str, Any]:
+    """Writes a GGUF file.
+
+    Args:
+        config: Where and how.
+        loaded: A dense or an exported model.
+
+    Returns:
+        As ``record_of``.
+
+    Raises:
+        InputError: The file exists.
+        UnsupportedError: llama.cpp has no architecture for the model.
+        DamagedError: The check failed; nothing is left behind.
+        ResourceError: A package is missing, or the file cannot be written.
+    """
+    written = write_gguf(loaded.model, loaded.tokenizer, Path(config.gguf), config.quant, leaf(loaded.name), config.force)
+    return record_of(written, config.gguf)
+
+
+def export_pruned(config: PruneConfig, pruned: Pruned) -> dict[str, Any] | None:
+    """The GGUF file that goes with a pruned checkpoint, as ``record_of``; None if none is wanted."""
+    if config.gguf is None:
+        return None
+    return record_of(pruned.save_gguf(config.gguf, _quant(config), config.force), config.gguf)
+
+
+def check_wish(config: ExportConfig | PruneConfig, loaded: LoadedModel | None = None) -> None:
+    """Refuses what could not be written, before the work.
+
+    Args:
+        config: Where and how; without a GGUF file nothing is refused.
+        loaded: The dense model, once it is there.
+
+    Raises:
+        InputError: The file exists, or its place is none for a file.
+        UnsupportedError: llama.cpp has no architecture for the model.
+        ResourceError: A package is missing.
+    """
+    if config.gguf is None:
+        return
+    check_gguf(Path(config.gguf), _quant(config), config.force)
+    if loaded is not None:
+        shape_of(loaded.model)
+
+
+def _quant(config: ExportConfig | PruneConfig) -> QuantName:
+    return config.quant or "f16"
+
+
+def record_of(written: Written, file: str) -> dict[str, Any]:
+    """What was written where, JSON-ready; ``"checked"`` says in words what was checked."""
+    return {**asdict(written), "checked": str(written.check), "out": file}

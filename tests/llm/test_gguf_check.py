@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+from gguf import GGUFReader
+
+import gguf_builders as builders
+from builders import refuses
+from ppf.errors import DamagedError
+from ppf.llm import gguf_check
+from ppf.llm.gguf import _keys, _write
+from ppf.llm.gguf_check import check, distance, in_llama_cpp
+from ppf.llm.gguf_shape import shape_of
+from ppf.llm.gguf_tensors import tensors
+from ppf.llm.gguf_tokenizer import vocabulary
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A file with all that it was made from."""
+    model = builders.pruned(builders.model("llama-gqa-tied"))
+    tokenizer, shape = builders.sentence_piece(), shape_of(model)
+    keys = _keys(model, shape, vocabulary(tokenizer, builders.VOCAB), "f32", "tiny")
+    path = tmp_path_factory.mktemp("made") / "a.gguf"
+    _write(path, model, shape, keys, "f32")
+    return path, model, tokenizer, shape, keys
+
+
+def checked(made, keys=None, arrays=None, quant="f32"):
+    path, model, tokenizer, shape, own = made
+    return check(path, model, tokenizer, shape, keys or own, arrays or tensors(model, shape), quant)
+
+
+def test_a_whole_file_passes_and_everything_is_counted(made):
+    found = checked(made)
+    tensors_there = len(GGUFReader(made[0]).tensors)
+    assert (found.tensors, found.keys, found.matrices) == (tensors_there, len(made[4]) + 1, 3 * 7 + 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("deci.attention.head_count", [4, 4, 4]), ("deci.rope.freq_base", 10000.5), ("deci.block_count", 4),
+        ("tokenizer.ggml.add_bos_token", False), ("general.name", "other"), ("deci.attention.value_length", 16),
+        ("tokenizer.ggml.scores", [0.5] * builders.VOCAB), ("deci.not_there", 1),
+    ],
+)  # fmt: skip
+def test_a_key_that_differs_is_found(made, key, value):
+    with refuses(DamagedError) as caught:
+        checked(made, {**made[4], key: value})
+    assert key in str(caught.value)
+
+
+def changed(made, name, change):
+    for found, array in tensors(made[1], made[3]):
+        if found == name:
+            array = change(array.copy())
+        if array is not None:
+            yield found, array
+
+
+def one_off(array):
+    array.flat[-1] += 1e-4
+    return array
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_q.weight", "blk.2.ffn_norm.weight", "token_embd.weight"])
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [(one_off, "differs"), (lambda array: array[..., :-1], "shape"), (lambda array: None, "too many"), (np.zeros_like, "differs")],
+)
+def test_a_tensor_that_differs_is_found(made, name, change, word):
+    with refuses(DamagedError) as caught:
+        checked(made, arrays=changed(made, name, change))
+    assert name in str(caught.value) and word in str(caught.value)
+
+
+def test_a_type_may_round_as_much_as_it_does_and_no_more(made):
+    rounded = [(name, array * np.float32(1.005) if array.ndim > 1 else array) for name, array in tensors(made[1], made[3])]
+    for quant, passes in (("f32", False), ("f16", False), ("q8_0", True), ("q4_0", True)):
+        if passes:
+            checked(made, arrays=iter(rounded), quant=quant)
+        else:
+            with refuses(DamagedError):
+                checked(made, arrays=iter(rounded), quant=quant)
+
+
+def test_logits_are_compared_without_what_no_probability_depends_on():
+    rng = np.random.default_rng(0)
+    ours = rng.normal(size=(5, 30)).astype(np.float32)
+    assert distance(ours + np.arange(5)[:, None], ours) == pytest.approx(0, abs=1e-6)
+    assert distance(ours * 1.1, ours) == pytest.approx(0.1, rel=1e-4)
+    assert 1.2 < distance(rng.normal(size=(5, 30)), ours) < 1.7
+
+
+def test_what_another_process_says_last_is_told_in_one_line(made, monkeypatch, tmp_path):
+    """Without llama-cpp-python the process cannot even start its work; with it, it refuses this file."""
+    with refuses(DamagedError) as caught:
+        in_llama_cpp("no such task", {})
+    assert "stopped with code" in str(caught.value)
+    monkeypatch.setattr(gguf_check.sys, "executable", "false")
+    with refuses(DamagedError) as caught:
+        in_llama_cpp("logits", {})
+    assert "it said nothing" in str(caught.value)

@@ -1,0 +1,110 @@
+"""What llama.cpp makes of the files; the marker is `llamacpp`, and pip install 'ppf[llamacpp]' brings it."""
+
+import numpy as np
+import pytest
+
+import gguf_builders as builders
+import tiny_models
+from builders import names_in, refuses
+from ppf.errors import DamagedError
+from ppf.llm import gguf_check, gguf_tensors
+from ppf.llm.architectures import layout_of_model
+from ppf.llm.compensation import Fill
+from ppf.llm.gguf import FILE_TYPES, write_gguf
+from ppf.llm.gguf_check import in_llama_cpp
+from ppf.llm.gguf_tokenizer import PRE_TOKENIZERS
+from ppf.llm.surgery import cut
+
+pytestmark = pytest.mark.llamacpp
+FAMILIES = sorted(set(tiny_models.TINY) - {"qwen3-biases"})
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+STEEP = {"rope_type": "default", "rope_theta": 500.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+
+def difference(model, path, quant="f32", tokenizer=None):
+    found = write_gguf(model, tokenizer or tiny_models.tokenizer(), path, quant, "tiny", force=True)
+    assert found.check.difference is not None and "loaded in llama.cpp" in str(found.check)
+    return found.check.difference, found
+
+
+@pytest.mark.parametrize("kind", tiny_models.MASKS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_llama_cpp_answers_as_the_model_does(name, kind, tmp_path):
+    dense = tiny_models.model(name)
+    layout = layout_of_model(dense)
+    smaller = cut(dense, layout, tiny_models.MASKS[kind](layout))
+    assert difference(smaller, tmp_path / "a.gguf")[0] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "llama-biases", "mistral-gqa", "qwen2-gqa"])
+def test_biases_for_what_was_removed_are_heard(name, tmp_path):
+    dense = tiny_models.model(name)
+    layout = layout_of_model(dense)
+    fill = Fill(tuple(np.random.default_rng(1).normal(size=site.units * site.columns) for site in layout.sites))
+    assert difference(builders.pruned(dense, fill=fill), tmp_path / "a.gguf")[0] < 1e-5
+    uniform = cut(dense, layout, tiny_models.MASKS["floors"](layout), fill)
+    assert difference(uniform, tmp_path / "b.gguf")[0] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"),
+    [
+        ("llama-mha", YARN), ("qwen2-gqa", YARN), ("llama-mha", LINEAR), ("qwen2-gqa", LINEAR), ("qwen3-gqa", LINEAR),
+        ("qwen3-mha-tied", LINEAR), ("qwen2-gqa", tiny_models.LLAMA3_ROPE), ("mistral-gqa", tiny_models.LLAMA3_ROPE),
+        ("qwen3-mha-tied", STEEP), ("llama-mha", STEEP),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("differing", [False, True])
+def test_rotary_embeddings_of_other_kinds(name, rope, differing, tmp_path):
+    made = builders.model(name, rope_parameters=rope)
+    assert difference(builders.pruned(made) if differing else made, tmp_path / "a.gguf")[0] < 1e-5
+
+
+@pytest.mark.parametrize("quant", sorted(FILE_TYPES))
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "qwen2-gqa", "qwen3-mha-tied"])
+def test_every_type_loads_at_odd_and_even_widths(name, quant, tmp_path):
+    for width in (40, 64):
+        smaller = builders.pruned(builders.model(name, intermediate_size=width))
+        found, result = difference(smaller, tmp_path / "a.gguf", quant)
+        assert found <= result.check.bound
+
+
+def test_rows_in_the_wrong_order_are_found_out_in_every_type(tmp_path, monkeypatch):
+    """The file is then what the program meant to write: only llama.cpp's answers show that it should not have."""
+    monkeypatch.setattr(gguf_tensors, "interleaved", lambda rows, heads: rows)
+    smaller = builders.pruned(builders.model("llama-mha"))
+    for quant in FILE_TYPES:
+        with refuses(DamagedError) as caught:
+            difference(smaller, tmp_path / "a.gguf", quant)
+        assert "logits" in str(caught.value) and names_in(tmp_path) == []
+    for quant in ("q4_0", "q4_k_m"):  # rounding could hide it: the same is asked before
+        monkeypatch.setitem(gguf_check.LOGIT_BOUNDS, quant, 99)
+        with refuses(DamagedError):
+            difference(smaller, tmp_path / "a.gguf", quant)
+
+
+@pytest.mark.parametrize("name", sorted(set(PRE_TOKENIZERS.values())))
+def test_text_is_split_into_the_same_tokens(name, tmp_path):
+    result = difference(builders.model(intermediate_size=64), tmp_path / "a.gguf", tokenizer=builders.byte_level(name))[1]
+    assert result.tokenizer.startswith(f"gpt2 with pre-tokenizer {name}") and result.notes == ()
+
+
+def test_sentence_piece_splits_as_it_did_and_a_text_that_it_splits_otherwise_is_named(tmp_path):
+    even = builders.model(intermediate_size=64)
+    assert difference(even, tmp_path / "a.gguf", tokenizer=builders.sentence_piece())[1].notes == ()
+    for tokenizer in (builders.sentence_piece(metaspace=True), builders.unigram()):
+        # transformers puts no second space before a text that begins with one, llama.cpp does
+        notes = difference(even, tmp_path / "b.gguf", tokenizer=tokenizer)[1].notes
+        assert len(notes) == 1 and "1 of 4" in notes[0] and "'  two" in notes[0]
+
+
+def test_a_file_that_ends_the_process_is_an_error_of_ours(tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    request = {"file": str(path), "ids": [1], "texts": [], "out": str(tmp_path / "o.npy"), "context": 256, "threads": 1}
+    with refuses(DamagedError) as caught:
+        in_llama_cpp("logits", request)
+    assert "stopped with code" in str(caught.value)
+    with refuses(DamagedError):
+        in_llama_cpp("quantise", {"file": str(path), "out": str(tmp_path / "b.gguf"), "type": 15})
