@@ -8,7 +8,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from ppf.llm.text import Text, take_blocks, whole_text
 from ppf.recipes.summary import summarise
 from ppf.space.allocation import Allocation
 from ppf.space.mask import Mask, select
+from page import label
 from record import write
 
 METHODS = ("uniform", "owl", "alpha_pruning", "flap", "additive", "dynamic", "static")
@@ -60,9 +60,9 @@ def main() -> None:
             known = read_json(decider.study.folder / "bench.json").values()
             wanted = [cell for cell in known if cell["method"] in METHODS and cell["ratio"] in arguments.ratios]
             cells += cells_on(decider, loaded, wanted, blocks)
-        rows[Path(text).stem] = summarise(cells, "static")
+        rows[label(text)] = summarise(cells, "static")
     seeds = [decider.study.record["settings"]["seed"] for decider in deciders]
-    searched = Path(deciders[0].study.record["settings"]["text"]).stem
+    searched = label(deciders[0].study.record["settings"]["text"])
     write(f"texts-{arguments.name}", seeds[0], {"seeds": seeds, "searched": searched, "tokens": arguments.tokens, "texts": rows})
 
 

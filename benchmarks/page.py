@@ -31,6 +31,12 @@ def section(title: str, name: str, record: dict[str, Any], words: str, *parts: s
     return "\n".join([heading(title, name, record), fill(" ".join(words.split()), 120), *(f"\n{part}" for part in parts)])
 
 
+def label(text: str) -> str:
+    """A corpus by its name, a file by its folder and its own name."""
+    path = Path(text)
+    return f"{path.parent.name}/{path.stem}" if path.suffix else text
+
+
 def spread(values: list[float], digits: int) -> str:
     """Mean of the seeds, and where they lie."""
     mean, least, most = (f"{value:,.{digits}f}" for value in (sum(values) / len(values), min(values), max(values)))

@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,12 +26,11 @@ from ppf.llm.text import Text, take_blocks, whole_text
 from ppf.samples import Sample, kept_matrix
 from ppf.space.allocation import Allocation
 from ppf.space.mask import select
+from page import label
 from record import write
 
 BLOCKS = (1, 2, 4, 8)
 """Of the validation text: what a short true measurement may read."""
-TOKENS = 8192
-"""Of each other text."""
 TOKENS_PER_BATCH = 1024
 
 
@@ -43,16 +41,18 @@ class Truth:
         decider: Of the study.
         samples: Its held-out masks.
         texts: Other text files.
+        tokens: Of each text that nothing was fitted to.
     """
 
-    def __init__(self, decider: Decider, samples: Sequence[Sample], texts: Sequence[str]) -> None:
+    def __init__(self, decider: Decider, samples: Sequence[Sample], texts: Sequence[str], tokens: int) -> None:
         loaded = load_model(decider.study.record["model"]["name"])
         model = loaded.on(torch.device("cpu"), torch.float32)
         own = Text.load(decider.study.path("text"), decider.layout.fingerprint)
         length = own.search.shape[1]
-        streams = {Path(name).stem: whole_text(name, loaded.tokenizer) for name in texts}
-        parts = {"validation": own.validation, "test": own.test[: TOKENS // length]}
-        parts |= {name: take_blocks(stream, length, TOKENS, 0, name) for name, stream in streams.items()}
+        streams = {label(name): whole_text(name, loaded.tokenizer) for name in texts}
+        count = tokens // length
+        parts = {"validation": own.validation[: max(BLOCKS) + count], "test": own.test[:count]}
+        parts |= {name: take_blocks(stream, length, tokens, 0, name) for name, stream in streams.items()}
         masks = [select(Allocation(np.array(sample.kept)), decider.importance, decider.layout) for sample in samples]
         self.blocks: dict[str, np.ndarray] = {}
         self.seconds: dict[str, float] = {}
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--study", required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--texts", nargs="*", default=[])
+    parser.add_argument("--tokens", type=int, default=8192, help="of each text that nothing was fitted to")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     decider = Decider(arguments.study)
@@ -84,7 +85,7 @@ def main() -> None:
     fitted = sorted((s for s in samples if s.purpose in ("probe", "spread", "search")), key=lambda s: (s.round, s.digest))
     dense, seed = study.record["dense"]["search"]["log_ppl"], study.record["settings"]["seed"]
     kept, ratios = kept_matrix(heldout, study.layout), np.array([sample.ratio for sample in heldout])
-    truth = Truth(decider, heldout, arguments.texts)
+    truth = Truth(decider, heldout, arguments.texts, arguments.tokens)
     validation = truth.blocks["validation"]
     judges = {kind: fit_predictor(kind, fitted, [], study.layout, dense, seed).predict(kept).damage for kind in FITS}
     costs = dict.fromkeys(judges, 0)
