@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from page import label
 from ppf.artifact import read_json
 from ppf.decide import Decider
 from ppf.llm.engines import InProcessEngine
@@ -21,10 +22,9 @@ from ppf.llm.text import Text, take_blocks, whole_text
 from ppf.recipes.summary import summarise
 from ppf.space.allocation import Allocation
 from ppf.space.mask import Mask, select
-from page import label
 from record import write
 
-METHODS = ("uniform", "owl", "alpha_pruning", "flap", "additive", "dynamic", "static")
+METHODS = ("uniform", "owl", "alpha_pruning", "additive", "nested", "dynamic", "static")
 """All with the importance of the study."""
 TOKENS_PER_BATCH = 1024
 

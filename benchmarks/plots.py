@@ -56,6 +56,8 @@ def plot_bench(name: str, record: dict[str, Any], searches: dict[str, Any] | Non
         x, y = [100 * row["ratio"] for row in rows], [row["above"] for row in rows]
         axes.plot(x, y, "x", color="black", label="evolution on true measurements, each ratio")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("pruned, % of the prunable parameters")
     axes.set_ylabel("log-perplexity above dense, nats/token")
     axes.set_title(f"{record['result']['model']} on {record['result']['text']}", fontsize=10)

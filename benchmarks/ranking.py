@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from page import label
 from ppf.decide import Decider
 from ppf.learn.fit_predictor import FITS, fit_predictor
 from ppf.learn.metrics import tau
@@ -26,7 +27,6 @@ from ppf.llm.text import Text, take_blocks, whole_text
 from ppf.samples import Sample, kept_matrix
 from ppf.space.allocation import Allocation
 from ppf.space.mask import select
-from page import label
 from record import write
 
 BLOCKS = (1, 2, 4, 8)
