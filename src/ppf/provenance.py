@@ -32,12 +32,17 @@ def machine() -> dict[str, Any]:
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         **{package: version(package) for package in _PACKAGES},
     }
+
+
+def cores() -> int:
+    """Cores that this process may use; all where the system does not say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _inside(argument: str) -> str:

@@ -147,7 +147,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InUseError(
-                f"{folder} must have one writer; another process is fitting it; wait or choose another folder"
+                f"{folder} must have one writer; another process works on it; wait or choose another folder"
             ) from error
         yield
 

@@ -27,9 +27,14 @@ def test_a_ratio_reads_the_next_larger_row():
     assert agent().rows(ratios).tolist() == [0, 1, 1, 2, 100, 300, 700, 1000, 1000]
 
 
+def test_the_largest_trained_ratio_reads_a_trained_row():
+    one = agent(max_ratio=0.6504)
+    assert one.rows(np.array([0.6499, 0.6501, 0.6504, 0.6505, 0.6511])).tolist() == [650, 650, 650, 651, 652]
+
+
 @pytest.mark.parametrize("bins", [1, 7, 100, 1000])
 def test_the_ratio_of_a_row_reads_that_row(bins):
-    assert agent(bins).rows(np.arange(bins + 1) / bins).tolist() == list(range(bins + 1))
+    assert agent(bins, max_ratio=1.0).rows(np.arange(bins + 1) / bins).tolist() == list(range(bins + 1))
 
 
 def test_a_proposal_is_the_row_of_its_ratio():

@@ -10,7 +10,7 @@ import pytest
 from builders import copied, interrupted, refuses
 from ppf.config import BenchConfig, Target
 from ppf.decide import Decider
-from ppf.errors import DamagedError, InputError
+from ppf.errors import DamagedError, InputError, InUseError
 from ppf.learn.baselines import HEURISTICS
 from ppf.learn.black_box import SEARCHES
 from ppf.llm.masking import masked
@@ -26,7 +26,7 @@ from ppf.samples import Measurement
 from ppf.space.allocation import Allocation, allocate
 from ppf.space.mask import select
 from ppf.space.policy import Policy
-from ppf.study import StudyFolder
+from ppf.study import StudyFolder, locked
 
 RATIOS = (0.2, 0.5)
 BUDGET = 4096
@@ -262,6 +262,13 @@ def test_studies_of_different_models_are_refused(fitted, tmp_path, never_loads):
     with refuses(InputError) as caught:
         ran(*studies)
     assert str(studies[1]) in str(caught.value)
+
+
+def test_a_study_in_use_is_refused(fitted, here, tmp_path):
+    study = copied(fitted, tmp_path / "s")
+    with locked(study), refuses(InUseError):
+        ran(study, methods=("uniform",))
+    assert not (study / "bench.json").exists()
 
 
 def test_a_study_that_is_not_fitted_is_refused(fitted, tmp_path, never_loads):

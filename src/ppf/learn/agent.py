@@ -34,9 +34,10 @@ class Agent:
         return Policy(self.keep[self.rows(np.array([ratio]))[0]])
 
     def rows(self, ratios: np.ndarray) -> np.ndarray:
-        """Int[N]: the row of each ratio in [0, 1), the next larger one."""
-        bins = len(self.keep) - 1
-        return np.minimum(np.ceil(np.asarray(ratios) * bins - 1e-9).astype(np.int64), bins)
+        """Int[N]: the row of each ratio in [0, 1), the next larger one; up to ``max_ratio`` a row that was trained."""
+        bins, ratios = len(self.keep) - 1, np.asarray(ratios)
+        trained = np.where(ratios <= self.max_ratio + 1e-9, np.floor(self.max_ratio * bins + 1e-9), bins)
+        return np.minimum(np.ceil(ratios * bins - 1e-9), trained).astype(np.int64)
 
     def kept(self, ratios: np.ndarray, layout: Layout) -> np.ndarray:
         """Int[N, S]: what stays at each of Float[N] ratios."""

@@ -45,7 +45,7 @@ from ppf.space.importance import Importance
 from ppf.space.mask import Mask, select
 from ppf.space.policy import Policy
 from ppf.space.statistics import Statistics
-from ppf.study import StudyFolder
+from ppf.study import StudyFolder, locked
 
 OWN_ORDER = {"wanda_sp": ("wanda_sp", "uniform"), "flap_own_order": ("flap", "flap")}
 """Methods that bring their importance: (score, heuristic)."""
@@ -234,7 +234,8 @@ def bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
         The JSON-ready results; see ``summary.summarise``.
 
     Raises:
-        InputError: A study that is not fitted, of another model than the first, or an unknown method.
+        InputError: A study that is not fitted, of another model than the first or of its seed, or an unknown method.
+        InUseError: Another process fits or benches one of them.
     """
     deciders = [Decider(folder) for folder in config.studies]
     first = deciders[0].study.record
@@ -263,10 +264,10 @@ def bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
 
 
 def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progress: Progress) -> list[dict[str, Any]]:
-    """All cells of one study, those at hand taken from it."""
+    """All cells of one study, those at hand taken from it; another bench of it has to wait."""
     path = study.folder / "bench.json"
-    cells: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
-    with tempfile.TemporaryDirectory() as temporary:
+    with locked(study.folder), tempfile.TemporaryDirectory() as temporary:
+        cells: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
         copy = Path(shutil.copytree(study.folder, Path(temporary) / "study"))
         settings = {**study.record["settings"], "study": str(copy), "device": config.device, "workers": config.workers}
         with Lab(loaded, FitConfig(**settings), progress) as lab:

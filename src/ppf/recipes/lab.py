@@ -19,6 +19,7 @@ from ppf.llm.perplexity import Evaluation, evaluate
 from ppf.llm.scores import score_units
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
+from ppf.provenance import cores
 from ppf.samples import Measurement, Sample
 from ppf.space.allocation import Allocation
 from ppf.space.importance import Importance
@@ -81,7 +82,7 @@ def choose_workers(asked: int | None, model_bytes: int) -> int:
     if (meminfo := Path("/proc/meminfo")).is_file():
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines() if ":" in line)
         free = int(lines.get("MemAvailable", f"{free // 1024} kB").split()[0]) * 1024
-    return max(1, min(len(os.sched_getaffinity(0)), int(free / (2 * model_bytes + 5e8))))
+    return max(1, min(cores(), int(free / (2 * model_bytes + 5e8))))
 
 
 class Lab:
