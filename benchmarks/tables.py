@@ -1,5 +1,8 @@
 """Writes docs/results.md from benchmarks/results/*.json."""
 
+from textwrap import fill
+from typing import Any
+
 from evidence import agents, benches, learning, ranking, texts
 from page import HERE, heading, load, table, within
 
@@ -38,6 +41,7 @@ def demo() -> str:
             f"The whole demo took {result['wall_seconds']:.0f} s.\n",
             table(["ratio", "predicted", "measured", "uniform policy", "parameters", "file"], rows),
             "\nSeconds by stage: " + seconds + ".\n",
+            *_repaid(result),
             f"### The predictors on {first['count']} held-out masks\n",
             "MSE is on the scale PPL_dense / PPL, MAE in nats/token of log-perplexity; tau is Kendall's, of the damage over all",
             f"masks, then among masks of one size ({ratios} %) against measured damage and against measured log-perplexity;",
@@ -45,6 +49,22 @@ def demo() -> str:
             table(["predictor", "MSE", "MAE", "tau", "tau within, damage", "tau within, log-perplexity", "error/std"], judged),
         ]
     )
+
+
+def _repaid(result: dict[str, Any]) -> list[str]:
+    """What choosing cost, in prompt tokens that the smaller models save."""
+    rows = [row for row in result["rows"] if "tokens_per_second" in row]
+    if not rows:
+        return []
+    fit = sum(result["seconds"].values())
+    found = []
+    for row in rows:
+        before, after = row["tokens_per_second"]["before"], row["tokens_per_second"]["after"]
+        saved = 1 / before - 1 / after
+        repaid = f"after {fit / saved / 1e6:.1f} M prompt tokens" if saved > 0 else "never"
+        found.append(f"at {100 * row['ratio']:.0f} % {before:,.0f} -> {after:,.0f} tokens/s, repaid {repaid}")
+    words = f"The fit took {fit:.0f} s in all and serves every ratio. Prompt speed on this machine, in turns: {'; '.join(found)}."
+    return [fill(words, 120) + "\n"]
 
 
 def reference() -> str:
