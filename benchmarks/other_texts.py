@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from page import label
-from ppf.artifact import read_json
+from ppf.config import BenchConfig
 from ppf.decide import Decider
 from ppf.llm.engines import InProcessEngine
 from ppf.llm.load import LoadedModel, load_model
 from ppf.llm.text import Text, take_blocks, whole_text
+from ppf.recipes.bench import current_cells
 from ppf.recipes.summary import summarise
 from ppf.space.allocation import Allocation
 from ppf.space.mask import Mask, select
@@ -51,19 +52,24 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     deciders = [Decider(folder) for folder in arguments.studies]
+    settings = [decider.study.record["settings"] for decider in deciders]
+    if len({decider.study.record["model"]["digest"] for decider in deciders}) > 1:
+        parser.error("--studies must be of one model; some are not")
+    if searched := {label(one["text"]) for one in settings} & {label(text) for text in arguments.texts}:
+        parser.error(f"--texts must be others than what was searched on; {min(searched)} came")
     loaded = load_model(deciders[0].study.record["model"]["name"])
     length, rows = deciders[0].study.record["seq_len"], {}
     for text in arguments.texts:
         blocks = take_blocks(whole_text(text, loaded.tokenizer), length, arguments.tokens, 0, text)
         cells = []
         for decider in deciders:
-            known = read_json(decider.study.folder / "bench.json").values()
+            known = current_cells(decider.study, BenchConfig(tuple(arguments.studies))).values()
             wanted = [cell for cell in known if cell["method"] in METHODS and cell["ratio"] in arguments.ratios]
             cells += cells_on(decider, loaded, wanted, blocks)
         rows[label(text)] = summarise(cells, "static")
     seeds = [decider.study.record["settings"]["seed"] for decider in deciders]
     searched = label(deciders[0].study.record["settings"]["text"])
-    write(f"texts-{arguments.name}", seeds[0], {"seeds": seeds, "searched": searched, "tokens": arguments.tokens, "texts": rows})
+    write(f"texts-{arguments.name}", seeds[0], {"seeds": seeds, "searched": searched, "tokens": blocks.size, "texts": rows})
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
 def heading(title: str, name: str, record: dict[str, Any]) -> str:
     machine = record["machine"]
     where = f"{machine['cores']} cores of {machine['cpu']}, load {machine['load']}, torch {machine['torch']}"
-    seed = record.get("seed", record["result"].get("seeds"))
-    return f"## {title}\n\n`benchmarks/results/{name}.json`: `{record['command']}`, seed {seed}; {where}.\n"
+    seed, commit = record.get("seed", record["result"].get("seeds")), record["commit"][:8]
+    place = f"`benchmarks/results/{name}.json`: `{record['command']}`, seed {seed}, commit {commit}; {where}."
+    return f"## {title}\n\n{place}\n"
 
 
 def section(title: str, name: str, record: dict[str, Any], words: str, *parts: str) -> str:

@@ -40,7 +40,7 @@ def _finish(axes: Any, name: str) -> None:
 
 
 def plot_bench(name: str, record: dict[str, Any], searches: dict[str, Any] | None) -> None:
-    """Damage by ratio, on a logarithmic scale, with the intervals over the seeds; a true search as crosses."""
+    """Damage by ratio, on a logarithmic scale, with the intervals over the seeds; a true search, of one seed, as crosses."""
     axes = Figure(figsize=(6.4, 3.8)).add_subplot()
     for method, (colour, label) in SHOWN.items():
         rows = sorted((row for row in record["result"]["rows"] if row["method"] == method), key=lambda row: row["ratio"])
@@ -54,7 +54,7 @@ def plot_bench(name: str, record: dict[str, Any], searches: dict[str, Any] | Non
     rows = [row for row in searches["result"]["rows"] if row["method"] == "evolution"] if searches else []
     if rows:
         x, y = [100 * row["ratio"] for row in rows], [row["above"] for row in rows]
-        axes.plot(x, y, "x", color="black", label="evolution on true measurements, each ratio")
+        axes.plot(x, y, "x", color="black", label=f"evolution on true measurements, seed {searches['result']['seeds'][0]}")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")

@@ -1,7 +1,8 @@
 """Who says best which of two masks of one size does less damage: the predictor, addition, or a short true measurement?
 
 The held-out masks of a study lie around good policies and no predictor was fitted to them. Each judge ranks those of one
-ratio. Truth is their damage on the text that the study searched on, on other blocks of it, and on other texts.
+ratio. Truth is their damage on other blocks of the study's text, on other texts, and, as the last column, on the very blocks
+that the predictors were fitted on.
 
     python benchmarks/ranking.py --study runs/a0 --name ref-a --texts book.txt other.txt
 """
@@ -35,7 +36,7 @@ TOKENS_PER_BATCH = 1024
 
 
 class Truth:
-    """Damages of the held-out masks.
+    """Damages of the held-out masks, block by block; those of the validation text in an order drawn by lot.
 
     Args:
         decider: Of the study.
@@ -50,8 +51,9 @@ class Truth:
         own = Text.load(decider.study.path("text"), decider.layout.fingerprint)
         length = own.search.shape[1]
         streams = {label(name): whole_text(name, loaded.tokenizer) for name in texts}
-        count = tokens // length
-        parts = {"validation": own.validation[: max(BLOCKS) + count], "test": own.test[:count]}
+        drawn = np.random.default_rng(0).permutation(own.validation)[: max(BLOCKS) + tokens // length]
+        test = own.test[:: max(1, own.test.size // tokens)]
+        parts = {"validation": drawn, "test": test}
         parts |= {name: take_blocks(stream, length, tokens, 0, name) for name, stream in streams.items()}
         masks = [select(Allocation(np.array(sample.kept)), decider.importance, decider.layout) for sample in samples]
         self.blocks: dict[str, np.ndarray] = {}
@@ -89,19 +91,24 @@ def main() -> None:
     validation = truth.blocks["validation"]
     judges = {kind: fit_predictor(kind, fitted, [], study.layout, dense, seed).predict(kept).damage for kind in FITS}
     costs = dict.fromkeys(judges, 0)
-    length = validation.size and study.record["seq_len"]
-    judges["measured on the search text"] = np.array([sample.kl for sample in heldout])
-    costs["measured on the search text"] = heldout[0].tokens
+    length = study.record["seq_len"]
+    if validation.shape[1] <= max(BLOCKS):
+        parser.error(f"--study must have more than {max(BLOCKS)} validation blocks; it has {validation.shape[1]}")
     for count in BLOCKS:
         name = f"measured on {count * length} other tokens"
         judges[name], costs[name] = validation[:, :count].mean(axis=1), count * length
-    # What a short measurement reads is no part of the truth that it is judged by.
-    truths = {"search": np.array([sample.kl for sample in heldout]), "validation": validation[:, max(BLOCKS) :].mean(axis=1)}
+    searched = np.array([sample.kl for sample in heldout])
+    judges["measured on the search text"], costs["measured on the search text"] = searched, heldout[0].tokens
+    # What a judge reads is no part of the truth that it is judged by.
+    truths = {"validation": validation[:, max(BLOCKS) :].mean(axis=1)}
     truths |= {name: found.mean(axis=1) for name, found in truth.blocks.items() if name != "validation"}
     found = {
         judge: {"tokens": costs[judge], "tau_within": {name: within(judged, real, ratios) for name, real in truths.items()}}
         for judge, judged in judges.items()
     }
+    for judge in found:  # on the very text that the predictors were fitted on
+        if judge != "measured on the search text":
+            found[judge]["tau_within"]["search"] = within(judges[judge], searched, ratios)
     start = time.perf_counter()
     for row in kept:
         decider.predictor.predict(row[None])
@@ -112,7 +119,8 @@ def main() -> None:
         {
             "masks": len(heldout),
             "fitted": len(fitted),
-            "truth_tokens": {n: int(b.shape[1] * length) for n, b in truth.blocks.items()},
+            "truth_tokens": {n: int(b.shape[1] * length) for n, b in truth.blocks.items()}
+            | {"validation": int(validation.shape[1] - max(BLOCKS)) * length},
             "judges": found,
             "seconds": seconds,
         },

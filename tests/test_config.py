@@ -158,3 +158,10 @@ def test_the_scores_to_choose_from_are_those_that_there_are():
 
 def test_defaults_pass_their_own_checks():
     assert FitConfig("ref-a", "s").max_ratio < 1 and DemoConfig().samples == FitConfig("ref-a", "s").samples
+
+
+def test_nested_policies_are_not_refined():
+    assert parsed(PruneConfig, "--nested").target.nested
+    with refuses(InputError) as caught:
+        PruneConfig("study", "out", Target(ratio=0.3, nested=True), refine=True)
+    assert "--nested" in str(caught.value)

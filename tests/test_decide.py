@@ -141,6 +141,8 @@ def test_nested_decisions_lose_what_was_lost_before_and_meet_their_budgets(decid
     for ratio, decision in zip(ratios, found, strict=True):
         assert 0 <= decision.met - ratio < LAYOUT.costs.max() / LAYOUT.prunable
         np.testing.assert_allclose(decision.policy.keep, decision.allocation.kept / LAYOUT.units)
+    with refuses(InputError):
+        decider.decide(Target(ratio=0.3, nested=True), Policy.uniform(LAYOUT))
     free = [decider.decide(Target(ratio=float(ratio))) for ratio in ratios]
     assert any((one.allocation.kept != other.allocation.kept).any() for one, other in zip(found, free, strict=True))
 

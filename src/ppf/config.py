@@ -109,7 +109,8 @@ class Target:
     tp: Annotated[int, arg(metavar="N")] = 1
     """Keep KV groups and channels in multiples of this, so that tensor parallelism over N devices splits every layer evenly."""
     nested: bool = False
-    """Take nested policies: what is gone at one ratio is gone at every larger one, at the price of a little more damage."""
+    """Take nested policies: what is gone at one ratio is gone at every larger one (of the same --align and --tp), at the
+    price of a little more damage."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("ratio", "params", "memory") if getattr(self, name) is not None]
@@ -170,7 +171,7 @@ class PruneConfig:
     def __post_init__(self) -> None:
         _check_count("--candidates", self.candidates, 1)
         if self.refine and self.target.nested:
-            raise InputError("--refine and --nested exclude each other: a refined policy is nested in no other; leave one out")
+            raise InputError("a nested policy must be taken as it comes; --refine and --nested came; leave one out")
         _check_words(gguf=self.gguf)
         if self.quant is not None:
             _check_choice("--quant", self.quant, QuantName)

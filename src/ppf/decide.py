@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ppf.config import Target
+from ppf.errors import InputError
 from ppf.learn.agent import Agent
 from ppf.learn.nested import Chain
 from ppf.learn.predictor import Prediction, Predictor
@@ -29,7 +30,7 @@ class Decision:
 
     Attributes:
         asked: The ratio that was asked for, or that the asked size comes to.
-        met: The share of the prunable parameters that goes; at least ``asked``; ``allocate`` says by how much more.
+        met: The share of the prunable parameters that goes; ``asked`` or a little more, see ``allocate`` and ``Chain.kept``.
         policy: What was wished.
         allocation: Units kept per site.
         mask: Which ones.
@@ -115,8 +116,10 @@ class Decider:
             policy: Instead of the agent's, such as the uniform one; not with a nested target.
 
         Raises:
-            InputError: More than the floors allow.
+            InputError: More than the floors allow, or a policy and a nested target.
         """
+        if target.nested and policy is not None:
+            raise InputError("a nested decision must take its own policy; another came; leave one out")
         start = time.perf_counter()
         budget = self.budget(target)
         if target.nested:
@@ -126,7 +129,7 @@ class Decider:
         return self._decision(target, budget, policy, allocate(policy, budget, self.layout, *target.grid), start)
 
     def rounding(self, target: Target) -> dict[str, Any] | None:
-        """What rounding to the grid costs: predicted perplexity of the agent's policy with it and without, if there is any."""
+        """What rounding to the grid costs before any refinement, if there is a grid: predicted perplexity with it and without."""
         align, tp = target.grid
         if (align, tp) == (1, 1):
             return None

@@ -7,7 +7,7 @@ from ppf.artifact import save_artifact
 from ppf.errors import DamagedError, InputError
 from ppf.learn.agent import Agent
 from ppf.learn.baselines import knapsack
-from ppf.learn.nested import Chain
+from ppf.learn.nested import Chain, whole_order
 from ppf.learn.train_agent import AgentConfig, train_agent
 from ppf.learn.train_nested import chain_of, nest
 from ppf.space.budget import aligned_floors, unit_steps
@@ -25,8 +25,7 @@ def chunks(parts=16):
 def chain(seed=0, parts=16):
     """Any order."""
     wide = chunks(parts)
-    order = np.repeat(np.arange(len(wide)), -(-FREE // wide))
-    return Chain(np.random.default_rng(seed).permutation(order), wide, LAYOUT)
+    return Chain(np.random.default_rng(seed).permutation(whole_order(FREE, wide)), wide, LAYOUT)
 
 
 def additive(of):
@@ -45,10 +44,10 @@ def log_damage(of, kept):
     return np.log(of(kept) + 0.01).mean()
 
 
-@pytest.mark.parametrize("align", [1, 4, 16])
+@pytest.mark.parametrize("grid", [(1, 1), (4, 1), (16, 1), (1, 2), (16, 2)])
 @pytest.mark.parametrize("seed", range(3))
-def test_what_is_gone_stays_gone(seed, align):
-    kept = chain(seed).kept(REMOVE[REMOVE <= 0.7 * MOST], align)
+def test_what_is_gone_stays_gone(seed, grid):
+    kept = chain(seed).kept(REMOVE[REMOVE <= 0.6 * MOST], *grid)
     assert (np.diff(kept, axis=0) <= 0).all()
     assert (kept >= LAYOUT.floors).all() and (kept <= LAYOUT.units).all()
 
@@ -65,15 +64,16 @@ def test_units_go_one_by_one_in_the_order_of_the_chunks_until_the_budget_is_met(
         np.testing.assert_array_equal(found, kept)
 
 
-@pytest.mark.parametrize("align", [4, 16])
-def test_aligned_channels_come_in_whole_steps(align):
-    floors = aligned_floors(LAYOUT, align)
+@pytest.mark.parametrize("grid", [(4, 1), (16, 1), (1, 2), (16, 2)])
+def test_on_a_grid_units_go_in_whole_steps_and_budgets_are_met_to_within_one(grid):
+    floors, steps = aligned_floors(LAYOUT, *grid), unit_steps(LAYOUT, *grid)
     remove = REMOVE[(LAYOUT.units - floors) @ LAYOUT.costs >= REMOVE]
-    kept = chain().kept(remove, align)
-    assert ((kept % unit_steps(LAYOUT, align) == 0) | (kept == LAYOUT.units)).all() and (kept >= floors).all()
-    assert ((LAYOUT.units - kept) @ LAYOUT.costs >= remove).all()
+    kept = chain().kept(remove, *grid)
+    assert ((kept % steps == 0) | (kept == LAYOUT.units)).all() and (kept >= floors).all()
+    over = (LAYOUT.units - kept) @ LAYOUT.costs - remove
+    assert (over >= 0).all() and (over < (steps * LAYOUT.costs).max()).all()
     with refuses(InputError):
-        chain().kept(np.array([MOST]), align)
+        chain().kept(np.array([MOST]), *grid)
 
 
 def test_nothing_is_asked_and_everything_goes():
@@ -106,6 +106,13 @@ def test_searching_lowers_the_damage_and_cannot_beat_free_policies_by_much(taugh
     assert free - 0.02 < after < before - 0.02
 
 
+def test_a_search_moves_chunks_and_loses_none(taught):
+    _, agent, nested = taught
+    for one in (chain_of(agent, LAYOUT), nested):
+        np.testing.assert_array_equal(np.sort(one.order), whole_order(FREE, one.chunks))
+        np.testing.assert_array_equal(one.kept(np.array([MOST]))[0], LAYOUT.floors)
+
+
 def test_a_search_asks_only_for_ratios_between_the_places():
     of, asked = truth(), []
 
@@ -135,7 +142,18 @@ def test_what_is_saved_reloads_the_same(tmp_path):
         Chain.load(tmp_path / "nested.safetensors", layout(layers=2))
 
 
-def test_a_file_without_an_order_is_refused(tmp_path):
-    save_artifact(tmp_path / "a", "nested", LAYOUT.fingerprint, {"chunks": chunks()})
-    with refuses(DamagedError):
-        Chain.load(tmp_path / "a", LAYOUT)
+def test_a_file_that_holds_no_whole_order_is_refused(tmp_path):
+    order, wide = chain().order, chunks()
+    damaged = [
+        {"chunks": wide},
+        {"order": order},
+        {"order": order[:-1], "chunks": wide},
+        {"order": np.where(order == 1, 0, order), "chunks": wide},
+        {"order": order + 100, "chunks": wide},
+        {"order": order, "chunks": wide * 0},
+        {"order": order, "chunks": wide[:-1]},
+    ]
+    for arrays in damaged:
+        save_artifact(tmp_path / "a", "nested", LAYOUT.fingerprint, arrays)
+        with refuses(DamagedError):
+            Chain.load(tmp_path / "a", LAYOUT)

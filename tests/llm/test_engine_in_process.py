@@ -6,10 +6,12 @@ import pytest
 
 import tiny_models as tiny
 from builders import random_mask
+from ppf.llm import masking
 from ppf.llm.architectures import layout_of_model
 from ppf.llm.engines import InProcessEngine
 from ppf.llm.masking import masked
 from ppf.llm.perplexity import evaluate
+from ppf.llm.surgery import cut_site
 from ppf.llm.text import Text
 from ppf.space.mask import Mask
 
@@ -74,3 +76,21 @@ def test_too_little_memory_is_a_result_with_a_reason():
     assert math.isnan(found[0].log_ppl) and "memory" in found[0].reason
     assert [result.reason for result in found[1:]] == ["", ""]
     assert len(tiny.snapshot(model)["hooks"]) == 1
+
+
+def test_too_little_memory_for_the_narrowed_weights_is_one_too(monkeypatch):
+    model = tiny.model()
+    of = layout_of_model(model)
+    engine, wanted, calls = InProcessEngine(model, of, TEXT, 4096), masks(3, of), []
+
+    def full_once(*arguments):
+        calls.append(1)
+        if len(calls) == 2:  # after the first site of the first mask
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        cut_site(*arguments)
+
+    before = tiny.snapshot(model)
+    monkeypatch.setattr(masking, "cut_site", full_once)
+    found = [result for _, result in engine.measure(wanted)]
+    assert "memory" in found[0].reason and [result.reason for result in found[1:]] == ["", ""]
+    assert tiny.snapshot(model) == before

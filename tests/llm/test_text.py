@@ -80,6 +80,7 @@ def test_a_text_that_changes_on_its_way_is_the_same_in_all_parts(tmp_path):
     for third in range(3):
         within = {part: ((place - 3) // 1200 == third).mean() for part, place in places.items()}
         assert max(within.values()) - min(within.values()) < 0.05, within
+    assert all((np.diff(getattr(text, part), axis=1) == 1).all(1).mean() > 0.99 for part in PARTS)  # no block spans two pieces
     pieces = np.flatnonzero(np.diff(places["calibration"]) > 1).size + 1
     assert 20 <= pieces <= 22
 

@@ -42,6 +42,23 @@ def test_nothing_pruned_is_the_dense_model(fitted):
     assert pruned.plan["predicted"]["log_ppl"] == pytest.approx(pruned.plan["dense"]["log_ppl"], abs=1e-2)
 
 
+def test_nested_models_lose_what_was_lost_before_and_say_that_they_are_nested(fitted):
+    found = [fitted.prune(ratio=ratio, nested=True, device="cpu") for ratio in (0.3, 0.5)]
+    for bits, fewer in zip(*(pruned.decision.mask.bits for pruned in found), strict=True):
+        assert not (fewer & ~bits).any()
+    assert [pruned.plan["nested"] for pruned in found] == [True, True]
+    assert not fitted.prune(ratio=0.3, device="cpu").plan["nested"]
+    kept = fitted.policy(ratio=0.3, nested=True).allocation.kept
+    np.testing.assert_array_equal(kept, found[0].decision.allocation.kept)
+
+
+def test_nested_models_are_not_refined(fitted):
+    with refuses(InputError):
+        fitted.prune(ratio=0.3, nested=True, refine=True)
+    with refuses(InputError):
+        prune(fitted.folder, fitted._loaded, Target(ratio=0.3, nested=True), "cpu", 4, Progress(quiet=True))
+
+
 def test_what_is_saved_answers_as_the_model_in_memory(fitted, tmp_path):
     pruned = fitted.prune(ratio=0.4, device="cpu")
     size = pruned.save_pretrained(tmp_path / "out")

@@ -77,7 +77,17 @@ def test_differences_are_taken_on_the_same_blocks_of_the_same_seed():
             low, high = worse["seeds"]
             expected = stats.t.interval(0.95, 2, (theirs - ours).mean(axis=1).mean(), stats.sem((theirs - ours).mean(axis=1)))
             assert (low, high) == pytest.approx(expected)
-    assert row(rows, "static", 0.2)["worse"] == {"mean": 0.0, "blocks": [0.0, 0.0], "seeds": [0.0, 0.0]}
+        assert "worse" not in row(rows, "static", ratio)
+
+
+def test_the_best_method_is_told_by_what_the_others_lie_behind_it():
+    rows = summarise(cells(), "uniform")
+    for ratio in RATIOS:
+        assert "behind" not in row(rows, "static", ratio)
+        for method in ("uniform", "dynamic"):
+            found = row(rows, method, ratio)
+            assert found["behind"]["mean"] == pytest.approx(found["regret"]) and found["behind"]["seeds"][0] > 0
+    assert row(rows, "dynamic", 0.4)["worse"]["mean"] < 0 < row(rows, "dynamic", 0.4)["behind"]["mean"]
 
 
 def test_pairing_takes_what_the_blocks_share_out_of_the_interval():
@@ -103,7 +113,8 @@ def test_a_seed_without_the_method_to_compare_with_is_left_out_of_the_difference
 
 def test_one_seed_has_no_interval_over_seeds():
     rows = summarise(cells(seeds=(4,)), "static")
-    assert all(found["runs"] == 1 and found["seeds"] is None and found["worse"]["seeds"] is None for found in rows)
+    assert all(found["runs"] == 1 and found["seeds"] is None for found in rows)
+    assert all(found["worse"]["seeds"] is None for found in rows if found["method"] != "static")
 
 
 def test_the_interval_over_seeds_is_students():

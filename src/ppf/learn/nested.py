@@ -39,8 +39,8 @@ class Chain:
     def kept(self, remove: np.ndarray, align: int = 1, tp: int = 1) -> np.ndarray:
         """Int[N, S]: what stays when Int[N] parameters go, or a little more.
 
-        The budget is met to within one channel where it falls into channels, and to within one KV group where into a group;
-        with ``align`` and ``tp`` (see ``unit_steps``) to within such a step at every site.
+        The budget is met to within one step (see ``unit_steps``) of the site that loses last: a channel or a KV group, or
+        ``align`` and ``tp`` of them. Policies of one ``align`` and ``tp`` are nested, those of different ones need not be.
 
         Raises:
             InputError: More than the floors allow.
@@ -48,18 +48,16 @@ class Chain:
         layout, remove = self.layout, np.asarray(remove)
         steps, floors = unit_steps(layout, align, tp), aligned_floors(layout, align, tp)
         gone = np.minimum(self._due, layout.units - floors)
-        spent = gone @ layout.costs
+        states = np.where(gone == 0, layout.units, (layout.units - gone) // steps * steps)
+        spent = (layout.units - states) @ layout.costs
         if (remove > spent[-1]).any():
             raise InputError(f"a chain removes at most {spent[-1]:,} parameters; {int(remove.max()):,} were asked; ask for less")
-        whole = np.searchsorted(spent, remove)
-        before = np.maximum(whole - 1, 0)
-        site = self.order[np.maximum(whole, 1) - 1]
-        lost = gone[before]
-        rows = np.arange(len(remove))
-        needed = -(-(remove - spent[before]) // layout.costs[site])
-        lost[rows, site] += np.where(whole > 0, needed, 0)
-        kept = layout.units - lost
-        return np.where(lost == 0, kept, kept // steps * steps)
+        whole = np.asarray(np.searchsorted(spent, remove))
+        kept, rows = states[np.maximum(whole - 1, 0)], np.flatnonzero(whole)
+        site = self.order[whole[rows] - 1]
+        needed = -(-(remove[rows] - spent[whole[rows] - 1]) // layout.costs[site])
+        kept[rows, site] = (kept[rows, site] - needed) // steps[site] * steps[site]
+        return kept
 
     def save(self, path: Path) -> None:
         """Writes the artefact."""
@@ -74,6 +72,16 @@ class Chain:
         """
         arrays, _ = load_artifact(path, "nested", layout.fingerprint)
         try:
-            return cls(arrays["order"], arrays["chunks"], layout)
-        except KeyError as error:
-            raise DamagedError(f"{path} must hold a nested agent; {error} is missing; fit the study again") from error
+            order: np.ndarray = arrays["order"].astype(np.int64)
+            chunks: np.ndarray = arrays["chunks"].astype(np.int64)
+            free = layout.units - layout.floors
+            if chunks.shape != free.shape or (chunks < 1).any() or not np.array_equal(np.sort(order), whole_order(free, chunks)):
+                raise ValueError("an order in which not everything goes once")
+        except (KeyError, ValueError) as error:
+            raise DamagedError(f"{path} must hold nested policies; {error!r} came; fit the study again") from error
+        return cls(order, chunks, layout)
+
+
+def whole_order(free: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+    """Int[C], sorted: each site as often as it has chunks; of Int[S] units above the floors and Int[S] units a chunk."""
+    return np.repeat(np.arange(len(free)), -(-free // chunks))

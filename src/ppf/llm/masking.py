@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ppf.llm.architectures import linear
 from ppf.llm.compensation import Fill, means_per_site
+from ppf.llm.perplexity import enough_memory
 from ppf.llm.surgery import cut_site
 from ppf.space.layout import Layout
 from ppf.space.mask import Mask
@@ -58,12 +59,16 @@ def narrowed(model: PreTrainedModel, layout: Layout, mask: Mask) -> Iterator[Pre
     Yields:
         The same model. Its logits equal those under ``masked``, up to rounding; its config and its parameters are for
         running it only.
+
+    Raises:
+        ResourceError: The copy is too much for the memory.
     """
     dense = model.state_dict()
     state = dict(dense)
-    for site, bits in zip(layout.sites, mask.bits, strict=True):
-        if not bits.all():
-            cut_site(model, state, site, torch.from_numpy(bits.copy()), None)
+    with enough_memory():
+        for site, bits in zip(layout.sites, mask.bits, strict=True):
+            if not bits.all():
+                cut_site(model, state, site, torch.from_numpy(bits.copy()), None)
     with ExitStack() as stack:
         for name, tensor in state.items():
             if tensor is not dense[name]:

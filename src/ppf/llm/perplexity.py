@@ -119,7 +119,7 @@ def reference_of(model: PreTrainedModel, blocks: np.ndarray, tokens_per_batch: i
         ResourceError: One block, or all answers, are too much for the memory.
     """
     kept_tokens, kept_probs = [], []
-    with _memory():
+    with enough_memory():
         for rows in _batches(blocks, tokens_per_batch):
             for row in _logits(model, rows):
                 log_probs = row[:-1].float().log_softmax(-1)
@@ -134,7 +134,7 @@ def _losses(
     model: PreTrainedModel, blocks: np.ndarray, tokens_per_batch: int, reference: Reference | None
 ) -> tuple[np.ndarray, np.ndarray]:
     losses, divergences = [], []
-    with _memory():
+    with enough_memory():
         for rows in _batches(blocks, tokens_per_batch):
             for ids, row in zip(rows, _logits(model, rows), strict=True):
                 logits = row[:-1].float()
@@ -178,7 +178,7 @@ def _logits(model: PreTrainedModel, rows: np.ndarray) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def _memory() -> Iterator[None]:
+def enough_memory() -> Iterator[None]:
     """Turns a lack of memory that smaller batches could not cure into our error."""
     try:
         yield
@@ -186,7 +186,7 @@ def _memory() -> Iterator[None]:
         if not is_memory(error):
             raise
         raise ResourceError(
-            "one block's logits must fit in memory; they do not; give a smaller --seq-len or fewer --search-tokens"
+            "a model and one block's logits must fit in memory; they do not; give a smaller --seq-len or dtype, or fewer --workers"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
     pydocs            buckets 0 | 1 | 2 of the documentation inside CPython
     self              sampled from the dense model, three seeds
-    FILE.txt          20 % | 40 % | 40 % of each of 20 stretches, so that a text that changes on its way is everywhere the same
+    FILE.txt          20 % | 40 % | 40 % of each of 20 stretches, so that a text that changes on its way is the same in all parts
     FILE.jsonl        its documents (field `text`), by a hash of their words: 20 % | 40 % | 40 %; one alone is cut as a .txt
     FILE.parquet      likewise, column `text`
     wikitext2 c4      from the hub: train (by hash, 1/3 | 2/3) for calibration and search, test for test
@@ -15,6 +15,7 @@ other texts they stay what they are.
 
 import hashlib
 import importlib
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -223,10 +224,18 @@ def _streams(name: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, apart:
 
 
 def _cut_in_turn(stream: np.ndarray, seq_len: int, shares: list[tuple[str, float]]) -> dict[str, np.ndarray]:
-    """Each stretch of a text is dealt out to all parts; a short text is one stretch."""
+    """Deals each of up to 20 stretches of a text, Int[T], out to all parts; cuts lie between blocks of ``seq_len`` tokens.
+
+    A stretch has 20 blocks at least, so that a short text is one and is cut in order.
+    """
     ends = np.cumsum([share for _, share in shares])[:-1]
-    stretches = np.array_split(stream, max(1, min(_STRETCHES, len(stream) // (_BLOCKS_OF_STRETCH * seq_len))))
-    cut = [np.split(stretch, (ends * len(stretch)).astype(int)) for stretch in stretches]
+    count = max(1, min(_STRETCHES, len(stream) // (_BLOCKS_OF_STRETCH * seq_len)))
+    starts: np.ndarray = np.arange(count + 1) * (len(stream) // seq_len) // count * seq_len
+    starts[-1] = len(stream)  # what fills no block
+    cut = []
+    for start, stop in itertools.pairwise(starts.tolist()):
+        bounds = start + np.rint(ends * (stop - start) / seq_len).astype(np.int64) * seq_len
+        cut.append(np.split(stream[start:stop], bounds - start))
     return {part: np.concatenate(pieces) for (part, _), pieces in zip(shares, zip(*cut, strict=True), strict=True)}
 
 

@@ -15,7 +15,7 @@ from ppf.llm.load import LoadedModel, adopt_model
 from ppf.progress import Progress
 from ppf.recipes.fit import fit as fit_study
 from ppf.recipes.lab import load_for
-from ppf.recipes.prune import Pruned, prune
+from ppf.recipes.prune import Pruned, check_refinable, prune
 
 
 class Study:
@@ -95,6 +95,7 @@ class Study:
         """
         target = Target(ratio, params, memory, align, tp, nested)
         self._decider.budget(target)  # refuses before the model is loaded
+        check_refinable(target, refine)
         progress = Progress(quiet)
         if self._loaded is None:
             self._loaded = _loaded(self._model, self._tokenizer, progress)

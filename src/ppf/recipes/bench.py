@@ -295,7 +295,7 @@ def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progres
 def _terms(name: str, config: BenchConfig, taught: dict[str, str]) -> str:
     """What else a cell depends on."""
     if name in SEARCHES:
-        return f"budget {config.budget}"
+        return f"budget {config.budget or taught['budget']}"
     if name == "static":
         return f"candidates {config.candidates} of {taught['agent']}"
     if name == "dynamic" or name.endswith("_on_predictor"):
@@ -303,8 +303,20 @@ def _terms(name: str, config: BenchConfig, taught: dict[str, str]) -> str:
     return f"of {taught['nested']}" if name == "nested" else ""
 
 
+def current_cells(study: StudyFolder, config: BenchConfig) -> dict[str, dict[str, Any]]:
+    """The cells of a study that its present predictor and policies gave, by method, ratio and terms; none if it has no bench."""
+    path, taught = study.folder / "bench.json", _taught(study)
+    cells = read_json(path) if path.is_file() else {}
+    return {key: cell for key, cell in cells.items() if key == _key(cell["method"], cell["ratio"], config, taught)}
+
+
+def _key(name: str, ratio: float, config: BenchConfig, taught: dict[str, str]) -> str:
+    return f"{name} {ratio!r} {_terms(name, config, taught)}"
+
+
 def _taught(study: StudyFolder) -> dict[str, str]:
-    """Short hashes of what was fitted; a study that is fitted again with another predictor gives other cells."""
+    """Short hashes of what was fitted, and what it measured; a study that is fitted again gives other cells."""
     files = {name: study.path(name).read_bytes() for name in ("predictor", "agent", "nested")}
     parts = {"agent": files["predictor"] + files["agent"], "nested": files["nested"]}
-    return {name: hashlib.sha256(part).hexdigest()[:8] for name, part in parts.items()}
+    hashes = {name: hashlib.sha256(part).hexdigest()[:8] for name, part in parts.items()}
+    return {**hashes, "budget": str(read_json(study.folder / "report.json")["tokens"]["measured"])}

@@ -108,8 +108,7 @@ def prune(folder: str | Path, loaded: LoadedModel, target: Target, device: str, 
         InputError: More than the floors allow, candidates of nested policies, or a study that is not fitted.
         DamagedError: A study of another model.
     """
-    if candidates and target.nested:
-        raise InputError("nested policies must be taken as they come; a refinement came too; leave one out")
+    check_refinable(target, bool(candidates))
     decider = Decider(folder)
     if decider.study.record["model"]["digest"] != loaded.digest:
         name = decider.study.record["model"]["name"]
@@ -124,7 +123,8 @@ def prune(folder: str | Path, loaded: LoadedModel, target: Target, device: str, 
         smaller = convert(cut(loaded.model, loaded.layout, decision.mask), loaded.model.device, loaded.dtype)
     with progress.stage("measuring the result"):
         measured, speeds = _measured(decider, loaded, smaller, choose_device(device))
-    plan = _plan(decider, decision, measured, speeds, bool(candidates)) | {"rounding": decider.rounding(target)}
+    extra = {"nested": target.nested, "rounding": decider.rounding(target)}
+    plan = _plan(decider, decision, measured, speeds, bool(candidates)) | extra
     return Pruned(smaller, loaded.tokenizer, decision, plan)
 
 
@@ -271,6 +271,16 @@ def _ppl(interval: tuple[float, float]) -> list[float]:
 def dense_bytes(loaded: LoadedModel, bytes_per_param: float) -> int:
     """Bytes of the dense model's weight files; of its parameters if it has no files."""
     return weight_bytes(loaded.folder) if loaded.folder else int(loaded.layout.total * bytes_per_param)
+
+
+def check_refinable(target: Target, refine: bool) -> None:
+    """Refuses to refine a nested policy: the result would be nested in no other.
+
+    Raises:
+        InputError: Both are wanted.
+    """
+    if refine and target.nested:
+        raise InputError("nested policies must be taken as they come; a refinement came too; leave one out")
 
 
 def check_out(out: str, force: bool, study: str | Path) -> None:

@@ -19,8 +19,9 @@ def summarise(cells: Sequence[dict[str, Any]], against: str) -> list[dict[str, A
     Returns:
         Rows in the order of the cells: ``above`` and ``kl``, nats/token, means over seeds and blocks; ``blocks`` and ``seeds``,
         95 % intervals of ``above``, bootstrapped over the blocks of each seed and Student's over the seeds (None with one);
-        ``worse``, by how much it is above ``against`` on the same blocks, with its interval; ``regret``, by how much it is above
-        the best method at that ratio; ``tokens`` for this ratio and ``shared_tokens`` for all ratios, means over seeds.
+        ``worse``, by how much it is above ``against`` on the same blocks, with its intervals, and ``behind``, the same of the
+        best method at that ratio, each left out of that method's own row; ``regret``, the mean of the latter, 0 for the best;
+        ``tokens`` for this ratio and ``shared_tokens`` for all ratios, means over seeds.
     """
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for cell in cells:
@@ -28,7 +29,7 @@ def summarise(cells: Sequence[dict[str, Any]], against: str) -> list[dict[str, A
     means = {key: float(np.mean([np.mean(cell["above"]) for cell in group])) for key, group in groups.items()}
     rows = []
     for (method, ratio), group in groups.items():
-        best = min(mean for (_, other), mean in means.items() if other == ratio)
+        best = min((mean, other) for (other, at), mean in means.items() if at == ratio)
         row: dict[str, Any] = {
             "method": method,
             "ratio": ratio,
@@ -37,18 +38,23 @@ def summarise(cells: Sequence[dict[str, Any]], against: str) -> list[dict[str, A
             "blocks": _over_blocks([np.array(cell["above"]) for cell in group]),
             "seeds": _over_seeds([float(np.mean(cell["above"])) for cell in group]),
             "kl": float(np.mean([np.mean(cell["kl"]) for cell in group])),
-            "regret": means[method, ratio] - best,
+            "regret": means[method, ratio] - best[0],
             "tokens": float(np.mean([cell["tokens"] for cell in group])),
             "shared_tokens": float(np.mean([cell["shared_tokens"] for cell in group])),
             "seconds": float(np.mean([cell["seconds"] for cell in group])),
         }
-        others = {cell["seed"]: cell for cell in groups.get((against, ratio), [])}
-        pairs = [np.subtract(cell["above"], others[cell["seed"]]["above"]) for cell in group if cell["seed"] in others]
-        if pairs:
-            row["worse"] = {"mean": float(np.mean([pair.mean() for pair in pairs])), "blocks": _over_blocks(pairs)}
-            row["worse"]["seeds"] = _over_seeds([float(pair.mean()) for pair in pairs])
+        for name, other in (("worse", against), ("behind", best[1])):
+            if pairs := _pairs(group, groups.get((other, ratio), [])) if method != other else []:
+                seeds = _over_seeds([float(pair.mean()) for pair in pairs])
+                row[name] = {"mean": float(np.mean([pair.mean() for pair in pairs])), "blocks": _over_blocks(pairs), "seeds": seeds}
         rows.append(row)
     return rows
+
+
+def _pairs(cells: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+    """Per seed that both have Float[B]: by how much each block of the one is above that of the other."""
+    known = {cell["seed"]: cell["above"] for cell in others}
+    return [np.subtract(cell["above"], known[cell["seed"]]) for cell in cells if cell["seed"] in known]
 
 
 def _over_blocks(runs: Sequence[np.ndarray]) -> list[float]:
