@@ -35,11 +35,11 @@ class Twin:
         a, angle, size, b, c, d, floor, small, mean = self.hyper
         damages = self._damages(kept)
         total = damages.sum(1) + NOISE
-        u, t, x = (damages.clamp(min=1e-12) / total[:, None]).sqrt(), total.log(), (1 - kept / self.units) / self.scales
+        gone = 1 - kept / self.units
+        u, t, x = (damages.clamp(min=1e-12) / total[:, None]).sqrt(), total.log(), gone / self.scales
         cosine, gap, there = (u @ self.directions.T) ** 2, (t[:, None] - self.sizes) ** 2, self.gone / self.scales
         far = (x**2).sum(1)[:, None] + (there**2).sum(1) - 2 * x @ there.T
         cross = a**2 * ((cosine - 1) / angle**2 - gap / (2 * size**2)).exp() + b**2 * (1 + cosine)
-        gone = 1 - kept / self.units
         walk = torch.minimum(gone[:, None], self.gone).mean(2)
         cross = cross + c**2 * (-far.clamp(min=0) / 2).exp() + d**2 * walk
         itself = (u**2).sum(1) ** 2
