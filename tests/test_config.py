@@ -126,7 +126,15 @@ def test_a_target_is_said_in_exactly_one_way(wishes):
 
 @pytest.mark.parametrize("wish", [{"ratio": 0.0}, {"ratio": 0.5}, {"params": "3M"}, {"params": "1.5B"}, {"memory": "500MiB"}])
 def test_one_way_is_enough(wish):
-    assert dataclasses.asdict(Target(**wish)) == {"ratio": None, "params": None, "memory": None, "align": None, "tp": 1, **wish}
+    assert dataclasses.asdict(Target(**wish)) == {
+        "ratio": None,
+        "params": None,
+        "memory": None,
+        "align": None,
+        "tp": 1,
+        "nested": False,
+        **wish,
+    }
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,8 @@ def _prune(config: PruneConfig) -> None:
     model = decider.study.record["model"]
     loaded = load_for(config.model or model["name"], progress)
     check_wish(config, loaded)
-    pruned = prune(config.study, loaded, config.target, config.device, config.candidates if config.refine else 0, progress)
+    candidates = config.candidates if config.refine else 0
+    pruned = prune(config.study, loaded, config.target, config.device, candidates, progress, config.compensate)
     with progress.stage("writing and checking"):
         size = pruned.save_pretrained(config.out, config.force)
         gguf = export_pruned(config, pruned)
@@ -283,11 +284,12 @@ def _print_pruned(record: dict[str, Any]) -> None:
     low, high = record["measured"]["interval"]
     speed = record["tokens_per_second"]
     protocol = record["protocol"]
+    without = "" if record["compensation"]["method"] == "none" else " without compensation"
     lines = {
         "ratio": f"asked {record['ratio']['asked']:.4f}, met {record['ratio']['met']:.4f} of the prunable parameters",
         "parameters": f"{before:,} -> {after:,}  ({100 * (1 - after / before):.1f} % of all gone)",
         "weights": f"{human_size(record['bytes']['before'])} -> {human_size(record['bytes']['after'])}",
-        "perplexity": f"predicted {record['predicted']['ppl']:.2f}, measured {record['measured']['ppl']:.2f} "
+        "perplexity": f"predicted {record['predicted']['ppl']:.2f}{without}, measured {record['measured']['ppl']:.2f} "
         f"(95 % {low:.2f} to {high:.2f}), dense {record['dense']['ppl']:.2f}",
         "protocol": f"{protocol['text']}, {protocol['tokens']:,} tokens in blocks of {protocol['seq_len']}, {protocol['dtype']}",
         "tokens/s": f"{speed['before']:,.0f} -> {speed['after']:,.0f}  (prompt, this machine)",

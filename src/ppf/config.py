@@ -12,6 +12,7 @@ from ppf.space.budget import parse_count, parse_size
 ScoreName = Literal["auto", "taylor", "flap", "wanda_sp", "magnitude", "random"]
 PredictorName = Literal["auto", "corrected", "additive", "cnn"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+CompensateName = Literal["none", "bias", "ridge"]
 QuantName = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
 _BLOCK = 32
 """At other widths a quantised GGUF file falls back to finer types, and llama.cpp is slower than on the dense model."""
@@ -154,6 +155,8 @@ class PruneConfig:
     """Static pruning: search on the predictor at this ratio and measure the best few truly."""
     candidates: int = 16
     """How many policies --refine measures."""
+    compensate: CompensateName = "none"
+    """Make up for what goes: bias adds what it gave on average, ridge fits the weights that read what stays again."""
     force: bool = False
     """Replace an earlier export of that name."""
     model: Annotated[str | None, arg(metavar="MODEL")] = None
@@ -172,6 +175,7 @@ class PruneConfig:
         if self.refine and self.target.nested:
             raise InputError("--refine and --nested exclude each other: a refined policy is nested in no other; leave one out")
         _check_words(gguf=self.gguf)
+        _check_choice("--compensate", self.compensate, CompensateName)
         if self.quant is not None:
             _check_choice("--quant", self.quant, QuantName)
             if self.gguf is None:
