@@ -26,7 +26,7 @@ from ppf.llm.scores import exact
 from ppf.space.layout import Layout, Site
 from ppf.space.mask import Mask
 
-PENALTY = 1e-2
+PENALTY = 0.1
 """As a share of the mean square of the kept inputs; see docs/log.md for what was tried."""
 _LEAST = 1e-12
 
