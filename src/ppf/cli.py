@@ -18,7 +18,7 @@ from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig
 from ppf.errors import InputError, PPFError
-from ppf.printing import human_size, print_gguf, print_table
+from ppf.printing import human_size, print_gguf, print_planned, print_table
 
 Command = (
     Annotated[FitConfig, subcommand("fit")]
@@ -135,6 +135,8 @@ def _fit(config: FitConfig) -> None:
 
 
 def _prune(config: PruneConfig) -> None:
+    if config.plan is not None:
+        return _prune_by_plan(config)
     from ppf.decide import Decider
     from ppf.progress import Progress
     from ppf.recipes.export import check_wish, export_pruned
@@ -169,6 +171,13 @@ def _prune(config: PruneConfig) -> None:
     else:
         _print_pruned(record)
     print_gguf(gguf, config.json)
+
+
+def _prune_by_plan(config: PruneConfig) -> None:
+    from ppf.progress import Progress
+    from ppf.recipes.apply_plan import prune_by_plan
+
+    print_planned(prune_by_plan(config, Progress()), config.json)
 
 
 def _policy(config: PolicyConfig) -> None:

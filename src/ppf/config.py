@@ -114,7 +114,7 @@ class Target:
 
     def __post_init__(self) -> None:
         given = [name for name in ("ratio", "params", "memory") if getattr(self, name) is not None]
-        if len(given) != 1:
+        if len(given) != 1 and not (self._may_be_none and not given):
             came = " and ".join(f"--{name}" for name in given) or "none"
             raise InputError(f"exactly one of --ratio, --params and --memory must be given; {came} came; give one")
         _check_count("--align", self.align, 1)
@@ -126,9 +126,22 @@ class Target:
             parse_size(self.memory)
 
     @property
+    def _may_be_none(self) -> bool:
+        return False
+
+    @property
     def grid(self) -> tuple[int, int]:
         """``(align, tp)``, as ``allocate`` takes them."""
         return self.align or 1, self.tp
+
+
+@dataclass(frozen=True)
+class PlanTarget(Target):
+    """How small, unless a plan says it."""
+
+    @property
+    def _may_be_none(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -147,10 +160,14 @@ class PruneConfig:
     """Cut a smaller checkpoint that loads in transformers, checked before it gets its name."""
 
     study: Annotated[Positional[str], arg(metavar="STUDY")]
-    """The study folder."""
+    """The study folder; with --plan a model: a folder, a hub id, or ref-a."""
     out: Annotated[str, arg(metavar="DIR")]
     """The new folder."""
-    target: Annotated[Target, arg(name="")]
+    target: Annotated[PlanTarget, arg(name="")]
+    plan: Annotated[str | None, arg(metavar="FILE")] = None
+    """Instead of a study: the ppf.json of an export, or pruning ratios a layer (.json, .csv; columns attn, ffn)."""
+    text: Annotated[str | None, arg(metavar="TEXT")] = None
+    """With --plan: text to calibrate and to measure on, as in fit; by default neither is done."""
     refine: bool = False
     """Static pruning: search on the predictor at this ratio and measure the best few truly."""
     candidates: int = 16
@@ -172,6 +189,8 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         _check_count("--candidates", self.candidates, 1)
+        _check_words(plan=self.plan, text=self.text)
+        self._check_plan()
         if self.refine and self.target.nested:
             raise InputError("--refine and --nested exclude each other: a refined policy is nested in no other; leave one out")
         _check_words(gguf=self.gguf)
@@ -182,6 +201,20 @@ class PruneConfig:
                 raise InputError(f"--quant must come with --gguf FILE; {self.quant} came alone; say where the GGUF file goes")
         if self.gguf is not None and self.target.align is None:
             object.__setattr__(self, "target", replace(self.target, align=_BLOCK))
+
+    def _check_plan(self) -> None:
+        """A plan says what goes and needs no study; without one the target must."""
+        if self.plan is None:
+            object.__setattr__(self, "target", Target(**vars(self.target)))
+            if self.text is not None:
+                raise InputError("--text must come with --plan; it came alone; a study has its own text")
+            return
+        wishes = {**vars(self.target), "refine": self.refine, "model": self.model}
+        for name in ("ratio", "params", "memory", "nested", "refine", "model"):
+            if wishes[name] not in (None, False):
+                raise InputError(f"--plan must come without --{name}; both came; the plan says what goes")
+        if self.compensate != "none" and self.text is None:
+            raise InputError(f"--compensate {self.compensate} must come with --text beside a plan; none came; name a text")
 
 
 @dataclass(frozen=True)

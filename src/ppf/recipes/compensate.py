@@ -39,7 +39,8 @@ def compensated(
     layout, home = loaded.layout, loaded.model.device
     if method == "none":
         return convert(cut(loaded.model, layout, mask), home, loaded.dtype), {"method": "none"}
-    model, record = loaded.on(device, dtype), {"method": method, "tokens": int(blocks.size)}
+    model = loaded.on(device, dtype)
+    record: dict[str, Any] = {"method": method, "tokens": int(blocks.size)}
     if method == "bias":
         smaller = cut(model, layout, mask, fill=reader_means(model, layout, blocks))
     else:

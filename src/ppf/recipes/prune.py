@@ -48,13 +48,13 @@ class Pruned:
     Attributes:
         model: A causal LM of its own class, in the dtype of the dense checkpoint.
         tokenizer: The dense model's.
-        decision: What was decided.
+        decision: What was decided; None where a plan was applied.
         plan: The JSON-ready record that goes with it as ``ppf.json``.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    decision: Decision
+    decision: Decision | None
     plan: dict[str, Any]
 
     def save_pretrained(self, out: str | Path, force: bool = False) -> int:
@@ -136,7 +136,7 @@ def prune(
         dtype = getattr(torch, decider.study.record["dtype"])
         smaller, how = compensated(loaded, decision.mask, text.calibration, compensate, choose_device(device), dtype)
     with progress.stage("measuring the result"):
-        measured, speeds = _measured(loaded, smaller, text.test, choose_device(device), dtype)
+        measured, speeds = measured_of(loaded, smaller, text.test, choose_device(device), dtype)
     plan = _plan(decider, decision, measured, speeds, bool(candidates)) | {"rounding": decider.rounding(target)}
     plan |= {"compensation": how, "predicted": {**plan["predicted"], "compensation": "none"}}
     plan["params"] = {**plan["params"], "after": plan["params"]["after"] + added}
@@ -216,7 +216,7 @@ def _apart(found: np.ndarray, units: np.ndarray, count: int) -> list[np.ndarray]
     return chosen
 
 
-def _measured(
+def measured_of(
     loaded: LoadedModel, smaller: PreTrainedModel, blocks: np.ndarray, device: torch.device, dtype: torch.dtype
 ) -> tuple[Evaluation, dict[str, float]]:
     """Perplexity of the small model on some blocks, and tokens/s of both models."""
