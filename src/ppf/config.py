@@ -239,7 +239,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Perplexity of a model or an exported folder, with its protocol and a 95 % interval."""
+    """Perplexity of a model or an exported folder, with its protocol and a 95 % interval; or its answers to tasks."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A folder (dense or exported), a hub id, or ref-a."""
@@ -249,6 +249,14 @@ class EvalConfig:
     """Tokens a block; by default half of the model's context, 2048 at most."""
     tokens: Annotated[int | None, arg(metavar="N")] = None
     """Use only so many tokens, spread evenly; by default all."""
+    tasks: Annotated[str | None, arg(metavar="NAME,...")] = None
+    """Instead of perplexity: tasks of lm-evaluation-harness, such as arc_easy,hellaswag."""
+    against: Annotated[str | None, arg(metavar="MODEL")] = None
+    """With --tasks: another model, such as the dense one, in a column beside it."""
+    limit: Annotated[int | None, arg(metavar="N")] = None
+    """With --tasks: only the first so many items of each."""
+    include_path: Annotated[str | None, arg(metavar="DIR")] = None
+    """With --tasks: a folder of task files that you trust; they may hold code."""
     device: str = "auto"
     """As in fit."""
     dtype: DtypeName = "auto"
@@ -259,7 +267,12 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _check_count("--seq-len", self.seq_len, 8)
         _check_count("--tokens", self.tokens, 1)
+        _check_count("--limit", self.limit, 1)
         _check_choice("--dtype", self.dtype, DtypeName)
+        _check_words(tasks=self.tasks, against=self.against, include_path=self.include_path)
+        for name in ("against", "limit", "include_path"):
+            if self.tasks is None and getattr(self, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')} must come with --tasks; it came alone; name tasks")
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,22 @@ def print_planned(record: dict[str, Any], quiet: bool) -> None:
     print_gguf(record["gguf"], quiet)
 
 
+def print_policy(record: dict[str, Any]) -> None:
+    """What a decision keeps at each layer, and what it should cost."""
+    ratio, predicted, params = record["ratio"], record["predicted"], record["params"]
+    kinds = list(dict.fromkeys(entry["kind"] for entry in record["kept"]))
+    layers = sorted({entry["layer"] for entry in record["kept"]})
+    cells = {(entry["layer"], entry["kind"]): f"{entry['kept']} of {entry['of']}" for entry in record["kept"]}
+    print_table(
+        "what stays", ["layer", *kinds], [[str(layer), *(cells.get((layer, kind), "") for kind in kinds)] for layer in layers]
+    )
+    print(f"ratio       asked {ratio['asked']:.4f}, met {ratio['met']:.4f}")
+    print(f"perplexity  predicted {predicted['ppl']:.2f}  ({predicted['log_ppl']:.4f} +- {predicted['std']:.4f} nats/token)")
+    gone = 100 * (1 - params["after"] / params["before"])
+    print(f"parameters  {params['before']:,} -> {params['after']:,}  ({gone:.1f} % of all gone)")
+    print(f"decided in  {record['milliseconds']:.1f} ms")
+
+
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     """A table as wide as it needs to be, so that a file or a pipe gets whole rows."""
     from rich.box import SIMPLE_HEAD
