@@ -73,8 +73,8 @@ def refit(
     Raises:
         InputError: No token, a penalty that is not positive, or inputs that are not finite.
 
-    Reference: arXiv:2312.11983 fits biases alone; least squares on kept inputs is arXiv:1707.06168, section 3.2 (differs:
-    pulled towards the weights as they were, not towards zero, and for a mask that is given).
+    Reference: arXiv:2312.11983 fits biases alone; least squares on kept inputs is in arXiv:1707.06168 (differs: pulled
+    towards the weights as they were, not towards zero, and for a mask that is given).
     """
     if not penalty > 0:
         raise InputError(f"a ridge penalty must be positive; {penalty!r} came; {PENALTY:g} is usual")
