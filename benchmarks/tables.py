@@ -4,6 +4,7 @@ from textwrap import fill
 from typing import Any
 
 from evidence import agents, benches, learning, ranking, texts
+from more_evidence import compensation
 from page import HERE, heading, load, table, within
 
 INTRO = """# Results
@@ -159,7 +160,7 @@ def _quartiles(found: dict[str, float], digits: int) -> str:
 
 
 def main() -> None:
-    parts = [INTRO, demo(), *benches(), *texts(), *ranking(), *learning(), *agents(), reference(), gguf(), speed()]
+    parts = [INTRO, demo(), *benches(), *texts(), *ranking(), *learning(), *agents(), *compensation(), reference(), gguf(), speed()]
     (HERE.parent / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")
 
 

@@ -18,7 +18,7 @@ from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig
 from ppf.errors import InputError, PPFError
-from ppf.printing import human_size, print_gguf, print_table
+from ppf.printing import human_size, print_gguf, print_planned, print_policy, print_table
 
 Command = (
     Annotated[FitConfig, subcommand("fit")]
@@ -135,6 +135,8 @@ def _fit(config: FitConfig) -> None:
 
 
 def _prune(config: PruneConfig) -> None:
+    if config.plan is not None:
+        return _prune_by_plan(config)
     from ppf.decide import Decider
     from ppf.progress import Progress
     from ppf.recipes.export import check_wish, export_pruned
@@ -148,7 +150,8 @@ def _prune(config: PruneConfig) -> None:
     model = decider.study.record["model"]
     loaded = load_for(config.model or model["name"], progress)
     check_wish(config, loaded)
-    pruned = prune(config.study, loaded, config.target, config.device, config.candidates if config.refine else 0, progress)
+    candidates = config.candidates if config.refine else 0
+    pruned = prune(config.study, loaded, config.target, config.device, candidates, progress, config.compensate)
     with progress.stage("writing and checking"):
         size = pruned.save_pretrained(config.out, config.force)
         gguf = export_pruned(config, pruned)
@@ -170,6 +173,13 @@ def _prune(config: PruneConfig) -> None:
     print_gguf(gguf, config.json)
 
 
+def _prune_by_plan(config: PruneConfig) -> None:
+    from ppf.progress import Progress
+    from ppf.recipes.apply_plan import prune_by_plan
+
+    print_planned(prune_by_plan(config, Progress()), config.json)
+
+
 def _policy(config: PolicyConfig) -> None:
     from ppf.decide import Decider
 
@@ -180,7 +190,7 @@ def _policy(config: PolicyConfig) -> None:
     if config.json:
         _print_json(record)
     else:
-        _print_policy(record)
+        print_policy(record)
 
 
 def _export(config: ExportConfig) -> None:
@@ -199,6 +209,8 @@ def _export(config: ExportConfig) -> None:
 
 
 def _eval(config: EvalConfig) -> None:
+    if config.tasks is not None:
+        return _eval_tasks(config)
     from ppf.progress import Progress
     from ppf.recipes.evaluate import evaluate
     from ppf.recipes.lab import load_for
@@ -213,6 +225,17 @@ def _eval(config: EvalConfig) -> None:
         low, high = record["interval"]
         print(f"perplexity {record['ppl']:.4f}  (95 % {low:.4f} to {high:.4f}), {record['log_ppl']:.6f} nats/token")
         print(", ".join(f"{name} {value}" for name, value in record["protocol"].items()))
+
+
+def _eval_tasks(config: EvalConfig) -> None:
+    from ppf.progress import Progress
+    from ppf.recipes.zeroshot import evaluate_tasks, table_of
+
+    record = evaluate_tasks(config, Progress())
+    if config.json:
+        _print_json(record)
+    else:
+        print_table(f"tasks, value +- standard error; limit {config.limit or 'none'}", *table_of(record))
 
 
 def _bench(config: BenchConfig) -> None:
@@ -283,11 +306,12 @@ def _print_pruned(record: dict[str, Any]) -> None:
     low, high = record["measured"]["interval"]
     speed = record["tokens_per_second"]
     protocol = record["protocol"]
+    without = "" if record["compensation"]["method"] == "none" else " without compensation"
     lines = {
         "ratio": f"asked {record['ratio']['asked']:.4f}, met {record['ratio']['met']:.4f} of the prunable parameters",
         "parameters": f"{before:,} -> {after:,}  ({100 * (1 - after / before):.1f} % of all gone)",
         "weights": f"{human_size(record['bytes']['before'])} -> {human_size(record['bytes']['after'])}",
-        "perplexity": f"predicted {record['predicted']['ppl']:.2f}, measured {record['measured']['ppl']:.2f} "
+        "perplexity": f"predicted {record['predicted']['ppl']:.2f}{without}, measured {record['measured']['ppl']:.2f} "
         f"(95 % {low:.2f} to {high:.2f}), dense {record['dense']['ppl']:.2f}",
         "protocol": f"{protocol['text']}, {protocol['tokens']:,} tokens in blocks of {protocol['seq_len']}, {protocol['dtype']}",
         "tokens/s": f"{speed['before']:,.0f} -> {speed['after']:,.0f}  (prompt, this machine)",
@@ -298,21 +322,6 @@ def _print_pruned(record: dict[str, Any]) -> None:
         lines["perplexity"] += f"; with {steps} predicted {rounding['ppl']:.2f}, without {rounding['unrounded_ppl']:.2f}"
     for name, value in lines.items():
         print(f"{name:<11} {value}")
-
-
-def _print_policy(record: dict[str, Any]) -> None:
-    ratio, predicted, params = record["ratio"], record["predicted"], record["params"]
-    kinds = list(dict.fromkeys(entry["kind"] for entry in record["kept"]))
-    layers = sorted({entry["layer"] for entry in record["kept"]})
-    cells = {(entry["layer"], entry["kind"]): f"{entry['kept']} of {entry['of']}" for entry in record["kept"]}
-    print_table(
-        "what stays", ["layer", *kinds], [[str(layer), *(cells.get((layer, kind), "") for kind in kinds)] for layer in layers]
-    )
-    print(f"ratio       asked {ratio['asked']:.4f}, met {ratio['met']:.4f}")
-    print(f"perplexity  predicted {predicted['ppl']:.2f}  ({predicted['log_ppl']:.4f} +- {predicted['std']:.4f} nats/token)")
-    gone = 100 * (1 - params["after"] / params["before"])
-    print(f"parameters  {params['before']:,} -> {params['after']:,}  ({gone:.1f} % of all gone)")
-    print(f"decided in  {record['milliseconds']:.1f} ms")
 
 
 def _print_report(report: dict[str, Any], study: str) -> None:

@@ -12,6 +12,7 @@ from ppf.space.budget import parse_count, parse_size
 ScoreName = Literal["auto", "taylor", "flap", "wanda_sp", "magnitude", "random"]
 PredictorName = Literal["auto", "corrected", "additive", "cnn"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+CompensateName = Literal["none", "bias", "ridge"]
 QuantName = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
 _BLOCK = 32
 """At other widths a quantised GGUF file falls back to finer types, and llama.cpp is slower than on the dense model."""
@@ -114,7 +115,7 @@ class Target:
 
     def __post_init__(self) -> None:
         given = [name for name in ("ratio", "params", "memory") if getattr(self, name) is not None]
-        if len(given) != 1:
+        if len(given) != 1 and not (self._may_be_none and not given):
             came = " and ".join(f"--{name}" for name in given) or "none"
             raise InputError(f"exactly one of --ratio, --params and --memory must be given; {came} came; give one")
         _check_count("--align", self.align, 1)
@@ -126,9 +127,22 @@ class Target:
             parse_size(self.memory)
 
     @property
+    def _may_be_none(self) -> bool:
+        return False
+
+    @property
     def grid(self) -> tuple[int, int]:
         """``(align, tp)``, as ``allocate`` takes them."""
         return self.align or 1, self.tp
+
+
+@dataclass(frozen=True)
+class PlanTarget(Target):
+    """How small, unless a plan says it."""
+
+    @property
+    def _may_be_none(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -147,14 +161,20 @@ class PruneConfig:
     """Cut a smaller checkpoint that loads in transformers, checked before it gets its name."""
 
     study: Annotated[Positional[str], arg(metavar="STUDY")]
-    """The study folder."""
+    """The study folder; with --plan a model: a folder, a hub id, or ref-a."""
     out: Annotated[str, arg(metavar="DIR")]
     """The new folder."""
-    target: Annotated[Target, arg(name="")]
+    target: Annotated[PlanTarget, arg(name="")]
+    plan: Annotated[str | None, arg(metavar="FILE")] = None
+    """Instead of a study: the ppf.json of an export, or pruning ratios a layer (.json, .csv; columns attn, ffn)."""
+    text: Annotated[str | None, arg(metavar="TEXT")] = None
+    """With --plan: text to calibrate and to measure on, as in fit; by default neither is done."""
     refine: bool = False
     """Static pruning: search on the predictor at this ratio and measure the best few truly."""
     candidates: int = 16
     """How many policies --refine measures."""
+    compensate: CompensateName = "none"
+    """Make up for what goes: bias adds what it gave on average, ridge fits the weights that read what stays again."""
     force: bool = False
     """Replace an earlier export of that name."""
     model: Annotated[str | None, arg(metavar="MODEL")] = None
@@ -170,15 +190,32 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         _check_count("--candidates", self.candidates, 1)
+        _check_words(plan=self.plan, text=self.text)
+        self._check_plan()
         if self.refine and self.target.nested:
             raise InputError("a nested policy must be taken as it comes; --refine and --nested came; leave one out")
         _check_words(gguf=self.gguf)
+        _check_choice("--compensate", self.compensate, CompensateName)
         if self.quant is not None:
             _check_choice("--quant", self.quant, QuantName)
             if self.gguf is None:
                 raise InputError(f"--quant must come with --gguf FILE; {self.quant} came alone; say where the GGUF file goes")
         if self.gguf is not None and self.target.align is None:
             object.__setattr__(self, "target", replace(self.target, align=_BLOCK))
+
+    def _check_plan(self) -> None:
+        """A plan says what goes and needs no study; without one the target must."""
+        if self.plan is None:
+            object.__setattr__(self, "target", Target(**vars(self.target)))
+            if self.text is not None:
+                raise InputError("--text must come with --plan; it came alone; a study has its own text")
+            return
+        wishes = {**vars(self.target), "refine": self.refine, "model": self.model}
+        for name in ("ratio", "params", "memory", "nested", "refine", "model"):
+            if wishes[name] not in (None, False):
+                raise InputError(f"--plan must come without --{name}; both came; the plan says what goes")
+        if self.compensate != "none" and self.text is None:
+            raise InputError(f"--compensate {self.compensate} must come with --text beside a plan; none came; name a text")
 
 
 @dataclass(frozen=True)
@@ -203,7 +240,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Perplexity of a model or an exported folder, with its protocol and a 95 % interval."""
+    """Perplexity of a model or an exported folder, with its protocol and a 95 % interval; or its answers to tasks."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A folder (dense or exported), a hub id, or ref-a."""
@@ -213,6 +250,14 @@ class EvalConfig:
     """Tokens a block; by default half of the model's context, 2048 at most."""
     tokens: Annotated[int | None, arg(metavar="N")] = None
     """Use only so many tokens, spread evenly; by default all."""
+    tasks: Annotated[str | None, arg(metavar="NAME,...")] = None
+    """Instead of perplexity: tasks of lm-evaluation-harness, such as arc_easy,hellaswag."""
+    against: Annotated[str | None, arg(metavar="MODEL")] = None
+    """With --tasks: another model, such as the dense one, in a column beside it."""
+    limit: Annotated[int | None, arg(metavar="N")] = None
+    """With --tasks: only the first so many items of each."""
+    include_path: Annotated[str | None, arg(metavar="DIR")] = None
+    """With --tasks: a folder of task files that you trust; they may hold code."""
     device: str = "auto"
     """As in fit."""
     dtype: DtypeName = "auto"
@@ -223,7 +268,12 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _check_count("--seq-len", self.seq_len, 8)
         _check_count("--tokens", self.tokens, 1)
+        _check_count("--limit", self.limit, 1)
         _check_choice("--dtype", self.dtype, DtypeName)
+        _check_words(tasks=self.tasks, against=self.against, include_path=self.include_path)
+        for name in ("against", "limit", "include_path"):
+            if self.tasks is None and getattr(self, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')} must come with --tasks; it came alone; name tasks")
 
 
 @dataclass(frozen=True)

@@ -54,16 +54,22 @@ class Decision:
 
     def to_json(self, layout: Layout) -> dict[str, Any]:
         """A JSON-ready record."""
-        sites = zip(layout.sites, self.allocation.kept, strict=True)
         expected = {"log_ppl": self.log_ppl, "std": float(self.prediction.log_ppl_std[0]), "ppl": float(np.exp(self.log_ppl))}
         return {
             "ratio": {"asked": self.asked, "met": self.met},
-            "kept": [{"layer": site.layer, "kind": site.kind, "kept": int(kept), "of": site.units} for site, kept in sites],
+            "kept": params_and_kept(layout, self.allocation.kept)[1],
             "predicted": expected,
             "params": {"before": self.params[0], "after": self.params[1]},
             "in_range": self.in_range,
             "milliseconds": self.milliseconds,
         }
+
+
+def params_and_kept(layout: Layout, kept: np.ndarray) -> tuple[int, list[dict[str, Any]]]:
+    """Parameters of the whole model, and a JSON-ready record a site, when ``kept`` (Int[S]) units stay."""
+    sites = zip(layout.sites, kept, strict=True)
+    record = [{"layer": site.layer, "kind": site.kind, "kept": int(count), "of": site.units} for site, count in sites]
+    return int(layout.kept_params(kept)), record
 
 
 class Decider:

@@ -1,5 +1,6 @@
 """How the command line lays out its answers."""
 
+import json
 import sys
 from typing import Any
 
@@ -23,6 +24,49 @@ def print_gguf(record: dict[str, Any] | None, quiet: bool) -> None:
     }
     for name, value in lines.items():
         print(f"{name:<11} {value}")
+
+
+def print_planned(record: dict[str, Any], quiet: bool) -> None:
+    """What a plan made of a model; with ``quiet`` strict JSON."""
+    source = record["from"]
+    if source["kind"] == "export" and not source["same_model"]:
+        print("warning: the plan was made for another model of this layout; its mask is applied as it is", file=sys.stderr)
+    if source.get("compensated") and record["compensation"]["method"] == "none":
+        print("warning: the plan's export was compensated, and this one is not; add --compensate and --text", file=sys.stderr)
+    if quiet:
+        print(json.dumps(record, allow_nan=False))
+    else:
+        before, after = record["params"]["before"], record["params"]["after"]
+        lines = {
+            "ratio": f"{record['ratio']['met']:.4f} of the prunable parameters",
+            "parameters": f"{before:,} -> {after:,}  ({100 * (1 - after / before):.1f} % of all gone)",
+            "weights": f"{human_size(record['bytes']['before'])} -> {human_size(record['bytes']['after'])}",
+            "perplexity": "not measured; name a --text",
+            "written to": f"{record['out']}  (reloaded and checked)",
+        }
+        if measured := record.get("measured"):
+            low, high = measured["interval"]
+            found = f"measured {measured['ppl']:.2f} (95 % {low:.2f} to {high:.2f}), dense {record['dense']['ppl']:.2f}"
+            lines["perplexity"] = f"{found}; {record['protocol']['text']}, {record['protocol']['tokens']:,} tokens"
+        for name, value in lines.items():
+            print(f"{name:<11} {value}")
+    print_gguf(record["gguf"], quiet)
+
+
+def print_policy(record: dict[str, Any]) -> None:
+    """What a decision keeps at each layer, and what it should cost."""
+    ratio, predicted, params = record["ratio"], record["predicted"], record["params"]
+    kinds = list(dict.fromkeys(entry["kind"] for entry in record["kept"]))
+    layers = sorted({entry["layer"] for entry in record["kept"]})
+    cells = {(entry["layer"], entry["kind"]): f"{entry['kept']} of {entry['of']}" for entry in record["kept"]}
+    print_table(
+        "what stays", ["layer", *kinds], [[str(layer), *(cells.get((layer, kind), "") for kind in kinds)] for layer in layers]
+    )
+    print(f"ratio       asked {ratio['asked']:.4f}, met {ratio['met']:.4f}")
+    print(f"perplexity  predicted {predicted['ppl']:.2f}  ({predicted['log_ppl']:.4f} +- {predicted['std']:.4f} nats/token)")
+    gone = 100 * (1 - params["after"] / params["before"])
+    print(f"parameters  {params['before']:,} -> {params['after']:,}  ({gone:.1f} % of all gone)")
+    print(f"decided in  {record['milliseconds']:.1f} ms")
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from ppf.llm.architectures import family_of, linear
 from ppf.llm.auto import PRUNED, register
 from ppf.llm.compensation import Fill, filled_bias, means_per_site
+from ppf.llm.ridge import Refit
 from ppf.space.allocation import Allocation
 from ppf.space.layout import Layout, Site
 from ppf.space.mask import Mask
@@ -15,7 +16,9 @@ from ppf.space.mask import Mask
 _SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
 
 
-def cut(model: PreTrainedModel, layout: Layout, mask: Mask, fill: Fill | None = None) -> PreTrainedModel:
+def cut(
+    model: PreTrainedModel, layout: Layout, mask: Mask, fill: Fill | None = None, fitted: Refit | None = None
+) -> PreTrainedModel:
     """Builds the smaller model.
 
     Args:
@@ -23,14 +26,17 @@ def cut(model: PreTrainedModel, layout: Layout, mask: Mask, fill: Fill | None = 
         layout: Its layout.
         mask: Which units stay.
         fill: What removed units fed into their readers on average; it becomes a bias of every reader. None adds no bias.
+        fitted: New weights of the readers' kept columns; None leaves them as they were.
 
     Returns:
         A causal LM of the family's per-layer class, on the same device and in the same dtype, in evaluation mode.
 
     Raises:
-        DamagedError: A fill of another model.
+        DamagedError: A fill or new weights of another model.
     """
     means = means_per_site(fill, layout)
+    if fitted is not None:
+        fitted.check(model, layout, mask)
     register()  # so that the result's config is known to the auto classes too
     config = pruned_config(model.config, layout, mask.allocation, reader_bias=fill is not None)
     with torch.device("meta"):
@@ -38,6 +44,9 @@ def cut(model: PreTrainedModel, layout: Layout, mask: Mask, fill: Fill | None = 
     source = model.state_dict()
     for site, bits, mean in zip(layout.sites, mask.bits, means, strict=True):
         cut_site(model, source, site, torch.from_numpy(bits.copy()), mean)
+    for site, weight in zip(layout.sites, fitted.weights if fitted else (None,) * len(layout.sites), strict=True):
+        if weight is not None:
+            source[f"{site.reader}.weight"] = weight.to(source[f"{site.reader}.weight"])
     state = {name: source[name].clone() for name in smaller.state_dict()}
     smaller.load_state_dict(state, strict=True, assign=True)
     # Rotary frequencies lie in no state dict; computed afresh they are exact even if the dense model was cast as a whole.

@@ -3,12 +3,12 @@
 import tempfile
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.artifact import read_json
-from ppf.config import FitConfig, Target
+from ppf.config import CompensateName, FitConfig, Target
 from ppf.decide import Decider, Decision
 from ppf.errors import InputError
 from ppf.llm.load import LoadedModel, adopt_model
@@ -81,6 +81,7 @@ class Study:
         nested: bool = False,
         refine: bool = False,
         candidates: int = 16,
+        compensate: CompensateName = "none",
         device: str = "auto",
         quiet: bool = True,
     ) -> Pruned:
@@ -90,16 +91,19 @@ class Study:
             ratio: As in ``policy``; so are ``params``, ``memory``, ``align``, ``tp`` and ``nested``.
             refine: Search at this size and measure the best candidates truly.
             candidates: How many.
+            compensate: Make up for what goes, by biases (``"bias"``) or by fitting what stays again (``"ridge"``).
             device: Where to measure.
             quiet: Show no progress.
         """
         target = Target(ratio, params, memory, align, tp, nested)
+        if compensate not in get_args(CompensateName):
+            raise InputError(f"compensate must be one of {', '.join(get_args(CompensateName))}; {compensate!r} came; choose one")
         self._decider.budget(target)  # refuses before the model is loaded
         check_refinable(target, refine)
         progress = Progress(quiet)
         if self._loaded is None:
             self._loaded = _loaded(self._model, self._tokenizer, progress)
-        return prune(self.folder, self._loaded, target, device, candidates if refine else 0, progress)
+        return prune(self.folder, self._loaded, target, device, candidates if refine else 0, progress, compensate)
 
 
 def fit(

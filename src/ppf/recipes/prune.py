@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.artifact import check_new_folder, read_json
-from ppf.config import FitConfig, QuantName, Target
+from ppf.config import CompensateName, FitConfig, QuantName, Target
 from ppf.decide import Decider, Decision
 from ppf.errors import DamagedError, InputError, ResourceError
 from ppf.learn.objective import predicted
@@ -23,9 +23,9 @@ from ppf.llm.export import export, weight_bytes
 from ppf.llm.gguf import Written, write_gguf
 from ppf.llm.load import LoadedModel, convert
 from ppf.llm.perplexity import Evaluation, evaluate
-from ppf.llm.surgery import cut
 from ppf.llm.text import Text
 from ppf.progress import Progress
+from ppf.recipes.compensate import added_params, compensated, with_room
 from ppf.recipes.fit import incumbents, refit
 from ppf.recipes.lab import Lab, choose_device, tokens_per_batch
 from ppf.samples import kept_matrix
@@ -48,13 +48,13 @@ class Pruned:
     Attributes:
         model: A causal LM of its own class, in the dtype of the dense checkpoint.
         tokenizer: The dense model's.
-        decision: What was decided.
+        decision: What was decided; None where a plan was applied.
         plan: The JSON-ready record that goes with it as ``ppf.json``.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    decision: Decision
+    decision: Decision | None
     plan: dict[str, Any]
 
     def save_pretrained(self, out: str | Path, force: bool = False) -> int:
@@ -93,7 +93,15 @@ class Pruned:
         return write_gguf(self.model, self.tokenizer, Path(out), quant, f"{self.plan['model']['name']} pruned", force)
 
 
-def prune(folder: str | Path, loaded: LoadedModel, target: Target, device: str, candidates: int, progress: Progress) -> Pruned:
+def prune(
+    folder: str | Path,
+    loaded: LoadedModel,
+    target: Target,
+    device: str,
+    candidates: int,
+    progress: Progress,
+    compensate: CompensateName = "none",
+) -> Pruned:
     """Makes a smaller model.
 
     Args:
@@ -103,6 +111,7 @@ def prune(folder: str | Path, loaded: LoadedModel, target: Target, device: str, 
         device: Where to measure.
         candidates: How many policies to measure before choosing; 0 takes the agent's as it comes.
         progress: Shows what happens.
+        compensate: What makes up for what goes; the prediction knows nothing of it.
 
     Raises:
         InputError: More than the floors allow, candidates of nested policies, or a study that is not fitted.
@@ -113,18 +122,24 @@ def prune(folder: str | Path, loaded: LoadedModel, target: Target, device: str, 
     if decider.study.record["model"]["digest"] != loaded.digest:
         name = decider.study.record["model"]["name"]
         raise DamagedError(f"{folder} must be a study of this model; it is one of {name} as it was then; give its own model")
+    added = added_params(loaded, compensate)
+    target = with_room(target, added, decider.study.record["model"]["bytes_per_param"]) if added else target
     decision = decider.decide(target)
     if candidates:
         config = replace(FitConfig(**decider.study.record["settings"]), study=str(decider.study.folder), device=device)
         with locked(decider.study.folder), Lab(loaded, config, progress) as lab:
             lab.open_study()
             decision = refined(decider, decision, lab, target, candidates)
+    text = Text.load(decider.study.path("text"), decider.layout.fingerprint)
     with progress.stage("cutting"):
-        smaller = convert(cut(loaded.model, loaded.layout, decision.mask), loaded.model.device, loaded.dtype)
+        dtype = getattr(torch, decider.study.record["dtype"])
+        smaller, how = compensated(loaded, decision.mask, text.calibration, compensate, choose_device(device), dtype)
     with progress.stage("measuring the result"):
-        measured, speeds = _measured(decider, loaded, smaller, choose_device(device))
+        measured, speeds = measured_of(loaded, smaller, text.test, choose_device(device), dtype)
     extra = {"nested": target.nested, "rounding": decider.rounding(target)}
     plan = _plan(decider, decision, measured, speeds, bool(candidates)) | extra
+    plan |= {"compensation": how, "predicted": {**plan["predicted"], "compensation": "none"}}
+    plan["params"] = {**plan["params"], "after": plan["params"]["after"] + added}
     return Pruned(smaller, loaded.tokenizer, decision, plan)
 
 
@@ -201,15 +216,13 @@ def _apart(found: np.ndarray, units: np.ndarray, count: int) -> list[np.ndarray]
     return chosen
 
 
-def _measured(
-    decider: Decider, loaded: LoadedModel, smaller: PreTrainedModel, device: torch.device
+def measured_of(
+    loaded: LoadedModel, smaller: PreTrainedModel, blocks: np.ndarray, device: torch.device, dtype: torch.dtype
 ) -> tuple[Evaluation, dict[str, float]]:
-    """Perplexity of the small model on the study's test text, and tokens/s of both, in the study's dtype."""
-    dtype = getattr(torch, decider.study.record["dtype"])
-    text = Text.load(decider.study.path("text"), decider.layout.fingerprint)
+    """Perplexity of the small model on some blocks, and tokens/s of both models."""
     models = [loaded.on(device, dtype), convert(copy.deepcopy(smaller), device, dtype)]
-    evaluation = evaluate(models[1], text.test, tokens_per_batch(device))
-    speeds = tokens_per_second(models, text.test)
+    evaluation = evaluate(models[1], blocks, tokens_per_batch(device))
+    speeds = tokens_per_second(models, blocks)
     return evaluation, {"before": speeds[0], "after": speeds[1]}
 
 

@@ -1,0 +1,176 @@
+"""apply_plan: the mask of an earlier export, or another tool's ratios, cut out of a model that has no study."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ppf.config import FitConfig, PruneConfig
+from ppf.decide import params_and_kept
+from ppf.errors import DamagedError, InputError
+from ppf.llm.load import LoadedModel
+from ppf.llm.perplexity import evaluate
+from ppf.llm.scores import score_units
+from ppf.llm.text import Text, TextSizes, load_text
+from ppf.progress import Progress
+from ppf.recipes.compensate import added_params, compensated
+from ppf.recipes.export import check_wish, export_pruned
+from ppf.recipes.lab import choose_device, choose_dtype, choose_seq_len, load_for, tokens_per_batch
+from ppf.recipes.prune import Pruned, check_out, dense_bytes, leaf, measured_of
+from ppf.space.allocation import allocate
+from ppf.space.mask import Mask, select
+from ppf.space.plan import is_export, mask_of, read_plan, wish_of
+from ppf.space.policy import Policy
+
+_SCORES = {False: "magnitude", True: "taylor"}
+"""What orders the units under ratios: without text, and with it."""
+
+
+def prune_by_plan(config: PruneConfig, progress: Progress) -> dict[str, Any]:
+    """``ppf prune MODEL --plan FILE``: reads, cuts, measures if there is a text, and writes.
+
+    Args:
+        config: With a plan; its ``study`` is the model.
+        progress: Shows what happens.
+
+    Returns:
+        The record of ``Pruned.plan`` without the mask, with ``bytes``, ``out`` and ``gguf``.
+
+    Raises:
+        InputError: A plan, a text or an output folder that cannot be used.
+        DamagedError: A plan that is not whole or of another layout.
+    """
+    check_out(config.out, config.force, config.study)
+    assert config.plan is not None  # the command line sends others to prune
+    record = read_plan(Path(config.plan))
+    check_wish(config)
+    loaded = load_for(config.study, progress)
+    check_wish(config, loaded)
+    pruned = apply_plan(record, loaded, config, progress)
+    with progress.stage("writing and checking"):
+        size = pruned.save_pretrained(config.out, config.force)
+        gguf = export_pruned(config, pruned)
+    plan = {key: value for key, value in pruned.plan.items() if key not in ("mask", "policy", "layout", "format")}
+    weights = {"before": dense_bytes(loaded, loaded.dtype.itemsize), "after": size}
+    return {**plan, "bytes": weights, "out": config.out, "gguf": gguf}
+
+
+def apply_plan(record: Any, loaded: LoadedModel, config: PruneConfig, progress: Progress) -> Pruned:
+    """Cuts what a plan says.
+
+    Args:
+        record: As ``read_plan`` gives it.
+        loaded: The dense model, of the layout that the plan was made for.
+        config: Text, compensation, device, and the grid for ratios.
+        progress: Shows what happens.
+
+    Raises:
+        InputError: Ratios or a text that cannot be used.
+        DamagedError: A mask that is not whole or of another layout.
+    """
+    device = choose_device(config.device)
+    dtype = choose_dtype("auto", device, loaded.dtype)
+    export = is_export(record)
+    if export:
+        _check_grid(config)
+        mask = mask_of(record, loaded.layout)
+    else:
+        policy, budget = wish_of(record, loaded.layout, *config.target.grid)
+    text = _text(config, loaded, device, dtype, progress)
+    blocks = text.calibration if text else np.zeros((0, 1), dtype=np.int64)
+    wish: dict[str, Any] = {}
+    if not export:
+        with progress.stage("importance"):
+            order = _order(loaded, text, device, dtype)
+        mask = select(allocate(policy, budget, loaded.layout, *config.target.grid), order, loaded.layout)
+        wish = {"policy": policy.to_json(), "importance": {"method": order.method, "source": leaf(order.source)}}
+    with progress.stage("cutting"):
+        smaller, how = compensated(loaded, mask, blocks, config.compensate, device, dtype)
+    plan = _plan(record, loaded, mask, added_params(loaded, config.compensate)) | wish | {"compensation": how}
+    if not export:
+        plan["ratio"] = {"asked": budget.ratio(loaded.layout), **plan["ratio"]}
+    if text:
+        with progress.stage("measuring the result"):
+            plan |= _measured(loaded, smaller, text, device, dtype)
+    return Pruned(smaller, loaded.tokenizer, None, plan)
+
+
+def _measured(
+    loaded: LoadedModel, smaller: PreTrainedModel, text: Text, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Perplexity of both models on the text's test part, and their speed, as in an export from a study."""
+    measured, speeds = measured_of(loaded, smaller, text.test, device, dtype)
+    dense = evaluate(loaded.on(device, dtype), text.test, tokens_per_batch(device)).log_ppl
+    return {
+        "measured": {
+            "log_ppl": measured.log_ppl,
+            "ppl": float(np.exp(measured.log_ppl)),
+            "interval": [float(np.exp(end)) for end in measured.interval],
+        },
+        "dense": {"log_ppl": dense, "ppl": float(np.exp(dense))},
+        "protocol": {
+            "text": leaf(text.name),
+            "seq_len": int(text.test.shape[1]),
+            "tokens": measured.tokens,
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+        "tokens_per_second": {name: round(value, 1) for name, value in speeds.items()},
+    }
+
+
+def _check_grid(config: PruneConfig) -> None:
+    if config.target.tp != 1 or (config.target.align is not None and config.gguf is None):
+        raise InputError("--align and --tp must come without the plan of an export; one came; its mask stays as it is")
+
+
+def _text(config: PruneConfig, loaded: LoadedModel, device: torch.device, dtype: torch.dtype, progress: Progress) -> Text | None:
+    if config.text is None:
+        return None
+    with progress.stage("text"):
+        model = loaded.on(device, dtype)
+        length = choose_seq_len(None, model.config.max_position_embeddings)
+        sizes = TextSizes(length, FitConfig.calibration_tokens, length, 0, FitConfig.test_tokens)
+        return load_text(config.text, loaded.tokenizer, sizes, FitConfig.seed, model)
+
+
+def _order(loaded: LoadedModel, text: Text | None, device: torch.device, dtype: torch.dtype) -> Any:
+    blocks = text.calibration if text else np.zeros((0, 1), dtype=np.int64)
+    model = loaded.on(device, dtype)
+    return score_units(model, loaded.layout, blocks, _SCORES[bool(text)], text.name if text else "", FitConfig.seed)
+
+
+def _plan(record: Any, loaded: LoadedModel, mask: Mask, added: int) -> dict[str, Any]:
+    """What goes into ``ppf.json`` whatever the plan is."""
+    layout, kept = loaded.layout, mask.allocation.kept
+    params, sites = params_and_kept(layout, kept)
+    plan: dict[str, Any] = {
+        "format": 1,
+        "model": {
+            "name": leaf(loaded.name), "digest": loaded.digest, "type": layout.model_type, "bytes_per_param": loaded.dtype.itemsize,
+        },
+        "layout": layout.fingerprint,
+        "ratio": {"met": (layout.total - params) / layout.prunable},
+        "kept": sites,
+        "params": {"before": layout.total, "after": params + added},
+        "mask": [np.packbits(bits).tobytes().hex() for bits in mask.bits],
+        "from": {"kind": "ratios"},
+    }  # fmt: skip
+    if is_export(record):
+        source = record.get("model")
+        digest = source.get("digest") if isinstance(source, dict) else None
+        method = (
+            (record.get("compensation") or {}).get("method", "none") if isinstance(record.get("compensation"), dict) else "none"
+        )
+        plan["from"] = {"kind": "export", "same_model": digest == loaded.digest, "compensated": method != "none"}
+        if "policy" in record:
+            plan["policy"] = _policy(record["policy"], len(layout.sites)).to_json()
+    return plan
+
+
+def _policy(record: Any, sites: int) -> Policy:
+    policy = Policy.from_json(record) if isinstance(record, dict) else None
+    if policy is None or len(policy.keep) != sites:
+        raise DamagedError(f"a plan's policy must have {sites} sites; it has others; export it again")
+    return policy

@@ -1,0 +1,70 @@
+"""compensate: cutting, and what makes up for what went: nothing, biases, or refitted weights."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ppf.config import CompensateName, Target
+from ppf.errors import InputError
+from ppf.llm.compensation import bias_params, reader_means
+from ppf.llm.load import LoadedModel, convert
+from ppf.llm.ridge import PENALTY, refit
+from ppf.llm.surgery import cut
+from ppf.space.budget import parse_count, parse_size
+from ppf.space.mask import Mask
+
+
+def compensated(
+    loaded: LoadedModel, mask: Mask, blocks: np.ndarray, method: CompensateName, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Cuts a model, and makes up for what went.
+
+    Args:
+        loaded: The dense model.
+        mask: Which units stay.
+        blocks: Int[B, L] calibration tokens; unused with ``"none"``.
+        method: ``"none"``, ``"bias"`` or ``"ridge"``.
+        device: Where to run the dense model over them.
+        dtype: In which precision.
+
+    Returns:
+        The smaller model where the dense one was, in the dtype of its checkpoint; and a JSON-ready record of what was done.
+
+    Raises:
+        InputError: No calibration text, or what is read of it is not finite.
+    """
+    layout, home = loaded.layout, loaded.model.device
+    if method == "none":
+        return convert(cut(loaded.model, layout, mask), home, loaded.dtype), {"method": "none"}
+    model = loaded.on(device, dtype)
+    record: dict[str, Any] = {"method": method, "tokens": int(blocks.size)}
+    if method == "bias":
+        smaller = cut(model, layout, mask, fill=reader_means(model, layout, blocks))
+    else:
+        smaller = cut(model, layout, mask, fitted=refit(model, layout, mask, blocks))
+        record["penalty"] = PENALTY
+    return convert(smaller, home, loaded.dtype), record
+
+
+def added_params(loaded: LoadedModel, method: CompensateName) -> int:
+    """Parameters that a method of compensation adds to a cut model: biases where the dense model has none."""
+    return bias_params(loaded.model, loaded.layout) if method == "bias" else 0
+
+
+def with_room(target: Target, added: int, bytes_per_param: float) -> Target:
+    """A wished size that leaves room for parameters to be added; a ratio stays one of what is removed.
+
+    Raises:
+        InputError: They alone are more.
+    """
+    params, memory = target.params, target.memory
+    if params is not None:
+        params = str(parse_count(params) - added)
+    if memory is not None:
+        memory = f"{int(parse_size(memory) - added * bytes_per_param)}B"
+    if any(text is not None and text.startswith(("-", "0")) for text in (params, memory)):
+        raise InputError(f"the wished size must hold the {added:,} biases alone; it does not; ask for more")
+    return replace(target, params=params, memory=memory)
