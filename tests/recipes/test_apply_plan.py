@@ -121,3 +121,25 @@ def test_a_pruned_model_has_another_layout(exported, tmp_path):
     target = wish(exported, "x").target
     with refuses(DamagedError):
         prune_by_plan(PruneConfig(str(exported), str(tmp_path / "o"), target, plan=str(exported / "ppf.json")), Progress(True))
+
+
+@pytest.mark.parametrize("shown", [[], ["--json"]])
+def test_ratios_from_a_table_are_measured_where_there_is_a_text(place, tmp_path, capsys, shown):
+    (tmp_path / "ratios.csv").write_text("layer,attn,ffn\n0,0,0.5\n1,0.25,0.5\n2,0.25,0.5\n")
+    command = ["prune", str(place / "model"), "--plan", str(tmp_path / "ratios.csv"), "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--text", str(place / "long.txt"), "--device", "cpu", *shown]) == 0
+    out, plan = capsys.readouterr().out, json.loads((tmp_path / "out" / "ppf.json").read_text())
+    assert plan["measured"]["ppl"] > 1 and plan["protocol"]["text"] == "long.txt" and str(tmp_path) not in json.dumps(plan)
+    assert [entry["kept"] for entry in plan["kept"]] == [4, 20, 3, 20, 3, 20]
+    if shown:
+        record = json.loads(out)
+        assert record["measured"] == plan["measured"] and record["out"] == str(tmp_path / "out") and "mask" not in record
+    else:
+        assert f"measured {plan['measured']['ppl']:.2f}" in out and "long.txt" in out
+
+
+def test_a_damaged_plan_is_one_line(place, tmp_path, capsys):
+    (tmp_path / "plan.json").write_text('{"mask": [')
+    code = cli.main(["prune", str(place / "model"), "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert code == 4 and error.count("\n") == 1 and error.startswith("error: ") and not (tmp_path / "out").exists()

@@ -60,6 +60,8 @@ def with_room(target: Target, added: int, bytes_per_param: float) -> Target:
     Raises:
         InputError: They alone are more.
     """
+    if not added:
+        return target
     params, memory = target.params, target.memory
     if params is not None:
         params = str(parse_count(params) - added)

@@ -117,30 +117,33 @@ def prune(
         InputError: More than the floors allow, candidates of nested policies, or a study that is not fitted.
         DamagedError: A study of another model.
     """
-    check_refinable(target, bool(candidates))
-    decider = Decider(folder)
-    if decider.study.record["model"]["digest"] != loaded.digest:
-        name = decider.study.record["model"]["name"]
-        raise DamagedError(f"{folder} must be a study of this model; it is one of {name} as it was then; give its own model")
+    decider = _decider_for(folder, loaded, target, candidates)
     added = added_params(loaded, compensate)
-    target = with_room(target, added, decider.study.record["model"]["bytes_per_param"]) if added else target
+    target = with_room(target, added, decider.study.record["model"]["bytes_per_param"])
     decision = decider.decide(target)
     if candidates:
         config = replace(FitConfig(**decider.study.record["settings"]), study=str(decider.study.folder), device=device)
         with locked(decider.study.folder), Lab(loaded, config, progress) as lab:
             lab.open_study()
             decision = refined(decider, decision, lab, target, candidates)
-    text = Text.load(decider.study.path("text"), decider.layout.fingerprint)
+    text, at = Text.load(decider.study.path("text"), decider.layout.fingerprint), choose_device(device)
+    dtype = getattr(torch, decider.study.record["dtype"])
     with progress.stage("cutting"):
-        dtype = getattr(torch, decider.study.record["dtype"])
-        smaller, how = compensated(loaded, decision.mask, text.calibration, compensate, choose_device(device), dtype)
+        smaller, how = compensated(loaded, decision.mask, text.calibration, compensate, at, dtype)
     with progress.stage("measuring the result"):
-        measured, speeds = measured_of(loaded, smaller, text.test, choose_device(device), dtype)
-    extra = {"nested": target.nested, "rounding": decider.rounding(target)}
-    plan = _plan(decider, decision, measured, speeds, bool(candidates)) | extra
-    plan |= {"compensation": how, "predicted": {**plan["predicted"], "compensation": "none"}}
-    plan["params"] = {**plan["params"], "after": plan["params"]["after"] + added}
-    return Pruned(smaller, loaded.tokenizer, decision, plan)
+        measured, speeds = measured_of(loaded, smaller, text.test, at, dtype)
+    plan = _with_compensation(_plan(decider, decision, measured, speeds, bool(candidates)), how, added)
+    return Pruned(smaller, loaded.tokenizer, decision, plan | {"nested": target.nested, "rounding": decider.rounding(target)})
+
+
+def _decider_for(folder: str | Path, loaded: LoadedModel, target: Target, candidates: int) -> Decider:
+    """The study, if it is of this model."""
+    check_refinable(target, bool(candidates))
+    decider = Decider(folder)
+    if decider.study.record["model"]["digest"] != loaded.digest:
+        name = decider.study.record["model"]["name"]
+        raise DamagedError(f"{folder} must be a study of this model; it is one of {name} as it was then; give its own model")
+    return decider
 
 
 def refined(decider: Decider, decision: Decision, lab: Lab, target: Target, candidates: int) -> Decision:
@@ -270,6 +273,12 @@ def _plan(decider: Decider, decision: Decision, measured: Evaluation, speeds: di
         "policy": decision.policy.to_json(),
         "mask": [np.packbits(bits).tobytes().hex() for bits in decision.mask.bits],
     }
+
+
+def _with_compensation(plan: dict[str, Any], how: dict[str, Any], added: int) -> dict[str, Any]:
+    """The record with what made up for what went, of which its prediction knows nothing, and the parameters that it added."""
+    params = {**plan["params"], "after": plan["params"]["after"] + added}
+    return {**plan, "compensation": how, "params": params, "predicted": {**plan["predicted"], "compensation": "none"}}
 
 
 def leaf(name: str) -> str:
