@@ -144,7 +144,7 @@ def test_a_planted_answer_on_the_validation_text_decides(study, monkeypatch, pla
 
 def test_what_the_validation_text_says_is_not_learned(study, monkeypatch):
     seen = validated(monkeypatch)
-    study.prune(ratio=0.35, refine=True, candidates=2, device="cpu")
+    study.prune(ratio=0.35, refine=True, candidates=8, device="cpu")
     store, size = Decider(study.folder).study.store(), SETTINGS["search_tokens"]
     assert len(seen) == 1 and {one.tokens for one in store.all()} == {size}
     assert set(seen[0][0]) <= {one.kept for one in store.all()}
