@@ -8,8 +8,9 @@ from ppf.learn.baselines import HEURISTICS
 from ppf.recipes.bench import OWN_ORDER
 
 MODELS = ("ref-a", "ref-q", "stories260K")
-BOLD = """Bold: the least, and what cannot be told from it: the 95 % interval of the difference on the same blocks (over the
-    seeds where there are several) holds 0."""
+LEAST_SEEDS = 3
+BOLD = """Bold: the least, and what cannot be told from it: the 95 % interval of the difference on the same blocks holds 0, over
+    the seeds where there are three or more, else over the blocks."""
 
 
 def benches() -> list[str]:
@@ -50,7 +51,7 @@ def _bench(name: str, record: dict[str, Any]) -> str:
     seeds, ppl = len(result["seeds"]), result["dense_ppl"]
     words = f"""Log-perplexity above dense, nats/token, on {result["test_tokens"]:,} test tokens (dense perplexity
         {spread(ppl, 2)}); mean of {seeds} fit{"s" if seeds > 1 else ""} of {result["samples"]} masks of
-        {result["search_tokens"]:,} tokens, +- the half-width of its 95 % interval over the seeds. Tokens: run through the
+        {result["search_tokens"]:,} tokens, +- the half-width of its 95 % interval over three seeds or more. Tokens: run through the
         model for one ratio, what serves all ratios included. {BOLD}"""
     header = ["method", "tokens", *(f"{100 * ratio:.0f} %" for ratio in ratios)]
     title, plot = f"Ways to choose: `{result['model']}` on {result['text']}", f"![Damage by ratio](img/{name}.svg)"
@@ -67,11 +68,11 @@ def _cost(found: dict[float, dict[str, Any]]) -> str:
 
 def _cell(row: dict[str, Any]) -> str:
     """Bold where nothing is better, or where the interval of what it lies behind the best holds 0."""
-    value = f"{row['above']:.4f}"
-    if row["seeds"]:
+    value, several = f"{row['above']:.4f}", row["runs"] >= LEAST_SEEDS
+    if several:
         value += f" +- {(row['seeds'][1] - row['seeds'][0]) / 2:.4f}"
     behind = row.get("behind")
-    told_apart = row["regret"] > 0 and not (behind and (behind["seeds"] or behind["blocks"])[0] <= 0)
+    told_apart = row["regret"] > 0 and not (behind and behind["seeds" if several else "blocks"][0] <= 0)
     return value if told_apart else f"**{value}**"
 
 
