@@ -25,6 +25,7 @@ from ppf.learn.fit_predictor import FITS, fit_curves, fit_predictor
 from ppf.learn.objective import predicted
 from ppf.learn.predictor import Predictor
 from ppf.learn.train_agent import AgentConfig, train_agent
+from ppf.learn.train_nested import chain_of
 from ppf.llm.architectures import layout_of
 from ppf.llm.collect import probes, spread, stratified_ratios
 from ppf.samples import Measurement, Sample
@@ -83,6 +84,7 @@ def synthetic_study(folder: Path, layout: Layout, count: int, seed: int) -> tupl
     start = Agent(knapsack(curves, layout), np.array(0.6))
     agent = train_agent(start, predicted(predictors["additive"]), layout, 0.02, 0.6, seed, AgentConfig(steps=2))
     agent.save(study.path("agent"), layout)
+    chain_of(agent, layout).save(study.path("nested"))
     (folder / "report.json").write_text("{}")
     return Decider(folder), predictors
 
