@@ -4,6 +4,7 @@ from typing import Any
 
 from matplotlib import rcParams
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from page import HERE
 
@@ -56,8 +57,9 @@ def plot_bench(name: str, record: dict[str, Any], searches: dict[str, Any] | Non
         x, y = [100 * row["ratio"] for row in rows], [row["above"] for row in rows]
         axes.plot(x, y, "x", color="black", label=f"evolution on true measurements, seed {searches['result']['seeds'][0]}")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("pruned, % of the prunable parameters")
     axes.set_ylabel("log-perplexity above dense, nats/token")
     axes.set_title(f"{record['result']['model']} on {record['result']['text']}", fontsize=10)
