@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ppf import cli
+from ppf import cli, commands
 from ppf.errors import DamagedError, InUseError, ResourceError, UnsupportedError
 
 
@@ -101,7 +101,7 @@ def test_each_kind_of_failure_has_its_code(capsys, monkeypatch, error, code, deb
     def fail(config):
         raise error
 
-    monkeypatch.setitem(cli._RUN, cli.DemoConfig, fail)
+    monkeypatch.setitem(commands.RUN, cli.DemoConfig, fail)
     found, out, err = answer(capsys, "demo", *(["--debug"] if debug else []))
     assert (found, out) == (code, "") and err.splitlines()[-1].startswith("error: ")
     assert ("Traceback" in err) == debug
@@ -111,7 +111,7 @@ def test_a_fault_of_ours_is_not_dressed_up(monkeypatch):
     def fail(config):
         raise ZeroDivisionError
 
-    monkeypatch.setitem(cli._RUN, cli.DemoConfig, fail)
+    monkeypatch.setitem(commands.RUN, cli.DemoConfig, fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["demo"])
 

@@ -1,8 +1,11 @@
 """How the command line lays out its answers."""
 
 import json
+import shlex
 import sys
 from typing import Any
+
+from ppf.config import Target
 
 
 def print_gguf(record: dict[str, Any] | None, quiet: bool) -> None:
@@ -34,7 +37,7 @@ def print_planned(record: dict[str, Any], quiet: bool) -> None:
     if source.get("compensated") and record["compensation"]["method"] == "none":
         print("warning: the plan's export was compensated, and this one is not; add --compensate and --text", file=sys.stderr)
     if quiet:
-        print(json.dumps(record, allow_nan=False))
+        print_json(record)
     else:
         before, after = record["params"]["before"], record["params"]["after"]
         lines = {
@@ -67,6 +70,66 @@ def print_policy(record: dict[str, Any]) -> None:
     gone = 100 * (1 - params["after"] / params["before"])
     print(f"parameters  {params['before']:,} -> {params['after']:,}  ({gone:.1f} % of all gone)")
     print(f"decided in  {record['milliseconds']:.1f} ms")
+
+
+def print_json(record: dict[str, Any]) -> None:
+    print(json.dumps(record, allow_nan=False))
+
+
+def warn_range(record: dict[str, Any]) -> None:
+    if not record["in_range"]:
+        asked = record["ratio"]["asked"]
+        print(f"warning: ratio {asked:.3g} is beyond what the agent was trained on; judge by measuring", file=sys.stderr)
+
+
+def warn_nothing(target: Target, record: dict[str, Any]) -> None:
+    if target.ratio is None and record["ratio"]["asked"] == 0:
+        print("warning: nothing is removed; the model is that small already", file=sys.stderr)
+
+
+def print_pruned(record: dict[str, Any]) -> None:
+    before, after = record["params"]["before"], record["params"]["after"]
+    low, high = record["measured"]["interval"]
+    speed = record["tokens_per_second"]
+    protocol = record["protocol"]
+    without = "" if record["compensation"]["method"] == "none" else " without compensation"
+    lines = {
+        "ratio": f"asked {record['ratio']['asked']:.4f}, met {record['ratio']['met']:.4f} of the prunable parameters",
+        "parameters": f"{before:,} -> {after:,}  ({100 * (1 - after / before):.1f} % of all gone)",
+        "weights": f"{human_size(record['bytes']['before'])} -> {human_size(record['bytes']['after'])}",
+        "perplexity": f"predicted {record['predicted']['ppl']:.2f}{without}, measured {record['measured']['ppl']:.2f} "
+        f"(95 % {low:.2f} to {high:.2f}), dense {record['dense']['ppl']:.2f}",
+        "protocol": f"{protocol['text']}, {protocol['tokens']:,} tokens in blocks of {protocol['seq_len']}, {protocol['dtype']}",
+        "tokens/s": f"{speed['before']:,.0f} -> {speed['after']:,.0f}  (prompt, this machine)",
+        "written to": f"{record['out']}  (reloaded and checked)",
+    }
+    if rounding := record["rounding"]:
+        steps = " ".join(f"--{name} {rounding[name]}" for name in ("align", "tp") if rounding[name] > 1)
+        lines["perplexity"] += f"; with {steps} predicted {rounding['ppl']:.2f}, without {rounding['unrounded_ppl']:.2f}"
+    for name, value in lines.items():
+        print(f"{name:<11} {value}")
+
+
+def print_report(report: dict[str, Any], study: str) -> None:
+    first = next(iter(report["heldout"].values()))
+    ratios = " / ".join(f"{100 * float(ratio):.0f}" for ratio in first["tau_within"])
+    rows = []
+    for kind, found in report["heldout"].items():
+        within = " / ".join(f"{value:.2f}" for value in found["tau_within"].values())
+        used = "*" if kind == report["predictor"] else ""
+        rows.append([kind + used, f"{found['mse']:.2e}", f"{found['mae']:.4f}", f"{found['tau']:.2f}", within, f"{found['z']:.2f}"])
+    print_table(
+        f"predictors on {first['count']} held-out masks",
+        ["predictor", "MSE", "MAE", "tau", f"tau within {ratios} %", "error/std"],
+        rows,
+    )
+    print("* decides. MSE of PPL_dense/PPL, MAE in nats/token, Kendall's tau of the damage: of all, and within a ratio.")
+    samples = ", ".join(f"{count} {purpose}" for purpose, count in report["samples"].items())
+    tokens = sum(report["tokens"].values())
+    lost = f"; {report['damaged']} damaged rows left out" if report["damaged"] else ""
+    print(f"samples  {samples}; {report['failed']} failed{lost}; {tokens:,} tokens through the model")
+    print("seconds  " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in report["seconds"].items()))
+    print(f"next     ppf prune {shlex.quote(study)} --ratio 0.3 --out smaller")
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -1,0 +1,180 @@
+"""What each command does: runs a recipe and prints its record. Heavy imports sit in the commands that need them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig
+from ppf.printing import (
+    human_size,
+    print_gguf,
+    print_json,
+    print_planned,
+    print_policy,
+    print_pruned,
+    print_report,
+    print_table,
+    warn_nothing,
+    warn_range,
+)
+
+
+def _fit(config: FitConfig) -> None:
+    from ppf.artifact import read_json
+    from ppf.progress import Progress
+    from ppf.recipes.fit import fit
+
+    study = fit(config, Progress())
+    print_report(read_json(study.folder / "report.json"), config.study)
+
+
+def _prune(config: PruneConfig) -> None:
+    if config.plan is not None:
+        return _prune_by_plan(config)
+    from ppf.decide import Decider
+    from ppf.progress import Progress
+    from ppf.recipes.export import check_wish, export_pruned
+    from ppf.recipes.lab import load_for
+    from ppf.recipes.prune import check_out, dense_bytes, prune
+
+    check_out(config.out, config.force, config.study)
+    decider, progress = Decider(config.study), Progress()
+    decider.budget(config.target)
+    check_wish(config)
+    model = decider.study.record["model"]
+    loaded = load_for(config.model or model["name"], progress)
+    check_wish(config, loaded)
+    candidates = config.candidates if config.refine else 0
+    pruned = prune(config.study, loaded, config.target, config.device, candidates, progress, config.compensate)
+    with progress.stage("writing and checking"):
+        size = pruned.save_pretrained(config.out, config.force)
+        gguf = export_pruned(config, pruned)
+    plan = {
+        key: value for key, value in pruned.plan.items() if key not in ("mask", "policy", "report", "layout", "context", "format")
+    }
+    record = {
+        **plan,
+        "bytes": {"before": dense_bytes(loaded, model["bytes_per_param"]), "after": size},
+        "out": config.out,
+        "gguf": gguf,
+    }
+    warn_range(record)
+    warn_nothing(config.target, record)
+    if config.json:
+        print_json(record)
+    else:
+        print_pruned(record)
+    print_gguf(gguf, config.json)
+
+
+def _prune_by_plan(config: PruneConfig) -> None:
+    from ppf.progress import Progress
+    from ppf.recipes.apply_plan import prune_by_plan
+
+    print_planned(prune_by_plan(config, Progress()), config.json)
+
+
+def _policy(config: PolicyConfig) -> None:
+    from ppf.decide import Decider
+
+    decider = Decider(config.study)
+    record = decider.decide(config.target).to_json(decider.layout)
+    warn_range(record)
+    warn_nothing(config.target, record)
+    if config.json:
+        print_json(record)
+    else:
+        print_policy(record)
+
+
+def _export(config: ExportConfig) -> None:
+    from ppf.progress import Progress
+    from ppf.recipes.export import check_wish, export
+    from ppf.recipes.lab import load_for
+
+    check_wish(config)
+    progress = Progress()
+    loaded = load_for(config.model, progress)
+    with progress.stage("writing and checking"):
+        record = export(config, loaded)
+    if config.json:
+        print_json(record)
+    print_gguf(record, config.json)
+
+
+def _eval(config: EvalConfig) -> None:
+    if config.tasks is not None:
+        return _eval_tasks(config)
+    from ppf.progress import Progress
+    from ppf.recipes.evaluate import evaluate
+    from ppf.recipes.lab import load_for
+
+    progress = Progress()
+    loaded = load_for(config.model, progress)
+    with progress.stage("measuring"):
+        record = evaluate(config, loaded)
+    if config.json:
+        print_json(record)
+    else:
+        low, high = record["interval"]
+        print(f"perplexity {record['ppl']:.4f}  (95 % {low:.4f} to {high:.4f}), {record['log_ppl']:.6f} nats/token")
+        print(", ".join(f"{name} {value}" for name, value in record["protocol"].items()))
+
+
+def _eval_tasks(config: EvalConfig) -> None:
+    from ppf.progress import Progress
+    from ppf.recipes.zeroshot import evaluate_tasks, table_of
+
+    record = evaluate_tasks(config, Progress())
+    if config.json:
+        print_json(record)
+    else:
+        print_table(f"tasks, value +- standard error; limit {config.limit or 'none'}", *table_of(record))
+
+
+def _bench(config: BenchConfig) -> None:
+    from pathlib import Path
+
+    from ppf.artifact import write_json
+    from ppf.progress import Progress
+    from ppf.provenance import provenance
+    from ppf.recipes.bench import bench
+
+    result = bench(config, Progress())
+    write_json(Path(config.out), {**provenance(), "result": result})
+    ratios = [f"{100 * ratio:g} %" for ratio in config.ratios]
+    rows = {row["method"]: [row["method"], f"{(row['tokens'] + row['shared_tokens']) / 1e6:.2f} M"] for row in result["rows"]}
+    for row in result["rows"]:
+        rows[row["method"]].append(f"{row['above']:.4f}{'*' if row['regret'] == 0 else ''}")
+    print_table("log-perplexity above dense on the test text, nats/token", ["method", "tokens", *ratios], list(rows.values()))
+    print("* the least at its ratio. Tokens run through the model for one ratio, what serves all of them included.")
+    print(f"written to {config.out}")
+
+
+def _demo(config: DemoConfig) -> None:
+    from ppf.progress import Progress
+    from ppf.recipes.demo import demo
+
+    rows = demo(config, Progress())
+    print_table(
+        f"ref-a on the pydocs test text, dense perplexity {rows[0]['dense']:.2f}",
+        ["ratio", "predicted", "measured", "uniform", "parameters", "file", "folder"],
+        [
+            [
+                f"{100 * row['ratio']:.1f} %", f"{row['predicted']:.2f}", f"{row['measured']:.2f}", f"{row['uniform']:.2f}",
+                f"{row['params']:,}", human_size(row["bytes"]), row["folder"],
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+RUN: dict[type, Callable[[Any], None]] = {
+    FitConfig: _fit,
+    PruneConfig: _prune,
+    PolicyConfig: _policy,
+    ExportConfig: _export,
+    EvalConfig: _eval,
+    BenchConfig: _bench,
+    DemoConfig: _demo,
+}
+"""By the type of the config."""

@@ -1,0 +1,12 @@
+"""What each command can be told. A default lives here once; its docstring is the `--help`."""
+
+from ppf.config.checks import CompensateName, DtypeName, PredictorName, QuantName, ScoreName
+from ppf.config.evaluate import BenchConfig, EvalConfig
+from ppf.config.fit import DemoConfig, FitConfig
+from ppf.config.prune import ExportConfig, PruneConfig
+from ppf.config.target import PlanTarget, PolicyConfig, Target
+
+__all__ = [
+    "BenchConfig", "CompensateName", "DemoConfig", "DtypeName", "EvalConfig", "ExportConfig", "FitConfig", "PlanTarget",
+    "PolicyConfig", "PredictorName", "PruneConfig", "QuantName", "ScoreName", "Target",
+]  # fmt: skip

@@ -1,0 +1,29 @@
+"""Checks that the configs share: what must hold, what came, what to do. And the names to choose among."""
+
+from typing import Any, Literal, get_args
+
+from ppf.errors import InputError
+
+ScoreName = Literal["auto", "taylor", "flap", "wanda_sp", "magnitude", "random"]
+PredictorName = Literal["auto", "corrected", "additive", "cnn"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+CompensateName = Literal["none", "bias", "ridge"]
+QuantName = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
+
+
+def check_count(flag: str, value: int | None, least: int) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise InputError(f"{flag} must be a whole number; {value!r} came; give one")
+    if value is not None and value < least:
+        raise InputError(f"{flag} must be at least {least}; {value} came; raise it")
+
+
+def check_choice(flag: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise InputError(f"{flag} must be one of {', '.join(get_args(choices))}; {value!r} came; choose one")
+
+
+def check_words(**values: str | None) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{name} must be a string; {value!r} came; convert it")
