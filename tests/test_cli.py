@@ -116,6 +116,22 @@ def test_a_fault_of_ours_is_not_dressed_up(monkeypatch):
         cli.main(["demo"])
 
 
+@pytest.mark.parametrize(("command", "words"), [(["demo"], "is kept"), (["export", "m", "--gguf", "f"], "nothing was written")])
+def test_a_stop_says_what_became_of_the_work(capsys, monkeypatch, command, words):
+    def stop(config):
+        raise KeyboardInterrupt
+
+    for kind in (cli.DemoConfig, cli.ExportConfig):
+        monkeypatch.setitem(commands.RUN, kind, stop)
+    code, out, err = answer(capsys, *command)
+    assert (code, out) == (130, "") and words in err
+
+
+def test_help_tells_no_default_that_is_none(capsys):
+    for command in ("fit", "prune", "policy", "export", "eval", "bench", "demo"):
+        assert "None" not in answer(capsys, command, "--help")[1]
+
+
 def test_help_and_version(capsys):
     for command in ("fit", "prune", "policy", "export", "eval", "bench", "demo"):
         code, out, err = answer(capsys, command, "--help")

@@ -16,6 +16,7 @@ from ppf.learn import fit_predictor as module
 from ppf.learn.agent import Agent
 from ppf.learn.baselines import knapsack
 from ppf.learn.fit_predictor import FITS, fit_predictor
+from ppf.learn.objective import predicted
 from ppf.learn.process import NOISE
 from ppf.learn.train_agent import AgentConfig, train_agent
 from ppf.space.allocation import Allocation, allocate
@@ -91,6 +92,17 @@ def test_the_agent_proposes_and_the_predictor_judges(decider, ratio):
     expected = decider.predictor.predict(kept[None])
     assert (decision.prediction.damage, decision.prediction.std) == (expected.damage, expected.std)
     assert decision.log_ppl == 2.5 + expected.log_ppl[0]
+
+
+@pytest.mark.parametrize("align", [4, 8, 16])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_on_a_grid_a_decision_is_no_worse_than_the_agents_or_the_nested_one_rounded(decider, ratio, align):
+    target, objective = Target(ratio=ratio, align=align), predicted(decider.predictor)
+    remove = decider.budget(target).remove
+    nested = decider.chain.kept(np.array([remove]), align)[0] / LAYOUT.units
+    others = [allocate(policy, Budget(remove), LAYOUT, align).kept for policy in (decider.agent.propose(ratio), Policy(nested))]
+    ours, *rest = objective(np.stack([decider.decide(target).allocation.kept, *others]))
+    assert ours <= min(rest) + 1e-9
 
 
 def test_the_record_has_these_fields_and_is_strict_json(decider):

@@ -182,6 +182,22 @@ def check_new_folder(path: Path, force: bool = False, marker: str = MARKER) -> N
         raise InputError(f"{path} must hold {marker} to be replaced by --force; it holds other things; choose another name")
 
 
+def check_writable(place: Path) -> None:
+    """Refuses a file's or folder's place at once rather than after the work, by trying; missing folders above may be made later.
+
+    Raises:
+        InputError: It lies below a file.
+        ResourceError: Nothing can be written there.
+    """
+    try:
+        above = next(folder for folder in Path(os.path.abspath(place)).parents if folder.exists())
+        if not above.is_dir():
+            raise InputError(f"{place} must lie in a folder; {above} is a file; choose another place")
+        os.rmdir(tempfile.mkdtemp(prefix=".ppf.", dir=above))
+    except OSError as error:
+        raise ResourceError(f"{place} must lie in a folder that can be written; {error.strerror}; choose another place") from error
+
+
 def _swap_in(work: Path, path: Path, force: bool) -> None:
     if force and path.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
@@ -213,7 +229,7 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         raise ResourceError(f"{path} must be readable; {error.strerror}; check its permissions") from error
     except (SafetensorError, ValueError, RecursionError, TypeError, AttributeError) as error:
         # the last two are how safetensors says that numpy lacks a number type
-        raise DamagedError(f"{path} must {what}; {error}; restore it or fit again") from error
+        raise DamagedError(f"{path} must {what}; {error}; restore it or make it again") from error
 
 
 def _check_partner(path: Path, header: Any, kind: str, fingerprint: str | None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
-from tyro.conf import OmitSubcommandPrefixes, subcommand
+from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, subcommand
 
 from ppf.commands import RUN
 from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that wait in a busy loop make two of them far slower than one on cores that others use too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
+    debug, keeps = "--debug" in given, given[:1] in (["fit"], ["bench"], ["demo"])
     try:
         command = _parse([argument for argument in given if argument != "--debug"])
         if command is not None:
@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PPFError as error:
         return _fail(str(error), error.exit_code, debug)
     except KeyboardInterrupt:
-        return _fail("stopped; a fit keeps what it measured; the same command goes on", 130, debug)
+        what = "what was measured is kept, and the same command goes on" if keeps else "nothing was written"
+        return _fail(f"stopped; {what}", 130, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -97,7 +98,8 @@ def _parse(arguments: list[str]) -> Any:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(OmitSubcommandPrefixes[Command], prog="ppf", description=_description(), args=arguments)
+            commands = FlagCreatePairsOff[OmitSubcommandPrefixes[Command]]
+            return tyro.cli(commands, prog="ppf", description=_description(), args=arguments)
     except SystemExit as stop:
         if not stop.code:
             return None

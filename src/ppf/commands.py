@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig
+from ppf.errors import InputError
 from ppf.printing import (
     human_size,
     print_gguf,
@@ -134,13 +135,17 @@ def _eval_tasks(config: EvalConfig) -> None:
 def _bench(config: BenchConfig) -> None:
     from pathlib import Path
 
-    from ppf.artifact import write_json
+    from ppf.artifact import check_writable, write_json
     from ppf.progress import Progress
     from ppf.provenance import provenance
     from ppf.recipes.bench import bench
 
+    out = Path(config.out)
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise InputError(f"--out must name a file in a folder that exists; {out} came; choose another name")
+    check_writable(out)
     result = bench(config, Progress())
-    write_json(Path(config.out), {**provenance(), "result": result})
+    write_json(out, {**provenance(), "result": result})
     ratios = [f"{100 * ratio:g} %" for ratio in config.ratios]
     rows = {row["method"]: [row["method"], f"{(row['tokens'] + row['shared_tokens']) / 1e6:.2f} M"] for row in result["rows"]}
     for row in result["rows"]:

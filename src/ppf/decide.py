@@ -12,8 +12,9 @@ from ppf.config import Target
 from ppf.errors import InputError
 from ppf.learn.agent import Agent
 from ppf.learn.nested import Chain
+from ppf.learn.objective import predicted
 from ppf.learn.predictor import Prediction, Predictor
-from ppf.space.allocation import Allocation, allocate
+from ppf.space.allocation import Allocation, allocate, allocate_many
 from ppf.space.budget import Budget, parse_count, parse_size
 from ppf.space.layout import Layout
 from ppf.space.mask import Mask, select
@@ -22,6 +23,8 @@ from ppf.study import StudyFolder
 
 _HEADER = 2048
 """Bytes a layer that a safetensors header takes at most: a file of a wanted size must hold it too."""
+_NEARBY, _NEIGHBOURS = 0.05, 26
+"""How far from a ratio on a grid other policies of the agent are asked, and how many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +114,8 @@ class Decider:
         if target.params is not None:
             return Budget.from_params(parse_count(target.params), self.layout, *target.grid)
         assert target.memory is not None  # a target is given in exactly one wording
-        size = parse_size(target.memory) - _HEADER * (self.layout.layers + 2)
-        return Budget.from_memory(size, self.layout, self.study.record["model"]["bytes_per_param"], *target.grid)
+        per_param, headers = self.study.record["model"]["bytes_per_param"], _HEADER * (self.layout.layers + 2)
+        return Budget.from_memory(parse_size(target.memory), self.layout, per_param, *target.grid, headers)
 
     def decide(self, target: Target, policy: Policy | None = None) -> Decision:
         """Decides.
@@ -131,13 +134,30 @@ class Decider:
         if target.nested:
             kept = self.chain.kept(np.array([budget.remove]), *target.grid)[0]
             return self._decision(target, budget, Policy(kept / self.layout.units), Allocation(kept), start)
-        policy = self.agent.propose(self._asked(target, budget)) if policy is None else policy
+        if policy is None:
+            policy = self._proposal(target, budget)
         return self._decision(target, budget, policy, allocate(policy, budget, self.layout, *target.grid), start)
+
+    def _proposal(self, target: Target, budget: Budget) -> Policy:
+        """The agent's policy; on a grid, which the agent was not trained on, the best of some, by the predictor.
+
+        Rounding to whole steps can move a whole KV group, so that a policy for a ratio nearby, or the nested one, comes out
+        better than the agent's own.
+        """
+        ratio = self._asked(target, budget)
+        if target.grid == (1, 1):
+            return self.agent.propose(ratio)
+        nearby = np.concatenate([[0.0], np.linspace(-_NEARBY, _NEARBY, _NEIGHBOURS)])
+        wishes = [self.agent.keep[self.agent.rows(np.clip(ratio + nearby, 0.0, 1.0))]]
+        wishes += [self.chain.kept(np.array([budget.remove]), *grid) / self.layout.units for grid in ((1, 1), target.grid)]
+        keep = np.concatenate(wishes)
+        kept = allocate_many(keep, np.full(len(keep), budget.remove), self.layout, *target.grid)
+        return Policy(keep[int(predicted(self.predictor)(kept).argmin())])
 
     def rounding(self, target: Target) -> dict[str, Any] | None:
         """What rounding to the grid costs before any refinement, if there is a grid: predicted perplexity with it and without."""
         align, tp = target.grid
-        if (align, tp) == (1, 1):
+        if target.grid == (1, 1):
             return None
         rounded, free = (self.decide(one) for one in (target, replace(target, align=1, tp=1)))
         return {"align": align, "tp": tp, "ppl": float(np.exp(rounded.log_ppl)), "unrounded_ppl": float(np.exp(free.log_ppl))}

@@ -58,7 +58,13 @@ def test_another_layout_is_refused_and_nothing_is_written(exported, tmp_path, ca
     command = ["prune", str(tmp_path / "other"), "--plan", str(exported / "ppf.json"), "--out", str(tmp_path / "out")]
     assert cli.main(command) == 4
     error = capsys.readouterr().err
-    assert error.count("error: ") == 1 and "layout" in error.splitlines()[-1] and not (tmp_path / "out").exists()
+    assert error.count("error: ") == 1 and "this shape" in error.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_a_study_is_no_model_for_a_plan(exported, fitted, tmp_path, capsys):
+    command = ["prune", str(fitted.folder), "--plan", str(exported / "ppf.json"), "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 2
+    assert "is a study" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", [None, "text.txt"])

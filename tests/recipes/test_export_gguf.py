@@ -59,8 +59,9 @@ def test_a_pruned_folder_becomes_a_file_with_layers_that_differ(capsys, fitted, 
     assert found == [layer.mlp.gate_proj.out_features for layer in small.model.layers]
 
 
-def test_pruning_writes_both_at_widths_that_blocks_divide(capsys, fitted, place, tmp_path):
-    place_of = {"--out": tmp_path / "small", "--gguf": tmp_path / "a.gguf", "--model": place / "model", "--device": "cpu"}
+@pytest.mark.parametrize("file", ["a.gguf", "small/a.gguf"])
+def test_pruning_writes_both_at_widths_that_blocks_divide(capsys, fitted, place, tmp_path, file):
+    place_of = {"--out": tmp_path / "small", "--gguf": tmp_path / file, "--model": place / "model", "--device": "cpu"}
     options = [str(part) for pair in place_of.items() for part in pair]
     code, out, err = answer(capsys, "prune", fitted.folder, "--ratio", 0.3, "--quant", "q8_0", *options)
     assert code == 0 and "architecture" in out and "with --align 32 predicted" in out and "without" in out
@@ -68,7 +69,7 @@ def test_pruning_writes_both_at_widths_that_blocks_divide(capsys, fitted, place,
     channels = [entry["kept"] for entry in plan["kept"] if entry["kind"] == "ffn"]
     assert all(kept in (32, 40) for kept in channels)
     assert plan["rounding"]["align"] == 32 and plan["rounding"]["tp"] == 1
-    assert names_in(tmp_path) == ["a.gguf", "small"]
+    assert (tmp_path / file).is_file() and names_in(tmp_path)[-1] == "small" and len(names_in(tmp_path)) <= 2
 
 
 def test_an_alignment_that_is_given_stays():
@@ -106,12 +107,14 @@ def test_refining_keeps_the_grid(fitted, tmp_path):
     [
         ("export {model} --gguf {tmp}/old.gguf", 2, "--force"),
         ("export {model} --gguf {tmp}/none/a.gguf", 2, "none"),
+        ("export {model} --gguf {tmp}", 2, "a folder or a link"),
         ("export {tmp}/none --gguf {tmp}/a.gguf", 2, "is none"),
         ("export {model} --gguf {tmp}/a.gguf --quant q4_k_m", 5, "ppf[llamacpp]"),
         ("export {model} --gguf {tmp}/a.gguf --quant q2_k", 2, "q2_k"),
         ("export {model}", 2, "--gguf"),
         ("prune {study} --ratio 0.3 --out {tmp}/out --quant q8_0", 2, "--gguf"),
         ("prune {study} --ratio 0.3 --out {tmp}/out --gguf {tmp}/old.gguf", 2, "--force"),
+        ("prune {study} --ratio 0.3 --out {tmp}/out --gguf {tmp}/out", 2, "--out"),
         ("prune {study} --ratio 0.3 --out {tmp}/out --tp 3", 2, "--tp"),
     ],
 )

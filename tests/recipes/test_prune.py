@@ -10,7 +10,7 @@ import tiny_models
 from builders import refuses
 from ppf.config import EvalConfig, Target
 from ppf.decide import Decider
-from ppf.errors import DamagedError, InputError
+from ppf.errors import DamagedError, InputError, ResourceError
 from ppf.llm import export
 from ppf.llm.load import adopt_model, load_model
 from ppf.llm.masking import masked
@@ -162,3 +162,8 @@ def test_a_place_that_cannot_be_is_refused_before_the_work(fitted, tmp_path, whe
     (tmp_path / "file").write_text("x")
     with refuses(InputError):
         check_out(str(tmp_path / where), False, fitted.folder)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(fitted):
+    with refuses(ResourceError):
+        check_out("/proc/out", False, fitted.folder)

@@ -73,6 +73,24 @@ def test_a_memory_size_holds_the_weights(name, share, bytes_per_param):
     assert stays * bytes_per_param <= size < (stays + 1) * bytes_per_param + 1
 
 
+def test_a_refusal_names_the_steps_and_the_size_that_was_asked():
+    of = layout()
+    with refuses(InputError) as caught:
+        Budget.from_memory(1000, of, 2, align=64, tp=2, headers=50_000)
+    assert "with --align 64 and --tp 2 (" in str(caught.value) and "; 1,000 bytes asks" in str(caught.value)
+    with refuses(InputError) as caught:
+        Budget.from_memory(1000, of, 2)
+    assert "--" not in str(caught.value)
+
+
+@examples(20)
+@given(NAMES, st.integers(0, 5000))
+def test_headers_count_as_bytes(name, headers):
+    of = LAYOUTS[name]
+    size = 2 * of.total - most(of)
+    assert Budget.from_memory(size + headers, of, 2, headers=headers) == Budget.from_memory(size, of, 2)
+
+
 def test_more_than_the_model_has_removes_nothing():
     of = layout()
     assert Budget.from_params(of.total + 1, of) == Budget.from_memory(of.total * 2, of, 2) == Budget(0)

@@ -17,7 +17,12 @@ def packed(mask):
 
 
 def export_record(**other):
-    return {"format": 1, "layout": LAYOUT.fingerprint, "mask": packed(random_mask(LAYOUT)), **other}
+    mask = random_mask(LAYOUT)
+    return {"format": 1, "layout": LAYOUT.fingerprint, "mask": packed(mask), "kept": told(mask), **other}
+
+
+def told(mask):
+    return [{"kept": int(bits.sum())} for bits in mask.bits]
 
 
 def written(tmp_path, text, name="plan.csv"):
@@ -28,7 +33,21 @@ def written(tmp_path, text, name="plan.csv"):
 
 def test_a_mask_comes_back_as_it_went():
     mask = random_mask(LAYOUT, 5)
-    assert mask_of(export_record(mask=packed(mask)), LAYOUT).digest == mask.digest
+    assert mask_of(export_record(mask=packed(mask), kept=told(mask)), LAYOUT).digest == mask.digest
+
+
+def test_a_record_that_contradicts_its_mask_is_refused():
+    good = told(random_mask(LAYOUT))
+    for kept in (None, 3, [], good[:-1], [*good, good[0]], [None, *good[1:]], [{"kept": good[0]["kept"] + 1}, *good[1:]]):
+        with refuses(DamagedError):
+            mask_of(export_record(kept=kept), LAYOUT)
+
+
+def test_another_model_is_told_in_words():
+    record = export_record(layout="f" * 32, model={"type": "qwen3"}, params={"before": 1234567})
+    with refuses(DamagedError) as caught:
+        mask_of(record, LAYOUT)
+    assert "(qwen3, 1,234,567 parameters)" in str(caught.value) and f"{LAYOUT.total:,} parameters" in str(caught.value)
 
 
 def broken_masks():
@@ -97,7 +116,8 @@ def test_what_are_no_ratios_is_refused(record):
     "text",
     [
         "0.2\n0.3\n0.4\n", "ratio\n0.2\n0.3\n0.4", "layer,ratio\n0,0.2\n2,0.4\n1,0.3\n", "attn,ffn\n.2,.2\n.3,.3\n.4,.4\n",
-        "Layer, FFN, Attn\n1,0.3,0.3\n0,0.2,0.2\n\n2,0.4,0.4\n",
+        "Layer, FFN, Attn\n1,0.3,0.3\n0,0.2,0.2\n\n2,0.4,0.4\n", "\ufeffattn,ffn\n.2,.2\n.3,.3\n.4,.4\n",
+        "attn;ffn\n.2;.2\n.3;.3\n.4;.4\n",
     ],
 )  # fmt: skip
 def test_csv_is_the_same_wish(tmp_path, text):
@@ -106,11 +126,11 @@ def test_csv_is_the_same_wish(tmp_path, text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "\n\n", "ratio\n", "a,b\n1\n", "0.1,0.2\n0.1,0.2\n", "ratio\nx\n", 'ratio\n"0.1\n', "layer,ratio\n1,0.2\n2,0.3\n",
+    ["", "\n\n", "ratio\n", "a,b\n1\n", "0.1,0.2\n0.1,0.2\n", "ratio\nx\n", "layer,ratio\n1,0.2\n2,0.3\n",
      "layer,ratio\n0,0.2\n0,0.3\n", "attn,ffn\n0.1,0.2\n0.1\n", "layer\n0\n1\n"],
 )  # fmt: skip
 def test_csv_that_holds_no_ratios_is_refused(tmp_path, text):
-    with refuses(DamagedError):
+    with refuses(InputError):
         read_plan(written(tmp_path, text))
 
 
@@ -121,6 +141,8 @@ def test_files_that_cannot_be_plans_are_refused(tmp_path):
     for text in ("{", "[" * 100_000, "\x00"):
         with refuses(DamagedError):
             read_plan(written(tmp_path, text, "plan.json"))
+    with refuses(DamagedError):
+        read_plan(written(tmp_path, 'ratio\n"0.1\n'))
     (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
     with refuses(DamagedError):
         read_plan(tmp_path / "bytes.csv")

@@ -2,6 +2,8 @@
 
 from typing import Any, Literal, get_args
 
+from tyro.conf import arg
+
 from ppf.errors import InputError
 
 ScoreName = Literal["auto", "taylor", "flap", "wanda_sp", "magnitude", "random"]
@@ -27,3 +29,8 @@ def check_words(**values: str | None) -> None:
     for name, value in values.items():
         if value is not None and not isinstance(value, str):
             raise InputError(f"{name} must be a string; {value!r} came; convert it")
+
+
+def optional(metavar: str) -> Any:
+    """How --help shows an option without a default value; its text says what its absence means."""
+    return arg(metavar=metavar, help_behavior_hint="")

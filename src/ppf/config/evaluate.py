@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ppf.config.checks import DtypeName, check_choice, check_count, check_words
+from ppf.config.checks import DtypeName, check_choice, check_count, check_words, optional
 from ppf.errors import InputError
 
 
@@ -17,17 +17,17 @@ class EvalConfig:
     """A folder (dense or exported), a hub id, or ref-a."""
     text: Annotated[str, arg(metavar="TEXT")] = "pydocs"
     """Text: the test part of pydocs, wikitext2 or c4, or a whole .txt, .jsonl or .parquet file."""
-    seq_len: Annotated[int | None, arg(metavar="N")] = None
+    seq_len: Annotated[int | None, optional("N")] = None
     """Tokens a block; by default half of the model's context, 2048 at most."""
-    tokens: Annotated[int | None, arg(metavar="N")] = None
+    tokens: Annotated[int | None, optional("N")] = None
     """Use only so many tokens, spread evenly; by default all."""
-    tasks: Annotated[str | None, arg(metavar="NAME,...")] = None
+    tasks: Annotated[str | None, optional("NAME,...")] = None
     """Instead of perplexity: tasks of lm-evaluation-harness, such as arc_easy,hellaswag."""
-    against: Annotated[str | None, arg(metavar="MODEL")] = None
+    against: Annotated[str | None, optional("MODEL")] = None
     """With --tasks: another model, such as the dense one, in a column beside it."""
-    limit: Annotated[int | None, arg(metavar="N")] = None
+    limit: Annotated[int | None, optional("N")] = None
     """With --tasks: only the first so many items of each."""
-    include_path: Annotated[str | None, arg(metavar="DIR")] = None
+    include_path: Annotated[str | None, optional("DIR")] = None
     """With --tasks: a folder of task files that you trust; they may hold code."""
     device: str = "auto"
     """As in fit."""
@@ -58,14 +58,16 @@ class BenchConfig:
     ratios: Annotated[tuple[float, ...], arg(metavar="R...")] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
     """Shares of the prunable parameters to remove."""
     methods: Annotated[tuple[str, ...], arg(metavar="NAME...")] = ()
-    """Which ones; by default all."""
-    budget: Annotated[int | None, arg(metavar="TOKENS")] = None
+    """Which ones; by default all: uniform, owl, alpha_pruning, flap, global_ranking, depth; wanda_sp and flap_own_order with an
+    order of their own; additive; random, evolution and cma, which measure, and the same with _on_predictor; nested, dynamic,
+    static."""
+    budget: Annotated[int | None, optional("TOKENS")] = None
     """Tokens that each true search may run through the model at each ratio; by default what the whole fit measured."""
     candidates: int = 16
     """Policies that static pruning measures at each ratio."""
     device: str = "auto"
     """As in fit."""
-    workers: Annotated[int | None, arg(metavar="N")] = None
+    workers: Annotated[int | None, optional("N")] = None
     """As in fit."""
 
     def __post_init__(self) -> None:

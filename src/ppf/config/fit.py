@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ppf.config.checks import DtypeName, PredictorName, ScoreName, check_choice, check_count, check_words
+from ppf.config.checks import DtypeName, PredictorName, ScoreName, check_choice, check_count, check_words, optional
 from ppf.errors import InputError
 
 
@@ -20,7 +20,7 @@ class FitConfig:
     """The study folder; a started one is continued."""
     text: Annotated[str, arg(metavar="TEXT")] = "pydocs"
     """Text to calibrate and search on: pydocs, self, wikitext2, c4, or a .txt, .jsonl or .parquet file."""
-    test_text: Annotated[str | None, arg(metavar="TEXT")] = None
+    test_text: Annotated[str | None, optional("TEXT")] = None
     """Another text for the reported figures; by default a part of TEXT that is used for nothing else."""
     samples: int = 590
     """Masks to measure, the held-out ones included."""
@@ -30,7 +30,7 @@ class FitConfig:
     """Which predictor decides; auto takes the one that ranks masks of one size best in cross-validation."""
     max_ratio: float = 0.65
     """The agent learns ratios up to this one."""
-    seq_len: Annotated[int | None, arg(metavar="N")] = None
+    seq_len: Annotated[int | None, optional("N")] = None
     """Tokens a block; by default half of the model's context, 2048 at most."""
     calibration_tokens: int = 16_384
     """Tokens for importance."""
@@ -46,7 +46,7 @@ class FitConfig:
     """cpu, cuda, cuda:1, mps; auto takes an accelerator if there is one."""
     dtype: DtypeName = "auto"
     """Precision to measure in; auto is float32 on a CPU and the checkpoint's own elsewhere."""
-    workers: Annotated[int | None, arg(metavar="N")] = None
+    workers: Annotated[int | None, optional("N")] = None
     """Measuring processes on a CPU, one thread each; by default one a core."""
     seed: int = 0
     """Of everything random."""

@@ -1,11 +1,11 @@
 """Cutting, and writing in another format."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, get_args
 
 from tyro.conf import Positional, arg
 
-from ppf.config.checks import CompensateName, QuantName, check_choice, check_count, check_words
+from ppf.config.checks import CompensateName, QuantName, check_choice, check_count, check_words, optional
 from ppf.config.target import PlanTarget, Target
 from ppf.errors import InputError
 
@@ -17,14 +17,14 @@ _BLOCK = 32
 class PruneConfig:
     """Cut a smaller checkpoint that loads in transformers, checked before it gets its name."""
 
-    study: Annotated[Positional[str], arg(metavar="STUDY")]
+    study: Annotated[Positional[str], arg(metavar="STUDY|MODEL")]
     """The study folder; with --plan a model: a folder, a hub id, or ref-a."""
     out: Annotated[str, arg(metavar="DIR")]
     """The new folder."""
     target: Annotated[PlanTarget, arg(name="")]
-    plan: Annotated[str | None, arg(metavar="FILE")] = None
+    plan: Annotated[str | None, optional("FILE")] = None
     """Instead of a study: the ppf.json of an export, or pruning ratios a layer (.json, .csv; columns attn, ffn)."""
-    text: Annotated[str | None, arg(metavar="TEXT")] = None
+    text: Annotated[str | None, optional("TEXT")] = None
     """With --plan: text to calibrate and to measure on, as in fit; by default neither is done."""
     refine: bool = False
     """Static pruning: search on the predictor at this ratio and measure the best few truly."""
@@ -34,13 +34,13 @@ class PruneConfig:
     """Make up for what goes: bias adds what it gave on average, ridge fits the weights that read what stays again."""
     force: bool = False
     """Replace an earlier export of that name."""
-    model: Annotated[str | None, arg(metavar="MODEL")] = None
+    model: Annotated[str | None, optional("MODEL")] = None
     """Where the dense model lies now; by default where it was when the study was fitted."""
     device: str = "auto"
     """As in fit."""
-    gguf: Annotated[str | None, arg(metavar="FILE")] = None
+    gguf: Annotated[str | None, optional("FILE")] = None
     """Also write a GGUF file for llama.cpp, checked like the folder."""
-    quant: QuantName | None = None
+    quant: Annotated[QuantName | None, optional("{" + ",".join(get_args(QuantName)) + "}")] = None
     """Number type of the GGUF file; by default f16."""
     json: bool = False
     """Print strict JSON."""

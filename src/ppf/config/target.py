@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ppf.config.checks import check_count, check_words
+from ppf.config.checks import check_count, check_words, optional
 from ppf.errors import InputError
 from ppf.space.budget import parse_count, parse_size
 
@@ -14,14 +14,14 @@ from ppf.space.budget import parse_count, parse_size
 class Target:
     """How small, in one of three wordings."""
 
-    ratio: Annotated[float | None, arg(metavar="R")] = None
+    ratio: Annotated[float | None, optional("R")] = None
     """Share of the prunable parameters to remove, in [0, 1)."""
-    params: Annotated[str | None, arg(metavar="COUNT")] = None
+    params: Annotated[str | None, optional("COUNT")] = None
     """Or: parameters that the whole model may keep, such as 3M or 6.5B."""
-    memory: Annotated[str | None, arg(metavar="SIZE")] = None
+    memory: Annotated[str | None, optional("SIZE")] = None
     """Or: size that the weights may have in the checkpoint's dtype, such as 500MiB or 8GB."""
-    align: Annotated[int | None, arg(metavar="N")] = None
-    """Keep FFN channels in multiples of this (32, 64, 128, 256 suit hardware); by default 1, or 32 with --gguf."""
+    align: Annotated[int | None, optional("N")] = None
+    """Keep FFN channels in multiples of this (32, 64, 128, 256 suit hardware); by default 1, or 32 for a GGUF file."""
     tp: Annotated[int, arg(metavar="N")] = 1
     """Keep KV groups and channels in multiples of this, so that tensor parallelism over N devices splits every layer evenly."""
     nested: bool = False

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppf.artifact import check_writable
 from ppf.errors import InputError, ResourceError
 from ppf.llm import gguf_check
 from ppf.llm.gguf_check import Check, answers, check, in_llama_cpp
@@ -90,12 +91,18 @@ def write_gguf(
     return Written(shape.arch, quant, size, words.label, found, (*notes, *found.notes))
 
 
-def check_gguf(path: Path, quant: str, force: bool) -> None:
+def check_gguf(path: Path, quant: str, force: bool, new_folder: Path | None = None) -> None:
     """Refuses a file that could not be written, at once rather than after the work.
+
+    Args:
+        path: The file.
+        quant: Number type of the matrices.
+        force: A file of that name may be there.
+        new_folder: One that will be there before the file is written.
 
     Raises:
         InputError: Something of that name is there, or its folder is not.
-        ResourceError: A package is missing.
+        ResourceError: A package is missing, or the place cannot be written.
     """
     path = Path(path)
     if importlib.util.find_spec("gguf") is None:
@@ -104,10 +111,13 @@ def check_gguf(path: Path, quant: str, force: bool) -> None:
         raise ResourceError(
             "q4_k_m needs llama.cpp's quantisation; llama-cpp-python is missing; pip install 'ppf[llamacpp]', or use --quant q4_0"
         )
-    if path.is_dir() or path.is_symlink() or (path.exists() and not force):
-        raise InputError(f"{path} must be a new file; something is there; choose another name, or add --force to replace a file")
-    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise InputError(f"{path} must lie in a folder that can be written; {path.parent} is none; choose another place")
+    if path.is_dir() or path.is_symlink():
+        raise InputError(f"{path} must be a new file; a folder or a link is there; name a file, such as {path.name}.gguf")
+    if path.exists() and not force:
+        raise InputError(f"{path} must be a new file; it exists; choose another name, or add --force to replace it")
+    if path.parent.resolve() != new_folder and not path.parent.is_dir():
+        raise InputError(f"{path} must lie in a folder that exists; {path.parent} is none; make it, or choose another place")
+    check_writable(path)
 
 
 def _keys(model: PreTrainedModel, shape: Shape, words: Vocabulary, quant: str, name: str) -> dict[str, Any]:

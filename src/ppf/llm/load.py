@@ -155,7 +155,7 @@ def resolve(name: str) -> Path:
     except Exception as error:  # the hub's HTTP layer raises what it will
         if isinstance(error, (HFValidationError, RepositoryNotFoundError)) and not isinstance(error, GatedRepoError):
             raise InputError(f"a model must be a folder, a hub id or ref-a; {name!r} is none; check the spelling") from error
-        message = f"{name} must be fetched from the hub; that failed: {first_line(error)}; go online or give a folder"
+        message = f"{name!r} is no folder, so the hub must have it; that failed: {first_line(error)}; go online or give a folder"
         raise ResourceError(message) from error
 
 

@@ -46,6 +46,8 @@ def prune_by_plan(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     assert config.plan is not None  # the command line sends others to prune
     record = read_plan(Path(config.plan))
     check_wish(config)
+    if (Path(config.study) / "study.json").is_file():
+        raise InputError(f"with --plan, MODEL must be a model; {config.study} is a study; give the model that it was fitted to")
     loaded = load_for(config.study, progress)
     check_wish(config, loaded)
     pruned = apply_plan(record, loaded, config, progress)
@@ -158,11 +160,10 @@ def _plan(record: Any, loaded: LoadedModel, mask: Mask, added: int) -> dict[str,
         "from": {"kind": "ratios"},
     }  # fmt: skip
     if is_export(record):
-        source = record.get("model")
-        digest = source.get("digest") if isinstance(source, dict) else None
-        method = (
-            (record.get("compensation") or {}).get("method", "none") if isinstance(record.get("compensation"), dict) else "none"
-        )
+        source, compensation = record.get("model"), record.get("compensation")
+        if not isinstance(source, dict) or not isinstance(compensation, dict):
+            raise DamagedError("a plan must say of which model it is and what compensates; it does not; export it again")
+        digest, method = source.get("digest"), compensation.get("method")
         plan["from"] = {"kind": "export", "same_model": digest == loaded.digest, "compensated": method != "none"}
         if "policy" in record:
             plan["policy"] = _policy(record["policy"], len(layout.sites)).to_json()

@@ -15,9 +15,9 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,18 @@ from ppf.study import StudyFolder, locked
 
 OWN_ORDER = {"wanda_sp": ("wanda_sp", "uniform"), "flap_own_order": ("flap", "flap")}
 """Methods that bring their importance: (score, heuristic)."""
+ON_PREDICTOR = "_on_predictor"
+METHODS = (
+    *HEURISTICS,
+    *OWN_ORDER,
+    "additive",
+    *SEARCHES,
+    *(name + ON_PREDICTOR for name in SEARCHES),
+    "nested",
+    "dynamic",
+    "static",
+)
+"""All names that a bench knows."""
 PREDICTED_QUESTIONS = 20_000
 _TIERS = (8, 2, 1)
 """Evolution asks on this fraction of the search text, from tier to tier."""
@@ -89,23 +101,18 @@ class Bench:
         self.additive: Agent = additive_agent(lab)
         self._refined = self._refine_tokens()
 
-    @property
-    def methods(self) -> dict[str, Callable[[float], Choice]]:
-        """By name: from a ratio to a choice."""
-        rules = {name: partial(self._rule, name, None) for name in HEURISTICS}
-        own = {name: partial(self._rule, rule, score) for name, (score, rule) in OWN_ORDER.items()}
-        searches = {name: partial(self._searched, name, True) for name in SEARCHES}
-        dreams = {f"{name}_on_predictor": partial(self._searched, name, False) for name in SEARCHES}
-        return {
-            **rules,
-            **own,
-            "additive": self._additive,
-            **searches,
-            **dreams,
-            "nested": partial(self._dynamic, nested=True),
-            "dynamic": self._dynamic,
-            "static": self._static,
-        }
+    def choose(self, name: str, ratio: float) -> Choice:
+        """What the method of that name, one of ``METHODS``, leaves of the model at a ratio."""
+        if name in HEURISTICS:
+            return self._rule(name, None, ratio)
+        if name in OWN_ORDER:
+            score, rule = OWN_ORDER[name]
+            return self._rule(rule, score, ratio)
+        if (search := name.removesuffix(ON_PREDICTOR)) in SEARCHES:
+            return self._searched(search, search == name, ratio)
+        if name in ("nested", "dynamic"):
+            return self._dynamic(ratio, name == "nested")
+        return {"additive": self._additive, "static": self._static}[name](ratio)
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -237,6 +244,8 @@ def bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
         InputError: A study that is not fitted, of another model than the first or of its seed, or an unknown method.
         InUseError: Another process fits or benches one of them.
     """
+    if unknown := set(config.methods) - set(METHODS):
+        raise InputError(f"--methods must be of {', '.join(METHODS)}; {min(unknown)!r} came; choose among them")
     deciders = [Decider(folder) for folder in config.studies]
     first = deciders[0].study.record
     for decider in deciders:
@@ -273,16 +282,14 @@ def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progres
         with Lab(loaded, FitConfig(**settings), progress) as lab:
             lab.open_study()
             found = Bench(lab, Decider(copy), loaded, config)
-            names = config.methods or tuple(found.methods)
-            if unknown := set(names) - set(found.methods):
-                raise InputError(f"a method must be one of {', '.join(found.methods)}; {min(unknown)!r} came; choose one")
+            names = config.methods or METHODS
             taught = _taught(study)
             wanted = {
                 f"{name} {ratio:g} {_terms(name, config, taught)}": (name, ratio) for ratio in config.ratios for name in names
             }
             for key, (name, ratio) in wanted.items():
                 if key not in cells:
-                    choice = found.methods[name](ratio)
+                    choice = found.choose(name, ratio)
                     (measured,) = found.measure([choice])
                     cells[key] = {
                         "method": name, "ratio": ratio, "seed": found.seed, "kept": choice.mask.allocation.kept.tolist(),
@@ -298,7 +305,7 @@ def _terms(name: str, config: BenchConfig, taught: dict[str, str]) -> str:
         return f"budget {config.budget or taught['budget']}"
     if name == "static":
         return f"candidates {config.candidates} of {taught['agent']}"
-    if name == "dynamic" or name.endswith("_on_predictor"):
+    if name == "dynamic" or name.endswith(ON_PREDICTOR):
         return f"of {taught['agent']}"
     return f"of {taught['nested']}" if name == "nested" else ""
 

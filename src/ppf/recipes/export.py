@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ppf.config import ExportConfig, PruneConfig, QuantName
+from ppf.errors import InputError
 from ppf.llm.gguf import Written, check_gguf, write_gguf
 from ppf.llm.gguf_shape import shape_of
 from ppf.llm.load import LoadedModel
@@ -52,7 +53,12 @@ def check_wish(config: ExportConfig | PruneConfig, loaded: LoadedModel | None = 
     """
     if config.gguf is None:
         return
-    check_gguf(Path(config.gguf), _quant(config), config.force)
+    folder = Path(config.out).resolve() if isinstance(config, PruneConfig) else None
+    if folder == Path(config.gguf).resolve():
+        raise InputError(
+            f"--gguf must name another place than --out; both are {config.gguf}; name a file, such as {config.gguf}.gguf"
+        )
+    check_gguf(Path(config.gguf), _quant(config), config.force, folder)
     if loaded is not None:
         shape_of(loaded.model)
 

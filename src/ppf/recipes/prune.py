@@ -1,7 +1,6 @@
 """prune: decision -> (refinement) -> surgery -> true measurement -> verified export."""
 
 import copy
-import os
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppf.artifact import check_new_folder, read_json
+from ppf.artifact import check_new_folder, check_writable, read_json
 from ppf.config import CompensateName, FitConfig, QuantName, Target
 from ppf.decide import Decider, Decision
 from ppf.errors import DamagedError, InputError, ResourceError
@@ -310,11 +309,10 @@ def check_out(out: str, force: bool, study: str | Path) -> None:
 
     Raises:
         InputError: It exists, or it is the study or holds it.
+        ResourceError: It cannot be written.
     """
     place, kept = Path(out).resolve(), Path(study).resolve()
     if place == kept or place in kept.parents:
         raise InputError(f"an output folder must not be the study or hold it; {out} came; choose another name")
-    above = next(folder for folder in place.parents if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise InputError(f"{out} must lie in a folder that can be written; {above} is none; choose another place")
     check_new_folder(Path(out), force)
+    check_writable(Path(out))

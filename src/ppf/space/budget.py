@@ -53,13 +53,15 @@ class Budget:
         return cls(max(0, layout.total - params))._feasible(layout, align, tp, f"{params:,} parameters")
 
     @classmethod
-    def from_memory(cls, size: int, layout: Layout, bytes_per_param: float, align: int = 1, tp: int = 1) -> "Budget":
-        """Leaves weights of at most ``size`` bytes at ``bytes_per_param``.
+    def from_memory(
+        cls, size: int, layout: Layout, bytes_per_param: float, align: int = 1, tp: int = 1, headers: int = 0
+    ) -> "Budget":
+        """Leaves weights and ``headers`` of at most ``size`` bytes together, at ``bytes_per_param``.
 
         Raises:
             InputError: Below what the floors leave.
         """
-        budget = cls(max(0, layout.total - math.floor(size / bytes_per_param)))
+        budget = cls(max(0, layout.total - math.floor((size - headers) / bytes_per_param)))
         return budget._feasible(layout, align, tp, f"{size:,} bytes")
 
     def ratio(self, layout: Layout) -> float:
@@ -71,9 +73,11 @@ class Budget:
         if self.remove > most:
             reach = most / layout.prunable
             smallest = layout.total - most
+            grid = " and ".join(f"--{name} {step}" for name, step in (("align", align), ("tp", tp)) if step > 1)
             raise InputError(
-                f"at most ratio {math.floor(reach * 1e4) / 1e4:g} of this model can go ({smallest:,} parameters stay); "
-                f"{wish} asks for ratio {self.ratio(layout):.4g}; ask for less"
+                f"at most ratio {math.floor(reach * 1e4) / 1e4:g} of this model can go{' with ' if grid else ''}{grid} "
+                f"({smallest:,} parameters stay); {wish} asks for ratio {self.ratio(layout):.4g}; "
+                f"ask for less{', or for smaller steps' if grid else ''}"
             )
         return self
 

@@ -44,7 +44,7 @@ def read_plan(path: Path) -> Any:
             raise InputError(
                 f"a plan must have at most {_MOST_BYTES:,} bytes; {path} has more; give a ppf.json or a list of ratios"
             )
-        return _columns(path) if path.suffix == ".csv" else read_json(path)
+        return _columns(path) if path.suffix.lower() == ".csv" else read_json(path)
     except OSError as error:
         if isinstance(error, ResourceError):
             raise
@@ -70,13 +70,39 @@ def mask_of(record: Mapping[str, Any], layout: Layout) -> Mask:
         raise DamagedError(f"a plan must be of format {_FORMAT}; {_short(record.get('format'))} came; export it again")
     if record.get("layout") != layout.fingerprint:
         raise DamagedError(
-            f"a plan must be made for this model's layout, {layout.fingerprint}; {_short(record.get('layout'))} came; "
-            "apply it to its own model or a fine-tune of it"
+            f"a plan must be made for a model of this shape ({_shape(layout)}); it was made for another{_shape_of(record)}; "
+            "apply it to its own dense model or a fine-tune of it"
         )
     sites = record["mask"]
     if not isinstance(sites, list) or len(sites) != len(layout.sites):
         raise DamagedError(f"a plan must have a mask of {len(layout.sites)} sites; it has not; export it again")
-    return Mask(tuple(_bits(packed, site.units, site.floor, site.label) for packed, site in zip(sites, layout.sites, strict=True)))
+    bits = tuple(_bits(packed, site.units, site.floor, site.label) for packed, site in zip(sites, layout.sites, strict=True))
+    mask = Mask(bits)
+    _check_kept(record.get("kept"), mask, layout)
+    return mask
+
+
+def _shape(layout: Layout) -> str:
+    return f"{layout.model_type}, {layout.layers} layers, {layout.total:,} parameters"
+
+
+def _shape_of(record: Mapping[str, Any]) -> str:
+    """What an export says of the dense model that it was cut from, if it says it well."""
+    model, params = record.get("model"), record.get("params")
+    if isinstance(model, Mapping) and isinstance(params, Mapping) and isinstance(params.get("before"), int):
+        return f" ({str(model.get('type'))[:40]}, {params['before']:,} parameters)"
+    return ""
+
+
+def _check_kept(kept: Any, mask: Mask, layout: Layout) -> None:
+    """Refuses a record that tells its readers otherwise than its mask."""
+    told = [entry.get("kept") if isinstance(entry, Mapping) else None for entry in kept] if isinstance(kept, list) else None
+    for site, bits, count in zip(layout.sites, mask.bits, told or (), strict=False):
+        if count != bits.sum():
+            what = f"a plan must keep at {site.label} what its mask keeps, {int(bits.sum())}"
+            raise DamagedError(f"{what}; it says {_short(count)}; restore it or export it again")
+    if told is None or len(told) != len(layout.sites):
+        raise DamagedError(f"a plan must say what stays at each of {len(layout.sites)} sites; it does not; export it again")
 
 
 def _bits(packed: Any, units: int, floor: int, label: str) -> np.ndarray:
@@ -85,9 +111,8 @@ def _bits(packed: Any, units: int, floor: int, label: str) -> np.ndarray:
         raise DamagedError(f"the mask at {label} must be {size} bytes in hexadecimal; {_short(packed)} came; export it again")
     bits: np.ndarray = np.unpackbits(np.frombuffer(bytes.fromhex(packed), dtype=np.uint8)).astype(bool)
     if bits[units:].any() or bits[:units].sum() < floor:
-        raise DamagedError(
-            f"the mask at {label} must keep {floor} to {units} units; it keeps {int(bits.sum())} or others; export it again"
-        )
+        came = "it has bits beyond them" if bits[units:].any() else f"it keeps {int(bits.sum())}"
+        raise DamagedError(f"the mask at {label} must keep {floor} to {units} units; {came}; export it again")
     return bits[:units]
 
 
@@ -121,7 +146,10 @@ def _by_kind(record: Any, layout: Layout) -> dict[str, list[float]]:
     if isinstance(record, list) and record and all(isinstance(entry, Mapping) for entry in record):
         record = {kind: [entry.get(kind) for entry in record] for kind in kinds}
     if isinstance(record, Mapping) and not set(kinds) <= set(record):
-        raise InputError(f"a plan must be a ppf.json, a list of ratios, or have {' and '.join(kinds)}; it has not; name them so")
+        came = ", ".join(map(str, record)) or "nothing"
+        raise InputError(
+            f"a plan must be a ppf.json, a list of ratios, or have {' and '.join(kinds)}; it has {_short(came)}; name them so"
+        )
     columns = {kind: record[kind] for kind in kinds} if isinstance(record, Mapping) else dict.fromkeys(kinds, record)
     return {kind: _ratios(column, kind, layout.layers) for kind, column in columns.items()}
 
@@ -144,24 +172,33 @@ def _ratio(value: Any, kind: str, layer: int) -> float:
 def _columns(path: Path) -> Any:
     """A list of numbers, or lists by column name; in the order of the column ``layer`` if there is one."""
     try:
-        rows = [row for row in csv.reader(io.StringIO(path.read_text(encoding="utf-8")), strict=True) if any(map(str.strip, row))]
-        names = [cell.strip().lower() for cell in rows[0]] if rows and not _is_number(rows[0][0]) else []
-        body = [[float(cell) for cell in row] for row in rows[bool(names) :]]
-        if not body or len({len(row) for row in body} | ({len(names)} if names else set())) != 1:
-            raise ValueError("rows of different lengths, or none")
-        if "layer" in names:
-            place = names.index("layer")
-            body.sort(key=lambda row: row[place])
-            if [row[place] for row in body] != list(range(len(body))):
-                raise ValueError("layers are not counted 0, 1, 2 ...")
-            names, body = [n for n in names if n != "layer"], [row[:place] + row[place + 1 :] for row in body]
-        if len(body[0]) == 1:
-            return [row[0] for row in body]
-        if not names:
-            raise ValueError("several columns without names")
-        return {name: [row[index] for row in body] for index, name in enumerate(names)}
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin their files with a byte-order mark
+        between = ";" if ";" in text.partition("\n")[0] else ","
+        rows = [row for row in csv.reader(io.StringIO(text), strict=True, delimiter=between) if any(map(str.strip, row))]
     except (ValueError, csv.Error) as error:  # not UTF-8 is a ValueError too
-        raise DamagedError(f"{path} must hold columns of numbers, named attn and ffn or one alone; {error}; mend it") from error
+        raise DamagedError(f"{path} must be a CSV file in UTF-8; {error}; mend it") from error
+    names = [cell.strip().lower() for cell in rows[0]] if rows and not _is_number(rows[0][0]) else []
+    try:
+        return _by_name(names, [[float(cell) for cell in row] for row in rows[bool(names) :]])
+    except ValueError as error:
+        came = f"{error} (its first row: {_short(between.join(rows[0]) if rows else '')})"
+        raise InputError(f"{path} must hold columns of ratios, named attn and ffn or one alone; {came}; mend it") from error
+
+
+def _by_name(names: list[str], body: list[list[float]]) -> Any:
+    if not body or len({len(row) for row in body} | ({len(names)} if names else set())) != 1:
+        raise ValueError("rows of different lengths, or none")
+    if "layer" in names:
+        place = names.index("layer")
+        body = sorted(body, key=lambda row: row[place])
+        if [row[place] for row in body] != list(range(len(body))):
+            raise ValueError("layers are not counted 0, 1, 2 ...")
+        names, body = [n for n in names if n != "layer"], [row[:place] + row[place + 1 :] for row in body]
+    if len(body[0]) == 1:
+        return [row[0] for row in body]
+    if not names:
+        raise ValueError("several columns without names")
+    return {name: [row[index] for row in body] for index, name in enumerate(names)}
 
 
 def _is_number(cell: str) -> bool:
