@@ -56,7 +56,7 @@ def checkout(tmp_path):
     ("program", "arguments", "command"),
     [
         ("/usr/local/bin/ppf", ["bench", "runs/a", "--ratios", "0.2"], "ppf bench runs/a --ratios 0.2"),
-        ("/home/someone/ppf/src/ppf/__main__.py", ["fit", "/home/someone/model"], "python ppf/__main__.py fit model"),
+        ("/home/someone/ppf/src/ppf/__main__.py", ["fit", "/home/someone/model"], "python -m ppf fit model"),
         ("benchmarks/agents.py", ["--out", "/home/someone/a.json"], "python benchmarks/agents.py --out a.json"),
         ("/home/someone/benchmarks/agents.py", ["--out=/home/someone/a.json"], "python benchmarks/agents.py --out=a.json"),
         ("ppf", ["fit", "ref-a", "--text=a=b.txt"], "ppf fit ref-a --text=a=b.txt"),

@@ -16,7 +16,10 @@ def provenance() -> dict[str, Any]:
     import ppf
 
     program = Path(sys.argv[0]).resolve()
-    name = ["python", f"{program.parent.name}/{program.name}"] if program.suffix == ".py" else [program.name]
+    if program.name == "__main__.py":
+        name = ["python", "-m", program.parent.name]
+    else:
+        name = ["python", f"{program.parent.name}/{program.name}"] if program.suffix == ".py" else [program.name]
     return {
         "command": " ".join([*name, *map(_inside, sys.argv[1:])]),
         "version": ppf.__version__,
