@@ -10,7 +10,7 @@ from page import HERE, heading, load, table, within
 INTRO = """# Results
 
 Every figure comes from a file in `benchmarks/results`, named above each table, with its command, seed, commit and machine.
-This page is written by `make bench`. Times were taken on shared, busy cores; read them as upper bounds.
+This page is written by `python benchmarks/tables.py`. Times were taken on shared, busy cores; read them as upper bounds.
 """
 
 
