@@ -153,7 +153,7 @@ class SampleStore:
         row = [_AS_STORED[field.type](getattr(sample, field.name)) for field in fields(Sample)]
         marks = ", ".join("?" * (len(row) + 1))
         with _translated(self.path):
-            insert = f"INSERT OR REPLACE INTO samples ({', '.join(_FIELDS)}, crc) VALUES ({marks})"
+            insert = f"INSERT OR REPLACE INTO samples ({', '.join(_FIELDS)}, crc) VALUES ({marks})"  # noqa: S608 (column names)
             self._db.execute(insert, [*row, _crc(row)])
 
     def get(self, digest: str) -> Sample | None:
@@ -177,7 +177,7 @@ class SampleStore:
         self._db.close()
 
     def _rows(self, where: str, *values: str) -> Iterator[Sample]:
-        query = f"SELECT {', '.join(_FIELDS)}, crc FROM samples WHERE context = ? {where} ORDER BY rowid"
+        query = f"SELECT {', '.join(_FIELDS)}, crc FROM samples WHERE context = ? {where} ORDER BY rowid"  # noqa: S608 (ours)
         with _translated(self.path), closing(self._db.execute(query, (self.context, *values))) as cursor:
             rows = cursor.fetchall()
         self.damaged = 0
