@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "fit": "ppf.recipes.api",
     "Study": "ppf.recipes.api",
+    "apply_plan": "ppf.recipes.api",
     "Pruned": "ppf.recipes.prune",
     "Decision": "ppf.decide",
     "Decider": "ppf.decide",

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+import ppf
 import tiny_models
 from builders import refuses
 from ppf import cli
@@ -65,6 +66,19 @@ def test_a_study_is_no_model_for_a_plan(exported, fitted, tmp_path, capsys):
     command = ["prune", str(fitted.folder), "--plan", str(exported / "ppf.json"), "--out", str(tmp_path / "out")]
     assert cli.main(command) == 2
     assert "is a study" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_plan_in_python_is_the_plan_of_the_command(exported, place):
+    model = place / "model"
+    again = ppf.apply_plan(model, exported / "ppf.json", device="cpu")
+    assert again.plan["mask"] == json.loads((exported / "ppf.json").read_text())["mask"] and again.decision is None
+    ratios = ppf.apply_plan(load_model(str(model)).model, [0.1, 0.3, 0.5], tokenizer=tiny_models.tokenizer(), align=8, device="cpu")
+    kept = [entry["kept"] for entry in ratios.plan["kept"] if entry["kind"] == "ffn"]
+    assert all(count % 8 == 0 for count in kept) and ratios.plan["ratio"]["met"] >= 0.3
+    with refuses(InputError):
+        ppf.apply_plan(model, [0.1, 0.3], device="cpu")
+    with refuses(InputError):
+        ppf.apply_plan(model, [0.1, 0.3, 0.5], compensate="ridge", device="cpu")
 
 
 @pytest.mark.parametrize("text", [None, "text.txt"])

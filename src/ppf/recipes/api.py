@@ -8,14 +8,16 @@ from typing import Any, get_args
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.artifact import read_json
-from ppf.config import CompensateName, FitConfig, Target
+from ppf.config import CompensateName, FitConfig, PlanTarget, PruneConfig, Target
 from ppf.decide import Decider, Decision
 from ppf.errors import InputError
 from ppf.llm.load import LoadedModel, adopt_model
 from ppf.progress import Progress
+from ppf.recipes.apply_plan import apply_plan as cut_by_plan
 from ppf.recipes.fit import fit as fit_study
 from ppf.recipes.lab import load_for
 from ppf.recipes.prune import Pruned, check_refinable, prune
+from ppf.space.plan import read_plan
 
 
 class Study:
@@ -142,6 +144,44 @@ def fit(
     fitted = Study(folder, model, tokenizer)
     fitted._loaded, fitted._temporary = loaded, temporary
     return fitted
+
+
+def apply_plan(
+    model: str | Path | PreTrainedModel,
+    plan: str | Path | list[Any] | dict[str, Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    text: str | Path | None = None,
+    align: int = 1,
+    tp: int = 1,
+    compensate: CompensateName = "none",
+    device: str = "auto",
+    quiet: bool = True,
+) -> Pruned:
+    """Prunes a model as a plan says, without a study.
+
+    Args:
+        model: As in ``fit``.
+        plan: The file ``ppf.json`` of an export of a model of the same shape, a ``.json`` or ``.csv`` file of pruning ratios a
+            layer, or what such a JSON file holds, such as ``[0.1, 0.3, 0.5]``.
+        tokenizer: As in ``fit``.
+        text: What to calibrate and to measure on, as in ``fit``; by default neither is done.
+        align: With ratios: FFN channels stay in multiples of this.
+        tp: With ratios: KV groups, and channels, stay in multiples of this.
+        compensate: As in ``Study.prune``; needs a text.
+        device: Where to measure.
+        quiet: Show no progress.
+
+    Raises:
+        InputError: A plan, a text or a setting that cannot be used.
+        DamagedError: A plan that is not whole, or was made for a model of another shape.
+    """
+    target = PlanTarget(align=None if align == 1 else align, tp=tp)
+    named, known = plan if isinstance(plan, str | Path) else "", model if isinstance(model, str | Path) else ""
+    words = None if text is None else str(text)
+    config = PruneConfig(str(known), "", target, plan=str(named), text=words, compensate=compensate, device=device)
+    record, progress = read_plan(Path(plan)) if isinstance(plan, str | Path) else plan, Progress(quiet)
+    return cut_by_plan(record, _loaded(model, tokenizer, progress), config, progress)
 
 
 def _loaded(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, progress: Progress) -> LoadedModel:
