@@ -19,6 +19,11 @@ def rows_of(layout):
     ]
 
 
+def linears(model):
+    """All linear modules of the decoder layers, by path."""
+    return {path: module for path, module in model.named_modules() if ".layers." in path and isinstance(module, nn.Linear)}
+
+
 @pytest.mark.parametrize("name", tiny.TINY)
 def test_the_config_alone_gives_the_layout_of_the_model(name):
     layout = layout_of(tiny.TINY[name]())
@@ -33,7 +38,7 @@ def test_units_own_every_row_and_column_of_their_modules_once(name):
     owned = {}
     for module, rows in rows_of(layout):
         owned.setdefault(module, []).extend(rows)
-    projections = {path: module for path, module in model.named_modules() if path.endswith("_proj")}
+    projections = linears(model)
     readers = {site.reader: site for site in layout.sites}
     assert set(owned) | set(readers) == set(projections) and not set(owned) & set(readers)
     for path, module in projections.items():
@@ -48,8 +53,9 @@ def test_costs_count_every_prunable_parameter_and_the_total_counts_all(name):
     model = tiny.model(name)
     layout = layout_of_model(model)
     readers = {f"{site.reader}.bias" for site in layout.sites}
-    projections = [p for path, p in model.named_parameters() if "_proj." in path and path not in readers]
-    assert layout.prunable == sum(parameter.numel() for parameter in projections)
+    paths = {*linears(model), *(rows.module for site in layout.sites for rows in site.norms)}
+    prunable = [p for path, p in model.named_parameters() if path.rpartition(".")[0] in paths and path not in readers]
+    assert layout.prunable == sum(parameter.numel() for parameter in prunable)
     assert layout.total == sum(parameter.numel() for parameter in model.parameters())
     assert layout.layers == 3 and [(site.layer, site.kind) for site in layout.sites[:3]] == [(0, "attn"), (0, "ffn"), (1, "attn")]
     assert layout.model_type == name.split("-")[0]
