@@ -25,6 +25,8 @@ def check_weights(folder: Path, shell: PreTrainedModel) -> None:
     old, new = _RENAMED.get(str(shell.config.model_type), ("", ""))
     found = {name.replace(old, new, 1): shape for path in weight_files(folder) for name, shape in _header(path)}
     wanted = {name: list(tensor.shape) for name, tensor in shell.state_dict().items()}
+    base = f"{shell.base_model_prefix}."  # files of a bare model, such as OPT's, have their names without it
+    found = {base + name if name not in wanted and base + name in wanted else name: shape for name, shape in found.items()}
     shared = set(shell.all_tied_weights_keys or {})
     for name, shape in wanted.items():
         if name not in found and name not in shared:
