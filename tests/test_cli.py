@@ -62,7 +62,7 @@ def test_a_wrong_command_line_is_one_line_and_code_2(capsys, arguments, words):
         ("bench {tmp}/none --out {tmp}/bench.json", 2, "no study.json"),
         ("bench {tmp}/broken --out {tmp}/bench.json", 4, "must hold JSON"),
         ("eval {tmp}/none", 2, "is none"),
-        ("eval {tmp}/gpt2", 3, "must be one of llama, mistral, qwen2, qwen3"),
+        ("eval {tmp}/gpt2", 3, "must be one of gemma2, gemma3_text, gpt_neox"),
         ("eval {tmp}/empty", 4, "model.safetensors"),
         ("fit ref-a --study {tmp}/full", 2, "'file'"),
         ("eval ref-a --text {tmp}/none.txt", 2, "none.txt"),
@@ -133,10 +133,10 @@ def test_help_tells_no_default_that_is_none(capsys):
 
 
 def test_help_and_version(capsys):
-    for command in ("fit", "prune", "policy", "export", "eval", "bench", "demo"):
+    for command in ("fit", "prune", "policy", "export", "eval", "bench", "demo", "models"):
         code, out, err = answer(capsys, command, "--help")
         assert code == 0 and err == "" and "--" in out
-    assert answer(capsys)[1].count("•") == 7
+    assert answer(capsys)[1].count("•") == 8
     assert answer(capsys, "--version")[1].startswith("ppf ")
 
 

@@ -8,7 +8,18 @@ import tyro
 
 from builders import refuses
 from ppf import config
-from ppf.config import DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PredictorName, PruneConfig, ScoreName, Target
+from ppf.config import (
+    DemoConfig,
+    EvalConfig,
+    ExportConfig,
+    FitConfig,
+    ModelsConfig,
+    PolicyConfig,
+    PredictorName,
+    PruneConfig,
+    ScoreName,
+    Target,
+)
 from ppf.errors import InputError
 
 COMMANDS = {
@@ -18,6 +29,7 @@ COMMANDS = {
     ExportConfig: ["ref-a", "--gguf", "f"],
     EvalConfig: ["ref-a"],
     DemoConfig: [],
+    ModelsConfig: [],
 }
 every = pytest.mark.parametrize("command", COMMANDS)
 

@@ -8,20 +8,28 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from builders import importance, random_mask
 from ppf.space.allocation import Allocation, allocate
 from ppf.space.budget import Budget
-from ppf.space.layout import Layout
+from ppf.space.layout import Layout, Rows, Site
 from ppf.space.mask import Mask, select
 from ppf.space.policy import Policy
 
@@ -37,6 +45,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 
+OPT = {**SIZES, "ffn_dim": 40, "pad_token_id": 1, "activation_function": "gelu"}  # with relu, some channels would never fire
+
 TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama-mha": lambda: LlamaConfig(**SIZES, num_key_value_heads=4),
     "llama-gqa-tied": lambda: LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
@@ -51,6 +61,36 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3-gqa": lambda: Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
     "qwen3-mha-tied": lambda: Qwen3Config(**SIZES, num_key_value_heads=4, head_dim=4, tie_word_embeddings=True),
     "qwen3-biases": lambda: Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16, attention_bias=True),
+    "phi3-gqa": lambda: Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0),
+    "phi3-mha-partial-window": lambda: Phi3Config(
+        **SIZES, num_key_value_heads=4, pad_token_id=0, sliding_window=6, partial_rotary_factor=0.5, tie_word_embeddings=True
+    ),
+    "gemma2-gqa": lambda: Gemma2Config(
+        **SIZES, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=24, sliding_window=6, rms_norm_eps=1e-3
+    ),
+    "gemma3_text-gqa": lambda: Gemma3TextConfig(
+        **SIZES, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=24, sliding_window=6, sliding_window_pattern=2
+    ),
+    "gpt_neox-parallel": lambda: GPTNeoXConfig(**SIZES, rotary_pct=0.5),
+    "gpt_neox-serial-tied": lambda: GPTNeoXConfig(
+        **SIZES, rotary_pct=1.0, use_parallel_residual=False, tie_word_embeddings=True, attention_bias=False
+    ),
+    "opt-mha": lambda: OPTConfig(**OPT),
+    "opt-projected-norms-behind": lambda: OPTConfig(**OPT, do_layer_norm_before=False, word_embed_proj_dim=24),
+    "olmo2-gqa": lambda: Olmo2Config(**SIZES, num_key_value_heads=2, pad_token_id=0),
+    "granite-gqa-biases": lambda: GraniteConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        attention_bias=True,
+        mlp_bias=True,
+        embedding_multiplier=2.0,
+        logits_scaling=3.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.2,
+    ),
+    "smollm3-gqa-window": lambda: SmolLM3Config(
+        **SIZES, num_key_value_heads=2, pad_token_id=0, no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=6
+    ),
 }
 
 
@@ -74,6 +114,12 @@ MASKS: dict[str, Callable[[Layout], Mask]] = {
     "only ffn": _only("ffn"),
     "only attn": _only("attn"),
 }
+
+_EVERY_MASK = ("llama", "mistral", "qwen2", "qwen3")
+CONTRACT = [
+    (name, case) for name in TINY for case in MASKS if name.split("-")[0] in _EVERY_MASK or case in ("nothing", "random", "floors")
+]
+"""What the contract of every family runs through: all masks where the llama-like code is, some of them elsewhere."""
 
 
 def model(name: str = "llama-gqa-tied", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -111,7 +157,8 @@ def snapshot(of: PreTrainedModel) -> dict[str, object]:
     """Everything of a model that must not change, in a form to compare."""
     tensors = {**dict(of.named_parameters()), **dict(of.named_buffers())}
     state = {
-        name: (tensor.dtype, tensor.requires_grad, tensor.detach().clone().view(torch.uint8)) for name, tensor in tensors.items()
+        name: (tensor.dtype, tensor.requires_grad, tensor.detach().clone().reshape(-1).view(torch.uint8))
+        for name, tensor in tensors.items()
     }
     hooks = [name for name, module in of.named_modules() if module._forward_pre_hooks or module._forward_hooks]
     return {
@@ -122,6 +169,19 @@ def snapshot(of: PreTrainedModel) -> dict[str, object]:
         "generation": of.generation_config.to_dict(),
         "training": [module.training for module in of.modules()],
     }
+
+
+def owned(rows: Rows, bits: np.ndarray) -> np.ndarray:
+    """Int[K * width]: the rows of a module that the units with a True bit own."""
+    return (rows.offset + np.flatnonzero(bits)[:, None] * rows.width + np.arange(rows.width)).ravel()
+
+
+def owned_by_module(site: Site, bits: np.ndarray) -> dict[str, np.ndarray]:
+    """``owned`` of all writers of a site and its norms, by module, in the order in which surgery keeps them."""
+    found: dict[str, list[np.ndarray]] = {}
+    for rows in (*site.writers, *site.norms):
+        found.setdefault(rows.module, []).append(owned(rows, bits))
+    return {module: np.concatenate(ids) for module, ids in found.items()}
 
 
 @torch.inference_mode()

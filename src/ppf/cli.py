@@ -15,7 +15,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, subcommand
 
 from ppf.commands import RUN
-from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig
+from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, ModelsConfig, PolicyConfig, PruneConfig
 from ppf.errors import InputError, PPFError
 
 Command = (
@@ -26,6 +26,7 @@ Command = (
     | Annotated[EvalConfig, subcommand("eval")]
     | Annotated[BenchConfig, subcommand("bench")]
     | Annotated[DemoConfig, subcommand("demo")]
+    | Annotated[ModelsConfig, subcommand("models")]
 )
 
 
@@ -121,5 +122,5 @@ def _one_line(box: str, arguments: list[str]) -> str:
         return own[1]
     if number := re.match(r"Error parsing (--[\w-]+): .*from \['?(.*?)'?\]", words):
         words = f"{number[1]} does not take {number[2]!r}"
-    command = f" {arguments[0]}" if arguments[0] in ("fit", "prune", "policy", "export", "eval", "bench", "demo") else ""
+    command = f" {arguments[0]}" if arguments[0] in ("fit", "prune", "policy", "export", "eval", "bench", "demo", "models") else ""
     return f"the command line must be one that ppf knows; {words}; see ppf{command} --help"

@@ -1,9 +1,10 @@
 """What each command does: runs a recipe and prints its record. Heavy imports sit in the commands that need them."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
-from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig
+from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, ModelsConfig, PolicyConfig, PruneConfig
 from ppf.errors import InputError
 from ppf.printing import (
     human_size,
@@ -173,6 +174,21 @@ def _demo(config: DemoConfig) -> None:
     )  # fmt: skip
 
 
+def _models(config: ModelsConfig) -> None:
+    from ppf.llm.families import supported
+
+    found = supported()
+    if config.json:
+        print_json({"families": [asdict(one) for one in found]})
+    else:
+        rows = [
+            [one.family, ", ".join(one.units), " / ".join(one.gguf) if one.gguf else "-", "yes" if one.vllm else "-"]
+            for one in found
+        ]
+        print_table("model families", ["family", "units", "GGUF", "vLLM"], rows)
+        print("GGUF: llama.cpp's architecture for layers that are alike / that differ. vLLM: its Transformers backend takes it.")
+
+
 RUN: dict[type, Callable[[Any], None]] = {
     FitConfig: _fit,
     PruneConfig: _prune,
@@ -181,5 +197,6 @@ RUN: dict[type, Callable[[Any], None]] = {
     EvalConfig: _eval,
     BenchConfig: _bench,
     DemoConfig: _demo,
+    ModelsConfig: _models,
 }
 """By the type of the config."""

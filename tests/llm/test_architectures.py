@@ -19,6 +19,35 @@ def rows_of(layout):
     ]
 
 
+FINGERPRINTS = {
+    "llama-mha": "faf6b132f3c6dca29f95bd81384db690",
+    "mistral-gqa": "c966c6bbf2881abd4b4a1b0851449885",
+    "qwen2-gqa": "6621d4be14d7a5a5d8bb7710835449c3",
+    "qwen3-gqa": "860a9426cf150913576482865d68f08a",
+}
+"""Studies carry them: another one here would make every fitted study of the family useless."""
+
+
+@pytest.mark.parametrize("name", FINGERPRINTS)
+def test_fingerprints_of_families_with_fitted_studies_stay(name):
+    layout = layout_of(tiny.TINY[name]())
+    assert layout.fingerprint == FINGERPRINTS[name]
+    assert all("norms" not in site for site in layout.to_json()["sites"])
+
+
+def test_a_norm_over_all_heads_belongs_to_the_layout():
+    layout = layout_of(tiny.TINY["olmo2-gqa"]())
+    attn, ffn = layout.sites[:2]
+    assert [(rows.module[-6:], rows.width) for rows in attn.norms] == [("q_norm", 16), ("k_norm", 8)] and ffn.norms == ()
+    assert Layout.from_json(layout.to_json()) == layout and layout.to_json()["sites"][0]["norms"]
+    assert attn.cost == 32 * (16 + 8 + 8) + 16 + 8 + 16 * 32
+
+
+def linears(model):
+    """All linear modules of the decoder layers, by path."""
+    return {path: module for path, module in model.named_modules() if ".layers." in path and isinstance(module, nn.Linear)}
+
+
 @pytest.mark.parametrize("name", tiny.TINY)
 def test_the_config_alone_gives_the_layout_of_the_model(name):
     layout = layout_of(tiny.TINY[name]())
@@ -33,7 +62,7 @@ def test_units_own_every_row_and_column_of_their_modules_once(name):
     owned = {}
     for module, rows in rows_of(layout):
         owned.setdefault(module, []).extend(rows)
-    projections = {path: module for path, module in model.named_modules() if path.endswith("_proj")}
+    projections = linears(model)
     readers = {site.reader: site for site in layout.sites}
     assert set(owned) | set(readers) == set(projections) and not set(owned) & set(readers)
     for path, module in projections.items():
@@ -48,8 +77,9 @@ def test_costs_count_every_prunable_parameter_and_the_total_counts_all(name):
     model = tiny.model(name)
     layout = layout_of_model(model)
     readers = {f"{site.reader}.bias" for site in layout.sites}
-    projections = [p for path, p in model.named_parameters() if "_proj." in path and path not in readers]
-    assert layout.prunable == sum(parameter.numel() for parameter in projections)
+    paths = {*linears(model), *(rows.module for site in layout.sites for rows in site.norms)}
+    prunable = [p for path, p in model.named_parameters() if path.rpartition(".")[0] in paths and path not in readers]
+    assert layout.prunable == sum(parameter.numel() for parameter in prunable)
     assert layout.total == sum(parameter.numel() for parameter in model.parameters())
     assert layout.layers == 3 and [(site.layer, site.kind) for site in layout.sites[:3]] == [(0, "attn"), (0, "ffn"), (1, "attn")]
     assert layout.model_type == name.split("-")[0]

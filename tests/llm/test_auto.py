@@ -3,7 +3,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import tiny_models as tiny
 from ppf.llm.architectures import FAMILIES, family_of
-from ppf.llm.auto import PRUNED, register
+from ppf.llm.auto import register
+from ppf.llm.pruned_model import PRUNED
 
 
 def test_every_family_has_its_pruned_classes_registered():
@@ -11,7 +12,7 @@ def test_every_family_has_its_pruned_classes_registered():
     register()
     assert set(PRUNED) == set(FAMILIES)
     for family, (config_class, model_class, lm_class) in PRUNED.items():
-        config = AutoConfig.for_model(f"ppf_{family}", **tiny.SIZES, num_key_value_heads=2, head_dim=8)
+        config = AutoConfig.for_model(f"ppf_{family}", **tiny.SIZES, num_key_value_heads=2, head_dim=8, pad_token_id=0)
         assert type(config) is config_class and family_of(config) == family
         config.per_layer_config = {}
         with torch.device("meta"):

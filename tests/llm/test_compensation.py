@@ -15,7 +15,7 @@ from ppf.space.mask import Mask
 BLOCKS = tiny.blocks(5, 12, seed=4)
 IDS = tiny.blocks(2, 14)
 families = pytest.mark.parametrize("name", tiny.TINY)
-contract = pytest.mark.parametrize(("name", "case"), [(name, case) for name in tiny.TINY for case in tiny.MASKS])
+contract = pytest.mark.parametrize(("name", "case"), tiny.CONTRACT)
 
 
 def prepared(name="llama-gqa-tied", dtype=torch.float32):
@@ -37,10 +37,14 @@ def removed_of(site, bits):
     return torch.from_numpy(np.repeat(~bits, site.columns))
 
 
+def _flat(values):
+    return values.reshape(-1, values.shape[-1])
+
+
 def seen_at(model, name, blocks, what):
     """Float[T, C]: what a module read ("in") or wrote ("out") for all tokens."""
     seen = []
-    hook = lambda _, inputs, output: seen.append((inputs[0] if what == "in" else output).flatten(0, 1))  # noqa: E731
+    hook = lambda _, inputs, output: seen.append(_flat(inputs[0] if what == "in" else output))  # noqa: E731
     handle = linear(model, name).register_forward_hook(hook)
     tiny.logits(model, blocks)
     handle.remove()
@@ -115,6 +119,8 @@ def test_a_reader_whose_site_alone_is_cut_writes_the_same_on_average(name):
     model, layout, fill = prepared(name)
     all_of_it = random_mask(layout, 3)
     for index, site in enumerate(layout.sites):
+        if site.norms:  # what stays is normed anew, which no bias makes up for
+            continue
         kept = [bits if at == index else np.ones_like(bits) for at, bits in enumerate(all_of_it.bits)]
         kept[index] = np.arange(site.units) % 2 == 0
         dense = seen_at(model, site.reader, BLOCKS, "out").mean(0)

@@ -78,7 +78,7 @@ def test_a_process_without_ppf_answers_bit_for_bit(exported, case):
     model, folder, answers = exported[case]
     theirs, ids = load_file(answers / folder.name), torch.from_numpy(IDS)
     assert torch.equal(theirs["logits"], model(ids).logits)
-    assert torch.equal(theirs["hidden"], model.model(ids).last_hidden_state)
+    assert torch.equal(theirs["hidden"], model.base_model(ids).last_hidden_state)
     again = answers / "again" / folder.name  # what it saved in its turn
     assert (again / MODELING_FILE).read_text() == (folder / MODELING_FILE).read_text()
     assert json.loads((again / "config.json").read_text())["reader_bias"] is True

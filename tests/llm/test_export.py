@@ -21,7 +21,7 @@ from builders import random_mask, refuses
 from ppf.errors import DamagedError, InputError, ResourceError
 from ppf.llm import export as module
 from ppf.llm import pruned_model
-from ppf.llm.architectures import layout_of_model
+from ppf.llm.architectures import layout_of_model, linear
 from ppf.llm.auto import register
 from ppf.llm.export import export, verify, weight_bytes
 from ppf.llm.load import convert, load_model
@@ -119,7 +119,7 @@ def test_a_process_without_ppf_answers_bit_for_bit(exported, case):
         output = model(step[:, None], past_key_values=past, use_cache=True)
         past, cached = output.past_key_values, [*cached, output.logits]
     assert torch.equal(answers["cached"], torch.cat(cached, dim=1))
-    assert torch.equal(answers["hidden"], model.model(IDS).last_hidden_state)
+    assert torch.equal(answers["hidden"], model.base_model(IDS).last_hidden_state)
     assert answers["words"].tolist() == [[7, 3, 50]]
 
 
@@ -148,7 +148,7 @@ def test_a_process_that_registered_needs_no_flag(exported, case):
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert type(again) is type(model) and again.dtype == model.dtype
     assert torch.equal(again(IDS).logits, model(IDS).logits)
-    assert torch.equal(AutoModel.from_pretrained(folder)(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+    assert torch.equal(AutoModel.from_pretrained(folder)(IDS).last_hidden_state, model.base_model(IDS).last_hidden_state)
 
 
 @every
@@ -172,12 +172,12 @@ def test_the_config_says_the_widths_in_both_ways(exported, case):
         "AutoModel",
         "AutoModelForCausalLM",
     }
-    for layer, block in enumerate(model.model.layers):
-        widths = {
-            "intermediate_size": block.mlp.up_proj.out_features,
-            "num_attention_heads": block.self_attn.q_proj.out_features // config["head_dim"],
-            "num_key_value_heads": block.self_attn.k_proj.out_features // config["head_dim"],
-        }
+    layout = layout_of_model(model)
+    for layer in range(layout.layers):
+        sites = [site for site in layout.sites if site.layer == layer]
+        widths = {field: each * site.units for site in sites for field, each in site.shapes}
+        readers = {site.kind: linear(model, site.reader).in_features for site in sites}
+        assert readers == {"attn": config["head_dim"] * widths["num_attention_heads"], "ffn": sites[1].units}
         plain = {field: widths_of[layer] for field, widths_of in config["ppf_layers"].items()}
         sparse = {field: config[field] for field in widths} | config["per_layer_config"].get(f"{layer:02d}", {})
         sparse |= config["per_layer_config"].get(str(layer), {})

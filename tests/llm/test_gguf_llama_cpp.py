@@ -16,7 +16,6 @@ from ppf.llm.gguf_tokenizer import PRE_TOKENIZERS
 from ppf.llm.surgery import cut
 
 pytestmark = pytest.mark.llamacpp
-FAMILIES = sorted(set(tiny_models.TINY) - {"qwen3-biases"})
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 STEEP = {"rope_type": "default", "rope_theta": 500.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
@@ -29,7 +28,7 @@ def difference(model, path, quant="f32", tokenizer=None):
 
 
 @pytest.mark.parametrize("kind", tiny_models.MASKS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", builders.HELD)
 def test_llama_cpp_answers_as_the_model_does(name, kind, tmp_path):
     dense = tiny_models.model(name)
     layout = layout_of_model(dense)

@@ -8,7 +8,7 @@ from builders import importance, refuses
 from ppf.errors import UnsupportedError
 from ppf.llm.architectures import layout_of_model
 from ppf.llm.compensation import Fill
-from ppf.llm.gguf_shape import shape_of
+from ppf.llm.gguf_shape import ARCHITECTURES, shape_of
 from ppf.llm.surgery import cut
 from ppf.space.allocation import Allocation
 from ppf.space.mask import select
@@ -39,6 +39,13 @@ def test_layers_that_differ_need_another_architecture_than_layers_alike(name):
     dense = tiny_models.model(name)
     alike, differing = FILES[name]
     assert (shape_of(dense).arch, shape_of(builders.pruned(dense)).arch) == (alike, differing)
+
+
+@pytest.mark.parametrize("name", sorted(set(tiny_models.TINY) - {*builders.HELD, "qwen3-biases"}))
+def test_other_families_are_refused_with_those_that_are_held(name):
+    with refuses(UnsupportedError) as caught:
+        shape_of(tiny_models.model(name))
+    assert all(family in str(caught.value) for family in ARCHITECTURES)
 
 
 def test_the_widths_are_those_of_the_weights():

@@ -46,7 +46,7 @@ def test_each_layer_is_reordered_with_its_own_head_count():
         assert (found[f"blk.{at}.attn_v.weight"] == layer.self_attn.v_proj.weight.detach().numpy()).all()
 
 
-@pytest.mark.parametrize("name", sorted(set(tiny_models.TINY) - {"qwen3-biases"}))  # llama.cpp has no architecture for it
+@pytest.mark.parametrize("name", builders.HELD)
 def test_every_weight_is_in_the_file_once(name):
     dense = tiny_models.model(name)
     before = tiny_models.snapshot(dense)

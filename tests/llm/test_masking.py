@@ -10,6 +10,7 @@ from ppf.llm.masking import masked, narrowed
 from ppf.space.mask import Mask
 
 IDS = tiny.blocks(2, 9)
+contract = pytest.mark.parametrize(("name", "case"), tiny.CONTRACT)
 
 
 def masked_logits(model, layout, mask):
@@ -17,7 +18,7 @@ def masked_logits(model, layout, mask):
         return tiny.logits(model, IDS)
 
 
-@pytest.mark.parametrize("name", tiny.TINY)
+@pytest.mark.parametrize("name", sorted(set(tiny.TINY) - {"olmo2-gqa"}))  # it norms what stays anew
 def test_masking_is_zeroing_the_columns_that_read_removed_units(name):
     model, zeroed = tiny.model(name), tiny.model(name)
     layout = layout_of_model(model)
@@ -35,15 +36,14 @@ def test_weights_of_removed_units_do_not_matter(name):
     mask = random_mask(layout, 6)
     before = masked_logits(model, layout, mask)
     for site, bits in zip(layout.sites, mask.bits, strict=True):
-        for rows in site.writers:
+        for module, rows in tiny.owned_by_module(site, ~bits).items():
             with torch.no_grad():
-                linear(model, rows.module).weight[np.repeat(~bits, rows.width)] += 1
+                model.get_submodule(module).weight[rows] += 1
     assert not torch.equal(tiny.logits(model, IDS), before)
     assert torch.equal(masked_logits(model, layout, mask), before)
 
 
-@pytest.mark.parametrize("case", tiny.MASKS)
-@pytest.mark.parametrize("name", tiny.TINY)
+@contract
 def test_the_dense_model_comes_back_bit_for_bit(name, case):
     model = tiny.model(name)
     layout = layout_of_model(model)
@@ -79,8 +79,7 @@ def test_masks_in_bfloat16_stay_in_bfloat16():
     assert masked_logits(model, layout, random_mask(layout)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("case", tiny.MASKS)
-@pytest.mark.parametrize("name", tiny.TINY)
+@contract
 def test_narrowing_is_masking_with_less_to_compute(name, case):
     model = tiny.model(name)
     layout, mask = layout_of_model(model), tiny.MASKS[case](layout_of_model(model))

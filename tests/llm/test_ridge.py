@@ -28,10 +28,14 @@ def alone(layout, index):
     return Mask(tuple(np.arange(units) % 2 == 0 if at == index else np.ones(units, bool) for at, units in enumerate(layout.units)))
 
 
+def _flat(values):
+    return values.reshape(-1, values.shape[-1])
+
+
 def seen_at(model, name, what):
     """Float[T, C]: what a module read ("in") or wrote ("out") of the calibration text."""
     seen = []
-    hook = lambda _, inputs, output: seen.append((inputs[0] if what == "in" else output).flatten(0, 1))  # noqa: E731
+    hook = lambda _, inputs, output: seen.append(_flat(inputs[0] if what == "in" else output))  # noqa: E731
     handle = linear(model, name).register_forward_hook(hook)
     tiny.logits(model, BLOCKS)
     handle.remove()

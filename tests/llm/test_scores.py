@@ -27,7 +27,7 @@ def kill(model, site, unit):
     """Makes a unit give nothing to its reader, and its reader deaf to it."""
     with torch.no_grad():
         for rows in site.writers:
-            module, own = linear(model, rows.module), slice(rows.offset + unit * rows.width, rows.offset + (unit + 1) * rows.width)
+            module, own = linear(model, rows.module), tiny.owned(rows, np.arange(site.units) == unit)
             module.weight[own] = 0
             if module.bias is not None:
                 module.bias[own] = 0

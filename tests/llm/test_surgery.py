@@ -6,13 +6,13 @@ from transformers import GenerationConfig
 import tiny_models as tiny
 from builders import random_mask
 from ppf.llm.architectures import layout_of, layout_of_model, linear
-from ppf.llm.auto import PRUNED
 from ppf.llm.masking import masked
+from ppf.llm.pruned_model import PRUNED
 from ppf.llm.surgery import cut
 from ppf.space.mask import Mask
 
 IDS = tiny.blocks(2, 14)
-contract = pytest.mark.parametrize(("name", "case"), [(name, case) for name in tiny.TINY for case in tiny.MASKS])
+contract = pytest.mark.parametrize(("name", "case"), tiny.CONTRACT)
 
 
 def made(name, case, **options):
@@ -42,7 +42,9 @@ def test_parameters_are_exactly_those_of_the_layout(name, case):
     assert count(smaller) == layout.kept_params(kept)
     assert count(model) - count(smaller) == (layout.units - kept) @ layout.costs
     for site, units in zip(layout.sites, kept, strict=True):
-        assert [linear(smaller, rows.module).out_features for rows in site.writers] == [rows.width * units for rows in site.writers]
+        for module in {rows.module for rows in site.writers}:
+            width = sum(rows.width for rows in site.writers if rows.module == module)
+            assert linear(smaller, module).out_features == width * units
         assert linear(smaller, site.reader).weight.shape[1] == linear(smaller, site.reader).in_features == site.columns * units
         assert all(getattr(smaller.config.per_layer_config[site.layer], field) == each * units for field, each in site.shapes)
 
@@ -128,9 +130,8 @@ def test_kept_units_keep_their_weights_in_order(name):
         columns = torch.from_numpy(np.repeat(bits, site.columns))
         assert torch.equal(new[f"{site.reader}.weight"], old[f"{site.reader}.weight"][:, columns])
         cut_tensors.add(f"{site.reader}.weight")
-        for rows in site.writers:
-            kept = torch.from_numpy(np.repeat(bits, rows.width))
-            for tensor in {f"{rows.module}.weight", f"{rows.module}.bias"} & set(old):
+        for module, kept in tiny.owned_by_module(site, bits).items():
+            for tensor in {f"{module}.weight", f"{module}.bias"} & set(old):
                 assert torch.equal(new[tensor], old[tensor][kept])
                 cut_tensors.add(tensor)
     assert all(torch.equal(new[tensor], old[tensor]) for tensor in set(old) - cut_tensors)

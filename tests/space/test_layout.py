@@ -80,7 +80,8 @@ WRONG = [
     {"cost": 0}, {"cost": [1]}, {"units": 2**40, "cost": 2**40}, {"floor": -1}, {"floor": 3},
     {"shapes": [["a", "1"]]}, {"shapes": [[1, 1]]}, {"shapes": [["a", 0]]}, {"shapes": ["ab"]},
     {"writers": [{"module": 1, "offset": 0, "width": 1}]}, {"writers": [{"module": "q", "offset": -1, "width": 1}]},
-    {"writers": [{"module": "q", "offset": 0, "width": 10**5000}]},
+    {"writers": [{"module": "q", "offset": 0, "width": 10**5000}]}, {"norms": [{"module": "n", "offset": 0, "width": 0}]},
+    {"norms": "x"}, {"norms": [1]},
 ]  # fmt: skip
 
 

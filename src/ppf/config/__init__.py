@@ -3,10 +3,11 @@
 from ppf.config.checks import CompensateName, DtypeName, PredictorName, QuantName, ScoreName
 from ppf.config.evaluate import BenchConfig, EvalConfig
 from ppf.config.fit import DemoConfig, FitConfig
+from ppf.config.models import ModelsConfig
 from ppf.config.prune import ExportConfig, PruneConfig
 from ppf.config.target import PlanTarget, PolicyConfig, Target
 
 __all__ = [
-    "BenchConfig", "CompensateName", "DemoConfig", "DtypeName", "EvalConfig", "ExportConfig", "FitConfig", "PlanTarget",
-    "PolicyConfig", "PredictorName", "PruneConfig", "QuantName", "ScoreName", "Target",
+    "BenchConfig", "CompensateName", "DemoConfig", "DtypeName", "EvalConfig", "ExportConfig", "FitConfig", "ModelsConfig",
+    "PlanTarget", "PolicyConfig", "PredictorName", "PruneConfig", "QuantName", "ScoreName", "Target",
 ]  # fmt: skip

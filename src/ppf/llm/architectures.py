@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,44 +15,111 @@ from ppf.space.layout import Layout, Rows, Site
 
 def _llama_like(config: PreTrainedConfig) -> Iterator[Site]:
     """Separate q, k, v, o and gate, up, down projections; grouped-query or multi-head attention; biases or none."""
-    for layer in range(config.num_hidden_layers):
-        own = config.per_layer_config[layer]
-        head = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-        groups, per_group = own.num_key_value_heads, own.num_attention_heads // own.num_key_value_heads
+    for layer, own in enumerate(config.per_layer_config):
+        yield _attention(layer, own)
+        yield _gated(layer, own)
+
+
+def _olmo2(config: PreTrainedConfig) -> Iterator[Site]:
+    """As above, but queries and keys are normed over all heads at once."""
+    for layer, own in enumerate(config.per_layer_config):
+        site = _attention(layer, own)
+        path, (queries, keys, _) = f"model.layers.{layer}.self_attn.", site.writers
+        yield replace(site, norms=(replace(queries, module=path + "q_norm"), replace(keys, module=path + "k_norm")))
+        yield _gated(layer, own)
+
+
+def _phi3(config: PreTrainedConfig) -> Iterator[Site]:
+    """One matrix for q, k and v, one for gate and up; each is a block of its rows."""
+    for layer, own in enumerate(config.per_layer_config):
+        head, groups, per_group = _heads(own)
         attn, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
-        yield Site(
-            layer,
-            "attn",
-            groups,
-            0,
-            (Rows(attn + "q_proj", 0, per_group * head), Rows(attn + "k_proj", 0, head), Rows(attn + "v_proj", 0, head)),
-            attn + "o_proj",
-            per_group * head,
-            (("num_attention_heads", per_group), ("num_key_value_heads", 1)),
-            cache=2 * head,
-        )
-        yield Site(
-            layer,
-            "ffn",
-            own.intermediate_size,
-            0,
-            (Rows(mlp + "gate_proj", 0, 1), Rows(mlp + "up_proj", 0, 1)),
-            mlp + "down_proj",
-            1,
-            (("intermediate_size", 1),),
-        )
+        queries, fused = own.num_attention_heads * head, attn + "qkv_proj"
+        starts = (0, per_group * head), (queries, head), (queries + groups * head, head)
+        rows = tuple(Rows(fused, start, width) for start, width in starts)
+        counts = (("num_attention_heads", per_group), ("num_key_value_heads", 1))
+        yield Site(layer, "attn", groups, 0, rows, attn + "o_proj", per_group * head, counts, cache=2 * head)
+        width, fused = own.intermediate_size, mlp + "gate_up_proj"
+        rows = (Rows(fused, 0, 1), Rows(fused, width, 1))
+        yield Site(layer, "ffn", width, 0, rows, mlp + "down_proj", 1, (("intermediate_size", 1),))
+
+
+def _gpt_neox(config: PreTrainedConfig) -> Iterator[Site]:
+    """One matrix for q, k and v, head after head; no gate."""
+    for layer, own in enumerate(config.per_layer_config):
+        head, heads, _ = _heads(own)
+        attn, mlp = f"gpt_neox.layers.{layer}.attention.", f"gpt_neox.layers.{layer}.mlp."
+        fused, counts = (Rows(attn + "query_key_value", 0, 3 * head),), (("num_attention_heads", 1),)
+        yield Site(layer, "attn", heads, 0, fused, attn + "dense", head, counts, cache=2 * head)
+        rows, counts = (Rows(mlp + "dense_h_to_4h", 0, 1),), (("intermediate_size", 1),)
+        yield Site(layer, "ffn", own.intermediate_size, 0, rows, mlp + "dense_4h_to_h", 1, counts)
+
+
+def _opt(config: PreTrainedConfig) -> Iterator[Site]:
+    """Separate q, k, v and out projections with biases; no gate."""
+    for layer, own in enumerate(config.per_layer_config):
+        head, heads, _ = _heads(own)
+        path = f"model.decoder.layers.{layer}."
+        rows = tuple(Rows(f"{path}self_attn.{name}_proj", 0, head) for name in "qkv")
+        counts = (("num_attention_heads", 1),)
+        yield Site(layer, "attn", heads, 0, rows, path + "self_attn.out_proj", head, counts, cache=2 * head)
+        yield Site(layer, "ffn", own.ffn_dim, 0, (Rows(path + "fc1", 0, 1),), path + "fc2", 1, (("ffn_dim", 1),))
+
+
+def _heads(own: PreTrainedConfig) -> tuple[int, int, int]:
+    """Width of a head, KV groups, and query heads of each."""
+    head = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+    groups = getattr(own, "num_key_value_heads", own.num_attention_heads)
+    return head, groups, own.num_attention_heads // groups
+
+
+def _attention(layer: int, own: PreTrainedConfig) -> Site:
+    head, groups, per_group = _heads(own)
+    path = f"model.layers.{layer}.self_attn."
+    rows = (Rows(path + "q_proj", 0, per_group * head), Rows(path + "k_proj", 0, head), Rows(path + "v_proj", 0, head))
+    counts = (("num_attention_heads", per_group), ("num_key_value_heads", 1))
+    return Site(layer, "attn", groups, 0, rows, path + "o_proj", per_group * head, counts, cache=2 * head)
+
+
+def _gated(layer: int, own: PreTrainedConfig) -> Site:
+    path = f"model.layers.{layer}.mlp."
+    rows = (Rows(path + "gate_proj", 0, 1), Rows(path + "up_proj", 0, 1))
+    return Site(layer, "ffn", own.intermediate_size, 0, rows, path + "down_proj", 1, (("intermediate_size", 1),))
 
 
 FAMILIES: dict[str, Callable[[PreTrainedConfig], Iterator[Site]]] = {
+    "gemma2": _llama_like,
+    "gemma3_text": _llama_like,
+    "gpt_neox": _gpt_neox,
+    "granite": _llama_like,
     "llama": _llama_like,
     "mistral": _llama_like,
+    "olmo2": _olmo2,
+    "opt": _opt,
+    "phi3": _phi3,
     "qwen2": _llama_like,
     "qwen3": _llama_like,
+    "smollm3": _llama_like,
 }
 
 _PRE_NORM = {"attn": "model.layers.{layer}.input_layernorm", "ffn": "model.layers.{layer}.post_attention_layernorm"}
-ENTRANCES: dict[str, dict[str, str]] = {"llama": _PRE_NORM, "mistral": _PRE_NORM, "qwen2": _PRE_NORM, "qwen3": _PRE_NORM}
+_POST_NORM = {"attn": "model.layers.{layer}.post_attention_layernorm", "ffn": "model.layers.{layer}.post_feedforward_layernorm"}
+ENTRANCES: dict[str, dict[str, str]] = {
+    **dict.fromkeys(("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"), _PRE_NORM),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _PRE_NORM | {"ffn": "model.layers.{layer}.pre_feedforward_layernorm"}),
+    "gpt_neox": {kind: path.replace("model", "gpt_neox", 1) for kind, path in _PRE_NORM.items()},
+    "olmo2": {"attn": "model.layers.{layer}.self_attn.q_proj", "ffn": "model.layers.{layer}.mlp.gate_proj"},
+    "opt": {"attn": "model.decoder.layers.{layer}.self_attn_layer_norm", "ffn": "model.decoder.layers.{layer}.final_layer_norm"},
+    "opt with norms behind": {"attn": "model.decoder.layers.{layer}.self_attn.q_proj", "ffn": "model.decoder.layers.{layer}.fc1"},
+}
 """By kind of site, the module whose input is the residual stream before that sub-layer."""
+EXITS: dict[str, dict[str, str]] = dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), _POST_NORM)
+"""By kind of site, the module whose output is added to the stream, where that is not the reader."""
+COUNTS: dict[str, dict[str, str]] = {
+    "opt": {"num_heads": "num_attention_heads"},
+    "phi3": {"num_key_value_heads": "num_key_value_heads", "config.num_attention_heads": "num_attention_heads"},
+}
+"""What attention splits its matrices by, where that is not their shape: its attribute, and the per-layer field to set it to."""
 
 
 def family_of(config: PreTrainedConfig) -> str:
@@ -92,8 +160,8 @@ def layout_of_model(model: PreTrainedModel) -> Layout:
         if site.units * site.columns != reader.in_features:
             shape = f"{site.units} units of {site.columns} columns"
             raise UnsupportedError(f"{site.reader} must read {shape}; it reads {reader.in_features}; use equal KV groups")
-        cost = sum(rows.width * row(rows.module) for rows in site.writers) + site.columns * reader.out_features
-        sites.append(Site(**{**vars(site), "cost": cost}))
+        cost = sum(rows.width * row(rows.module) for rows in site.writers) + sum(rows.width for rows in site.norms)
+        sites.append(replace(site, cost=cost + site.columns * reader.out_features))
     return Layout(family, model.config.num_hidden_layers, tuple(sites), sum(param.numel() for param in model.parameters()))
 
 
@@ -130,3 +198,17 @@ def linear(model: PreTrainedModel, name: str) -> nn.Linear:
         kind = "missing" if module is None else f"a {type(module).__name__}"
         raise UnsupportedError(f"{name} must be a plain linear layer; it is {kind}; use a plain, unquantised causal LM")
     return module
+
+
+def ends_of(model: PreTrainedModel, site: Site) -> tuple[nn.Module, nn.Module]:
+    """The modules at both ends of a site's sub-layer: see ``ENTRANCES`` and ``EXITS``."""
+    family = family_of(model.config)
+    behind = getattr(model.config, "do_layer_norm_before", True) is False
+    entrance = ENTRANCES[f"{family} with norms behind" if behind else family][site.kind]
+    exit = EXITS.get(family, {}).get(site.kind, site.reader)
+    return model.get_submodule(entrance.format(layer=site.layer)), model.get_submodule(exit.format(layer=site.layer))
+
+
+def stack_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers; OPT keeps them one level deeper than others."""
+    return getattr(model.base_model, "decoder", model.base_model).layers

@@ -1,16 +1,8 @@
 """What transformers' auto classes must know to load an exported folder without remote code."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from ppf.llm import pruned_model
-
-PRUNED: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]] = {
-    "llama": (pruned_model.PPFLlamaConfig, pruned_model.PPFLlamaModel, pruned_model.PPFLlamaForCausalLM),
-    "mistral": (pruned_model.PPFMistralConfig, pruned_model.PPFMistralModel, pruned_model.PPFMistralForCausalLM),
-    "qwen2": (pruned_model.PPFQwen2Config, pruned_model.PPFQwen2Model, pruned_model.PPFQwen2ForCausalLM),
-    "qwen3": (pruned_model.PPFQwen3Config, pruned_model.PPFQwen3Model, pruned_model.PPFQwen3ForCausalLM),
-}
-"""Per family the config, model and causal LM whose layers differ in width."""
+from ppf.llm.pruned_model import PRUNED
 
 
 def register() -> None:

@@ -14,7 +14,10 @@ from transformers import PreTrainedModel
 from ppf.errors import UnsupportedError
 from ppf.llm.architectures import family_of
 
-_OWN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    "llama": ("llama", "deci"), "mistral": ("llama", "deci"), "qwen2": ("qwen2", "deci"), "qwen3": ("qwen3", "openelm"),
+}  # fmt: skip
+"""By family, llama.cpp's architectures for layers that are alike and for layers that differ."""
 _INTERLEAVED = {"llama", "deci"}
 _EVEN = 32
 _MOVING_ROPE = {"dynamic", "longrope"}
@@ -63,6 +66,11 @@ def shape_of(model: PreTrainedModel) -> Shape:
         UnsupportedError: No architecture of llama.cpp computes what this model does.
     """
     family, config = family_of(model.config), model.config
+    if family not in ARCHITECTURES:
+        held = ", ".join(ARCHITECTURES)
+        raise UnsupportedError(
+            f"a GGUF file with layers that differ can hold {held}; {family} came, which llama.cpp cannot; use the folder instead"
+        )
     if config.hidden_act != "silu":
         raise UnsupportedError(f"a GGUF file needs silu as the activation; {config.hidden_act} came; use the folder instead")
     heads, kv_heads, ffn, head_dim = _widths(model)
@@ -78,7 +86,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
                 "no architecture of llama.cpp holds such a Qwen3 with layers that differ; each was padded with zeros to the widest"
             )
     else:
-        arch = _OWN[family] if alike and _fits_own(model, family, heads[0] * head_dim, factors) else "deci"
+        arch = ARCHITECTURES[family][0] if alike and _fits_own(model, family, heads[0] * head_dim, factors) else "deci"
     context, note = _context(config)
     if uneven := sum(width % _EVEN != 0 for width in (*ffn, *(of * head_dim for of in heads))):
         what = f"{uneven} of {2 * len(ffn)} attention and FFN widths are no multiple of {_EVEN}"
@@ -139,7 +147,7 @@ def _qwen3_arch(model: PreTrainedModel, alike: bool, tied: bool, factors: np.nda
 def _fits_own(model: PreTrainedModel, family: str, attention: int, factors: np.ndarray | None) -> bool:
     """llama reads all that deci reads; qwen2 knows no such bias or divisor, and its attention is as wide as the stream."""
     plain = factors is None and not _reader_biases(model) and attention == model.config.hidden_size
-    return _OWN[family] == "llama" or plain
+    return ARCHITECTURES[family][0] == "llama" or plain
 
 
 def _reader_biases(model: PreTrainedModel) -> bool:

@@ -116,13 +116,15 @@ def convert(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) ->
     """Moves a model and converts its weights, in place.
 
     Unlike ``model.to(dtype)`` it leaves the rotary frequencies as exact as transformers loads them; in bfloat16 they
-    would turn far positions by wrong angles.
+    would turn far positions by wrong angles. The scale of Gemma's embeddings is rounded as it is there.
     """
     exact = {name: buffer.to(device) for name, buffer in model.named_buffers()}
     model.to(device, dtype)
     for name, buffer in exact.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, buffer)
+        module = model.get_submodule(owner)
+        scale = getattr(module, f"scalar_{leaf}", None)
+        setattr(module, leaf, buffer if scale is None else torch.tensor(scale, device=device, dtype=dtype))
     return model
 
 

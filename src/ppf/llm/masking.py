@@ -4,18 +4,21 @@ masked      zeros in their place: no weight is copied, and no work is saved
 narrowed    the weights of the cut model: what stays is copied, and the work is that of the cut model
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ppf.llm.architectures import linear
+from ppf.llm.architectures import COUNTS, linear
 from ppf.llm.compensation import Fill, means_per_site
+from ppf.llm.norms import normed_alone
 from ppf.llm.perplexity import enough_memory
 from ppf.llm.surgery import cut_site
-from ppf.space.layout import Layout
+from ppf.space.layout import Layout, Site
 from ppf.space.mask import Mask
 
 
@@ -37,6 +40,7 @@ def masked(model: PreTrainedModel, layout: Layout, mask: Mask, fill: Fill | None
     """
     means = means_per_site(fill, layout)
     with ExitStack() as stack:
+        stack.enter_context(normed_alone(model, zip(layout.sites, mask.bits, strict=True)))
         for site, bits, mean in zip(layout.sites, mask.bits, means, strict=True):
             if bits.all():
                 continue
@@ -63,7 +67,7 @@ def narrowed(model: PreTrainedModel, layout: Layout, mask: Mask) -> Iterator[Pre
     Raises:
         ResourceError: The copy is too much for the memory.
     """
-    dense = model.state_dict()
+    dense, counts = model.state_dict(), COUNTS.get(layout.model_type, {})
     state = dict(dense)
     with enough_memory():
         for site, bits in zip(layout.sites, mask.bits, strict=True):
@@ -73,10 +77,26 @@ def narrowed(model: PreTrainedModel, layout: Layout, mask: Mask) -> Iterator[Pre
         for name, tensor in state.items():
             if tensor is not dense[name]:
                 path, _, leaf = name.rpartition(".")
-                module = model.get_submodule(path)
-                stack.callback(setattr, module, leaf, getattr(module, leaf))
-                setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+                _set(stack, model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
+        for site, bits in zip(layout.sites, mask.bits, strict=True):
+            _count(stack, model.get_submodule(site.reader.rpartition(".")[0]), site, int(bits.sum()), counts)
         yield model
+
+
+def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Sets an attribute until the stack is closed."""
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def _count(stack: ExitStack, owner: nn.Module, site: Site, kept: int, counts: Mapping[str, str]) -> None:
+    """Tells a module how many heads it has now; its config, which others share, is copied for that."""
+    for path, field in counts.items():
+        if per_unit := dict(site.shapes).get(field):
+            holder, _, name = path.rpartition(".")
+            if holder:
+                _set(stack, owner, holder, copy.copy(getattr(owner, holder)))
+            _set(stack, getattr(owner, holder) if holder else owner, name, per_unit * kept)
 
 
 def _multiply(columns: torch.Tensor):

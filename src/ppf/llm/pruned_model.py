@@ -4,27 +4,17 @@ This file is copied into every exported folder and needs transformers (5.14 or n
 Each class is its family's own; only the layers are built from the config of their own layer.
 """
 
+import transformers as hf
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
-    MistralModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
+
+READERS = ("o_proj", "out_proj", "dense", "down_proj", "fc2", "dense_4h_to_h")
+"""The linear modules that removed units fed."""
 
 
 class _PerLayerConfig:
     """Head counts need not divide the hidden size: `head_dim` is always given."""
 
-    reader_bias = False  # True: every o_proj and down_proj has a bias, for what removed units gave on average
+    reader_bias = False  # True: every reader has a bias, for what removed units gave on average
 
     def validate_architecture(self):
         return None
@@ -36,12 +26,32 @@ class _PerLayerModel:
     def __init__(self, config):
         config.allow_global_per_layer_attribute_access = True
         super().__init__(config)
-        layer = type(self.layers[0])
-        self.layers = nn.ModuleList([layer(config.per_layer_config[i], i) for i in range(config.num_hidden_layers)])
-        for layer in self.layers if config.reader_bias else ():
-            for reader in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        stack = getattr(self, "decoder", self)  # OPT keeps its layers one level deeper
+        kind = type(stack.layers[0])
+        stack.layers = nn.ModuleList([self.built(kind, config, index) for index in range(config.num_hidden_layers)])
+        for name, reader in stack.layers.named_modules() if config.reader_bias else ():
+            if name.rpartition(".")[2] in READERS:
                 reader.bias = nn.Parameter(reader.weight.new_zeros(reader.out_features))
         self.post_init()
+
+    def built(self, kind, config, index):
+        return kind(config.per_layer_config[index], index)
+
+
+class _SquareModel(_PerLayerModel):
+    """For families whose code ties the width of attention to the hidden size: it is built whole, then narrowed."""
+
+    def built(self, kind, config, index):
+        own, whole = config.per_layer_config[index], config.hidden_size // config.head_dim
+        heads, own.num_attention_heads = own.num_attention_heads, whole
+        layer = kind(own, index)
+        attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
+        attention.num_heads = heads
+        for name, linear in list(attention.named_children()):
+            rows, columns = linear.out_features, linear.in_features
+            rows, columns = (rows, columns // whole * heads) if name in READERS else (rows // whole * heads, columns)
+            setattr(attention, name, nn.Linear(columns, rows, bias=linear.bias is not None))
+        return layer
 
 
 class _PerLayerCausalLM:
@@ -50,57 +60,35 @@ class _PerLayerCausalLM:
     def __init__(self, config):
         config.allow_global_per_layer_attribute_access = True
         super().__init__(config)
-        self.model = self.per_layer_model(config)
+        setattr(self, self.base_model_prefix, self.per_layer_model(config))
         self.post_init()
 
 
-class PPFLlamaConfig(_PerLayerConfig, LlamaConfig):
-    model_type = "ppf_llama"
+def _classes(config, model, lm, base=_PerLayerModel):
+    """A family's config, model and causal LM; each is called as its parent is, behind PPF."""
+
+    def child(parent, mixin, **body):
+        return type(f"PPF{parent.__name__}", (mixin, parent), {"__module__": __name__, **body})
+
+    config = child(config, _PerLayerConfig, model_type=f"ppf_{config.model_type}")
+    model = child(model, base, config_class=config)
+    return config, model, child(lm, _PerLayerCausalLM, config_class=config, per_layer_model=model)
 
 
-class PPFLlamaModel(_PerLayerModel, LlamaModel):
-    config_class = PPFLlamaConfig
+PRUNED = {
+    "gemma2": _classes(hf.Gemma2Config, hf.Gemma2Model, hf.Gemma2ForCausalLM),
+    "gemma3_text": _classes(hf.Gemma3TextConfig, hf.Gemma3TextModel, hf.Gemma3ForCausalLM),
+    "gpt_neox": _classes(hf.GPTNeoXConfig, hf.GPTNeoXModel, hf.GPTNeoXForCausalLM, _SquareModel),
+    "granite": _classes(hf.GraniteConfig, hf.GraniteModel, hf.GraniteForCausalLM),
+    "llama": _classes(hf.LlamaConfig, hf.LlamaModel, hf.LlamaForCausalLM),
+    "mistral": _classes(hf.MistralConfig, hf.MistralModel, hf.MistralForCausalLM),
+    "olmo2": _classes(hf.Olmo2Config, hf.Olmo2Model, hf.Olmo2ForCausalLM),
+    "opt": _classes(hf.OPTConfig, hf.OPTModel, hf.OPTForCausalLM, _SquareModel),
+    "phi3": _classes(hf.Phi3Config, hf.Phi3Model, hf.Phi3ForCausalLM),
+    "qwen2": _classes(hf.Qwen2Config, hf.Qwen2Model, hf.Qwen2ForCausalLM),
+    "qwen3": _classes(hf.Qwen3Config, hf.Qwen3Model, hf.Qwen3ForCausalLM),
+    "smollm3": _classes(hf.SmolLM3Config, hf.SmolLM3Model, hf.SmolLM3ForCausalLM),
+}
+"""Per family the config, model and causal LM whose layers differ in width."""
 
-
-class PPFLlamaForCausalLM(_PerLayerCausalLM, LlamaForCausalLM):
-    config_class = PPFLlamaConfig
-    per_layer_model = PPFLlamaModel
-
-
-class PPFMistralConfig(_PerLayerConfig, MistralConfig):
-    model_type = "ppf_mistral"
-
-
-class PPFMistralModel(_PerLayerModel, MistralModel):
-    config_class = PPFMistralConfig
-
-
-class PPFMistralForCausalLM(_PerLayerCausalLM, MistralForCausalLM):
-    config_class = PPFMistralConfig
-    per_layer_model = PPFMistralModel
-
-
-class PPFQwen2Config(_PerLayerConfig, Qwen2Config):
-    model_type = "ppf_qwen2"
-
-
-class PPFQwen2Model(_PerLayerModel, Qwen2Model):
-    config_class = PPFQwen2Config
-
-
-class PPFQwen2ForCausalLM(_PerLayerCausalLM, Qwen2ForCausalLM):
-    config_class = PPFQwen2Config
-    per_layer_model = PPFQwen2Model
-
-
-class PPFQwen3Config(_PerLayerConfig, Qwen3Config):
-    model_type = "ppf_qwen3"
-
-
-class PPFQwen3Model(_PerLayerModel, Qwen3Model):
-    config_class = PPFQwen3Config
-
-
-class PPFQwen3ForCausalLM(_PerLayerCausalLM, Qwen3ForCausalLM):
-    config_class = PPFQwen3Config
-    per_layer_model = PPFQwen3Model
+globals().update({kind.__name__: kind for kinds in PRUNED.values() for kind in kinds})  # `auto_map` in config.json names them

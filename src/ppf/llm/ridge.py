@@ -11,8 +11,8 @@ the second moments of one reader are all that is held beside the text's hidden s
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ppf.errors import DamagedError, InputError
-from ppf.llm.architectures import linear
+from ppf.llm.architectures import linear, stack_of
+from ppf.llm.norms import normed_alone
 from ppf.llm.scores import exact
 from ppf.space.layout import Layout, Site
 from ppf.space.mask import Mask
@@ -81,19 +82,18 @@ def refit(
     if not blocks.size:
         raise InputError("refitting needs calibration text; no token came; give at least one block")
     stream, weights = _Layers(model, blocks), []
-    dense = ours = stream.embedded()
+    dense = ours = stream.embedded
     for layer in range(layout.layers):
-        patches: dict[str, torch.Tensor] = {}
-        for site, bits in zip(layout.sites, mask.bits, strict=True):
-            if site.layer == layer:
-                keep = torch.from_numpy(np.repeat(bits, site.columns)).to(model.device)
-                pairs = stream.pairs(site, dense, ours if sequential else None, patches)
-                new = _solved(linear(model, site.reader).weight, keep, pairs, penalty)
-                patches[site.reader] = _widened(linear(model, site.reader), keep, new)
-                weights.append(new.cpu())
+        change = _Change(cuts=[(site, bits) for site, bits in zip(layout.sites, mask.bits, strict=True) if site.layer == layer])
+        for site, bits in change.cuts:
+            keep = torch.from_numpy(np.repeat(bits, site.columns)).to(model.device)
+            pairs = stream.pairs(site, dense, ours if sequential else None, change)
+            new = _solved(linear(model, site.reader).weight, keep, pairs, penalty)
+            change.patches[site.reader] = _widened(linear(model, site.reader), keep, new)
+            weights.append(new.cpu())
         if sequential:
-            ours = stream.through(layer, ours, patches)
-        dense = stream.through(layer, dense, {})
+            ours = stream.through(layer, ours, change)
+        dense = stream.through(layer, dense, _Change())
     return Refit(tuple(weights))
 
 
@@ -105,11 +105,11 @@ def refitted(model: PreTrainedModel, layout: Layout, mask: Mask, fitted: Refit) 
         DamagedError: Weights of another model or mask.
     """
     fitted.check(model, layout, mask)
-    patches = {}
-    for site, bits, weight in zip(layout.sites, mask.bits, fitted.weights, strict=True):
+    change = _Change(cuts=list(zip(layout.sites, mask.bits, strict=True)))
+    for (site, bits), weight in zip(change.cuts, fitted.weights, strict=True):
         reader, keep = linear(model, site.reader), torch.from_numpy(np.repeat(bits, site.columns)).to(model.device)
-        patches[site.reader] = _widened(reader, keep, weight)
-    with _patched(model, patches):
+        change.patches[site.reader] = _widened(reader, keep, weight)
+    with _changed(model, change):
         yield model
 
 
@@ -135,6 +135,19 @@ def _solved(
     return (kept + torch.linalg.solve(square, right, left=False)).to(torch.promote_types(weight.dtype, torch.float32))
 
 
+@dataclass(frozen=True)
+class _Change:
+    """What turns the dense model, or a layer of it, into ours.
+
+    Attributes:
+        patches: New weights of readers, by path; zeros stand where columns went.
+        cuts: Sites with Bool[U], which units stay; their joint norms count those alone.
+    """
+
+    patches: dict[str, torch.Tensor] = field(default_factory=dict)
+    cuts: list[tuple[Site, np.ndarray]] = field(default_factory=list)
+
+
 class _Layers:
     """One text on its way through a model, layer by layer; one Float[1, L, H] a block.
 
@@ -144,40 +157,54 @@ class _Layers:
     """
 
     def __init__(self, model: PreTrainedModel, blocks: np.ndarray) -> None:
-        self.model, self.layers = model, model.model.layers
-        self.ids = torch.from_numpy(np.ascontiguousarray(blocks)).to(model.device, torch.long)
+        self.model, self.layers = model, stack_of(model)
+        ids = torch.from_numpy(np.ascontiguousarray(blocks)).to(model.device, torch.long)
+        self.embedded: list[torch.Tensor] = []
         self.settings: list[dict[str, Any]] = []
         with ExitStack() as stack:
             for layer in self.layers:
                 keep = layer.register_forward_pre_hook(lambda _, inputs, named: self.settings.append(named), with_kwargs=True)
                 stack.callback(keep.remove)
-            model(input_ids=self.ids[:1], use_cache=False)  # masks and positions are those of every block
+            model(input_ids=ids[:1], use_cache=False)  # masks and positions are those of every block
+        handle = self.layers[0].register_forward_pre_hook(self._stop)
+        try:
+            for row in ids:
+                with suppress(_Embedded):
+                    model(input_ids=row[None], use_cache=False)
+        finally:
+            handle.remove()
 
-    def embedded(self) -> list[torch.Tensor]:
-        """What the first layer reads."""
-        return [self.model.get_input_embeddings()(row[None]) for row in self.ids]
+    def _stop(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Keeps what the first layer reads, whatever a family makes of its embeddings; the rest need not run."""
+        self.embedded.append(inputs[0])
+        raise _Embedded
 
-    def through(self, layer: int, hidden: list[torch.Tensor], patches: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """What the next layer reads, with some readers of this one exchanged."""
-        with _patched(self.model, patches):
+    def through(self, layer: int, hidden: list[torch.Tensor], change: _Change) -> list[torch.Tensor]:
+        """What the next layer reads, with some of this one changed."""
+        with _changed(self.model, change):
             return [self.layers[layer](one, **self.settings[layer]) for one in hidden]
 
     def pairs(
-        self, site: Site, dense: list[torch.Tensor], ours: list[torch.Tensor] | None, patches: dict[str, torch.Tensor]
+        self, site: Site, dense: list[torch.Tensor], ours: list[torch.Tensor] | None, change: _Change
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Float[L, U * C] twice a block: what a reader reads in the dense model, and in ours (None: the dense one again)."""
         for index, one in enumerate(dense):
-            theirs = self._read(site, one, {})
-            yield theirs, theirs if ours is None else self._read(site, ours[index], patches)
+            theirs = self._read(site, one, _Change())
+            yield theirs, theirs if ours is None else self._read(site, ours[index], change)
 
-    def _read(self, site: Site, hidden: torch.Tensor, patches: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _read(self, site: Site, hidden: torch.Tensor, change: _Change) -> torch.Tensor:
         seen: list[torch.Tensor] = []
-        hook = linear(self.model, site.reader).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+        reader = linear(self.model, site.reader)
+        hook = reader.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].reshape(-1, reader.in_features)))
         try:
-            self.through(site.layer, [hidden], patches)
+            self.through(site.layer, [hidden], change)
         finally:
             hook.remove()
         return seen[0]
+
+
+class _Embedded(Exception):
+    """Ends a run through the model behind its embeddings."""
 
 
 def _widened(reader: nn.Linear, keep: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -188,10 +215,11 @@ def _widened(reader: nn.Linear, keep: torch.Tensor, weight: torch.Tensor) -> tor
 
 
 @contextmanager
-def _patched(model: PreTrainedModel, patches: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Readers with other weights while the block runs."""
+def _changed(model: PreTrainedModel, change: _Change) -> Iterator[None]:
+    """The model with a change while the block runs."""
     with ExitStack() as stack:
-        for name, weight in patches.items():
+        stack.enter_context(normed_alone(model, change.cuts))
+        for name, weight in change.patches.items():
             reader = linear(model, name)
             stack.callback(setattr, reader, "weight", reader.weight)
             reader.weight = nn.Parameter(weight, requires_grad=False)

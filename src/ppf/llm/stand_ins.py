@@ -9,7 +9,10 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
-MODEL_TYPES = ("ppf_llama", "ppf_mistral", "ppf_qwen2", "ppf_qwen3")
+FAMILIES = (
+    "gemma2", "gemma3_text", "gpt_neox", "granite", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "smollm3",
+)  # fmt: skip
+"""Those of ``pruned_model``, which cannot be asked yet."""
 
 
 class _StandIn(PreTrainedConfig):
@@ -25,12 +28,11 @@ class _StandIn(PreTrainedConfig):
 
 def register_stand_ins() -> None:
     """Tells AutoConfig, and nothing else, of the pruned models."""
-    for model_type in MODEL_TYPES:
+    for model_type in (f"ppf_{family}" for family in FAMILIES):
         AutoConfig.register(model_type, type("PPFStandIn", (_StandIn,), {"model_type": model_type}), exist_ok=True)
 
 
 def _real(model_type: str) -> Any:
     """The real class, which all auto classes know from now on."""
-    auto = importlib.import_module("ppf.llm.auto")
-    auto.register()
-    return auto.PRUNED[model_type.removeprefix("ppf_")][0]
+    importlib.import_module("ppf.llm.auto").register()
+    return importlib.import_module("ppf.llm.pruned_model").PRUNED[model_type.removeprefix("ppf_")][0]

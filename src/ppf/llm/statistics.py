@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ppf.llm.architectures import ENTRANCES, linear
+from ppf.llm.architectures import ends_of, linear
 from ppf.llm.scores import Moments, exact, fluctuation, moments, per_unit
 from ppf.space.layout import Layout
 from ppf.space.statistics import Statistics
@@ -103,21 +103,22 @@ def _hill(weight: torch.Tensor) -> float | None:
 def _cosines(model: PreTrainedModel, layout: Layout) -> Iterator[torch.Tensor]:
     """Float[S]: over the tokens that run while it is open, sums of the stream's cosine before and after each sub-layer.
 
-    What a reader gives is what its sub-layer adds to the stream.
+    What a reader gives is what its sub-layer adds to the stream, or a norm behind it; Granite multiplies that.
 
     Reference: arXiv:2403.03853, section 3 (block influence; differs: a sub-layer in place of a layer).
     """
     sums = torch.zeros(len(layout.sites), dtype=torch.float64)
+    factor = float(getattr(model.config, "residual_multiplier", 1))
     with ExitStack() as stack:
         for index, site in enumerate(layout.sites):
-            entrance = model.get_submodule(ENTRANCES[layout.model_type][site.kind].format(layer=site.layer))
-            enter, leave = _around(sums[index])
+            entrance, exit = ends_of(model, site)
+            enter, leave = _around(sums[index], factor)
             stack.callback(entrance.register_forward_pre_hook(enter).remove)
-            stack.callback(linear(model, site.reader).register_forward_hook(leave).remove)
+            stack.callback(exit.register_forward_hook(leave).remove)
         yield sums
 
 
-def _around(total: torch.Tensor) -> tuple[Callable[..., None], Callable[..., None]]:
+def _around(total: torch.Tensor, factor: float) -> tuple[Callable[..., None], Callable[..., None]]:
     """The hooks at both ends of one sub-layer; they add to ``total``."""
     stream: list[torch.Tensor] = []
 
@@ -126,7 +127,7 @@ def _around(total: torch.Tensor) -> tuple[Callable[..., None], Callable[..., Non
 
     def leave(_: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         before = stream.pop()
-        after = before + output  # in the model's own precision: this is the stream that its next sub-layer sees
+        after = before + output * factor  # in the model's own precision: this is the stream that its next sub-layer sees
         total.add_(functional.cosine_similarity(exact(before), exact(after), dim=-1).sum().cpu())
 
     return enter, leave

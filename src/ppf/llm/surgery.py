@@ -6,8 +6,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ppf.llm.architectures import family_of, linear
-from ppf.llm.auto import PRUNED, register
+from ppf.llm.auto import register
 from ppf.llm.compensation import Fill, filled_bias, means_per_site
+from ppf.llm.pruned_model import PRUNED
 from ppf.llm.ridge import Refit
 from ppf.space.allocation import Allocation
 from ppf.space.layout import Layout, Site
@@ -47,10 +48,9 @@ def cut(
     for site, weight in zip(layout.sites, fitted.weights if fitted else (None,) * len(layout.sites), strict=True):
         if weight is not None:
             source[f"{site.reader}.weight"] = weight.to(source[f"{site.reader}.weight"])
+    _fill_buffers(smaller, model.device)
     state = {name: source[name].clone() for name in smaller.state_dict()}
     smaller.load_state_dict(state, strict=True, assign=True)
-    # Rotary frequencies lie in no state dict; computed afresh they are exact even if the dense model was cast as a whole.
-    smaller.model.rotary_emb = type(smaller.model.rotary_emb)(smaller.config).to(model.device)
     smaller.tie_weights()
     smaller.generation_config = _generation_config(model)
     return smaller.eval()
@@ -103,13 +103,12 @@ def cut_site(
     """
     keep = torch.nonzero(bits).squeeze(1)
     by_module: dict[str, list[torch.Tensor]] = {}
-    for rows in site.writers:
+    for rows in (*site.writers, *site.norms):
         by_module.setdefault(rows.module, []).append(rows.offset + _span(keep, rows.width))
     for module, spans in by_module.items():
         ids = torch.cat(spans).to(model.device)
-        state[f"{module}.weight"] = state[f"{module}.weight"][ids]
-        if linear(model, module).bias is not None:
-            state[f"{module}.bias"] = state[f"{module}.bias"][ids]
+        for tensor in {f"{module}.weight", f"{module}.bias"} & state.keys():
+            state[tensor] = state[tensor][ids]
     if mean is not None:
         state[f"{site.reader}.bias"] = filled_bias(linear(model, site.reader), ~bits.repeat_interleave(site.columns), mean)
     columns = _span(keep, site.columns).to(model.device)
@@ -119,6 +118,16 @@ def cut_site(
 def _span(units: torch.Tensor, width: int) -> torch.Tensor:
     """Element ids of units of ``width`` elements; Int[K] -> Int[K * width]."""
     return (units[:, None] * width + torch.arange(width)).flatten()
+
+
+def _fill_buffers(smaller: PreTrainedModel, device: torch.device) -> None:
+    """Computes what lies in no state dict, such as rotary frequencies: exact even if the dense model was cast as a whole."""
+    for module in smaller.modules():
+        absent = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in absent.items():
+            setattr(module, name, torch.empty_like(buffer, device=device))
+        if absent:
+            smaller._init_weights(module)
 
 
 def _generation_config(model: PreTrainedModel) -> GenerationConfig:

@@ -1,6 +1,7 @@
 """The weight files of a folder, checked by their headers alone; only safetensors is looked at."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from transformers import PreTrainedModel
 from ppf.artifact import MAX_HEADER
 from ppf.errors import DamagedError, PPFError, ResourceError, UnsupportedError
 
+_RENAMED = {"gpt_neox": ("embed_out.", "lm_head.")}
+"""By model type, what files call otherwise than the model does, and how it does."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -19,15 +22,19 @@ def check_weights(folder: Path, shell: PreTrainedModel) -> None:
     Raises:
         DamagedError: A tensor is missing, extra or of another shape, a file is cut, or only pickles are there.
     """
-    found = {name: shape for path in weight_files(folder) for name, shape in _header(path)}
+    old, new = _RENAMED.get(str(shell.config.model_type), ("", ""))
+    found = {name.replace(old, new, 1): shape for path in weight_files(folder) for name, shape in _header(path)}
     wanted = {name: list(tensor.shape) for name, tensor in shell.state_dict().items()}
+    base = f"{shell.base_model_prefix}."  # files of a bare model, such as OPT's, have their names without it
+    found = {base + name if name not in wanted and base + name in wanted else name: shape for name, shape in found.items()}
     shared = set(shell.all_tied_weights_keys or {})
     for name, shape in wanted.items():
         if name not in found and name not in shared:
             raise DamagedError(f"{folder} must hold the weight {name}; it is missing; fetch the model again")
         if name in found and found[name] != shape:
             raise DamagedError(f"{name} must have shape {shape} as config.json says; it has {found[name]}; fetch the model again")
-    extra = sorted(name for name in set(found) - set(wanted) if not name.endswith("rotary_emb.inv_freq"))
+    ignored = re.compile("|".join(["rotary_emb.inv_freq$", *(shell._keys_to_ignore_on_load_unexpected or ())]))
+    extra = sorted(name for name in set(found) - set(wanted) if not ignored.search(name))
     if extra:
         raise DamagedError(f"{folder} must hold only weights of its config; {extra[0]} is extra; is config.json its own?")
 

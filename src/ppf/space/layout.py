@@ -50,6 +50,7 @@ class Site:
         shapes: Per-layer config fields, each as (name, value per kept unit).
         cache: KV-cache elements per token and unit.
         floor: The fewest units that may stay.
+        norms: Entries of norms that average over all units of the site at once.
     """
 
     layer: int
@@ -62,6 +63,7 @@ class Site:
     shapes: tuple[tuple[str, int], ...]
     cache: int = 0
     floor: int = 1
+    norms: tuple[Rows, ...] = ()
 
     @property
     def label(self) -> str:
@@ -116,7 +118,11 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready record; ``from_json`` is its inverse."""
-        return asdict(self)
+        record = asdict(self)
+        for site in record["sites"]:  # left out where there are none: the fingerprints of earlier layouts stay as they were
+            if not site["norms"]:
+                del site["norms"]
+        return record
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Layout":
@@ -132,6 +138,7 @@ class Layout:
                         **site,
                         "writers": tuple(Rows(**rows) for rows in site["writers"]),
                         "shapes": tuple((name, per_unit) for name, per_unit in site["shapes"]),
+                        "norms": tuple(Rows(**rows) for rows in site.get("norms", ())),
                     }
                 )
                 for site in record["sites"]
@@ -145,7 +152,8 @@ class Layout:
 
 def _check(layout: Layout) -> None:
     """Refuses what no model has: a JSON record may hold anything in the place of anything."""
-    parts: tuple[Layout | Site | Rows, ...] = (layout, *layout.sites, *(rows for site in layout.sites for rows in site.writers))
+    rows = (rows for site in layout.sites for rows in (*site.writers, *site.norms))
+    parts: tuple[Layout | Site | Rows, ...] = (layout, *layout.sites, *rows)
     values = [(field.name, field.type, getattr(part, field.name)) for part in parts for field in fields(part)]
     for name, per_unit in (shape for site in layout.sites for shape in site.shapes):
         values += [("shapes", str, name), ("shapes", int, per_unit)]

@@ -1,0 +1,40 @@
+"""Which model families there are and what works for each, asked of the code that does it."""
+
+from dataclasses import dataclass
+
+from ppf.llm.architectures import FAMILIES
+from ppf.llm.gguf_shape import ARCHITECTURES
+from ppf.llm.pruned_model import PRUNED
+
+
+@dataclass(frozen=True)
+class Support:
+    """What works for a family.
+
+    Attributes:
+        family: Its ``model_type`` in config.json.
+        units: What can be removed, in words.
+        gguf: llama.cpp's architectures for layers that are alike and for layers that differ; None where it has none.
+        vllm: Whether an exported folder meets what vLLM's Transformers backend asks of a model.
+    """
+
+    family: str
+    units: tuple[str, ...]
+    gguf: tuple[str, str] | None
+    vllm: bool
+
+
+def supported() -> tuple[Support, ...]:
+    """All families, by name."""
+    return tuple(
+        Support(family, _units(family), ARCHITECTURES.get(family), bool(PRUNED[family][2].is_backend_compatible()))
+        for family in sorted(FAMILIES)
+    )
+
+
+def _units(family: str) -> tuple[str, ...]:
+    """Read off the sites that the family has with its default config."""
+    config = PRUNED[family][0]()
+    heads = "KV groups" if hasattr(config, "num_key_value_heads") else "heads"
+    words = {"attn": heads, "ffn": "FFN channels"}
+    return tuple(dict.fromkeys(words[site.kind] for site in FAMILIES[family](config)))

@@ -1,0 +1,35 @@
+"""Norms over all units of a site at once: what stays is normed as if the rest had never been.
+
+    y_i = w_i x_i / sqrt(mean over what stays of x^2 + eps)
+
+A norm that averages over all its columns computes that when removed ones come in as zeros, and what stays comes in times
+sqrt(all / kept) and leaves divided by it.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ppf.space.layout import Site
+
+
+@contextmanager
+def normed_alone(model: PreTrainedModel, cuts: Iterable[tuple[Site, np.ndarray]]) -> Iterator[None]:
+    """Norms only what stays while the block runs.
+
+    Args:
+        model: The dense model.
+        cuts: Sites with Bool[U], which units stay; those without such norms, or without a loss, are passed over.
+    """
+    with ExitStack() as stack:
+        for site, bits in cuts:
+            for rows in () if bits.all() else site.norms:
+                norm = model.get_submodule(rows.module)
+                scale = (bits.size / bits.sum()) ** 0.5
+                columns = torch.from_numpy(np.repeat(bits * scale, rows.width)).to(norm.weight)
+                stack.callback(norm.register_forward_pre_hook(lambda _, inputs, by=columns: (inputs[0] * by,)).remove)
+                stack.callback(norm.register_forward_hook(lambda _, __, output, by=scale: output / by).remove)
+        yield
