@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ppf import cli, commands
+from ppf import cli, commands, printing
 from ppf.errors import DamagedError, InUseError, ResourceError, UnsupportedError
 
 
@@ -114,6 +114,21 @@ def test_a_fault_of_ours_is_not_dressed_up(monkeypatch):
     monkeypatch.setitem(commands.RUN, cli.DemoConfig, fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["demo"])
+
+
+def test_the_experts_of_a_layer_share_a_cell(capsys):
+    kept = [
+        {"layer": 0, "kind": "attn", "kept": 2, "of": 4}, {"layer": 0, "kind": "expert0", "kept": 3, "of": 9},
+        {"layer": 0, "kind": "expert10", "kept": 7, "of": 9}, {"layer": 1, "kind": "ffn", "kept": 5, "of": 9},
+    ]  # fmt: skip
+    record = {
+        "kept": kept, "ratio": {"asked": 0.3, "met": 0.3}, "predicted": {"ppl": 9.0, "log_ppl": 2.2, "std": 0.1},
+        "params": {"before": 100, "after": 70}, "milliseconds": 1.0,
+    }  # fmt: skip
+    printing.print_policy(record)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[:6]]
+    assert ["layer", "attn", "expert", "ffn"] in rows
+    assert ["0", "2", "of", "4", "3", "to", "7", "of", "9"] in rows and ["1", "5", "of", "9"] in rows
 
 
 def test_help_and_version(capsys):
