@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,10 @@ from ppf.llm.pruned_model import Experts
 from ppf.llm.ridge import refit
 from ppf.llm.scores import SCORES, score_units
 from ppf.llm.surgery import cut
+from ppf.space.allocation import allocate
+from ppf.space.budget import Budget
+from ppf.space.plan import wish_of
+from ppf.space.policy import Policy
 
 IDS = tiny.blocks(2, 9)
 BLOCKS = tiny.blocks(3, 12)
@@ -109,3 +114,22 @@ def test_masking_an_expert_changes_only_the_tokens_that_are_sent_to_it():
     with masked(model, layout, type(mask)(tuple(bits))):
         changed = (tiny.logits(model, IDS) != dense).any(-1).flatten()
     assert torch.equal(changed, sent[0]) and 0 < sent[0].sum() < len(sent[0])
+
+
+def test_a_plan_of_ratios_has_one_for_all_experts_of_a_layer():
+    layout = layout_of_model(tiny.model("mixtral-gqa"))
+    policy, _ = wish_of({"attn": [0, 0.1, 0.2], "expert": [0.3, 0.4, 0.5]}, layout)
+    wanted = {"attn": [0, 0.1, 0.2], "expert": [0.3, 0.4, 0.5]}
+    assert policy.keep.tolist() == pytest.approx([1 - wanted[site.role][site.layer] for site in layout.sites])
+
+
+@mixtures
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.6])
+def test_a_budget_is_met_to_within_one_channel(name, ratio):
+    layout = layout_of_model(tiny.model(name))
+    budget = Budget.from_ratio(ratio, layout)
+    for seed in range(5):
+        policy = Policy(np.random.default_rng(seed).random(len(layout.sites)))
+        kept = allocate(policy, budget, layout).kept
+        channel = min(site.cost for site in layout.sites if site.role != "attn")
+        assert 0 <= (layout.units - kept) @ layout.costs - budget.remove < channel
