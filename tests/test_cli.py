@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from ppf import cli, commands
+from ppf import cli, commands, printing
+from ppf.config import DemoConfig
 from ppf.errors import DamagedError, InUseError, ResourceError, UnsupportedError
 
 
@@ -101,7 +102,7 @@ def test_each_kind_of_failure_has_its_code(capsys, monkeypatch, error, code, deb
     def fail(config):
         raise error
 
-    monkeypatch.setitem(commands.RUN, cli.DemoConfig, fail)
+    monkeypatch.setitem(commands.COMMANDS, "demo", (DemoConfig, fail))
     found, out, err = answer(capsys, "demo", *(["--debug"] if debug else []))
     assert (found, out) == (code, "") and err.splitlines()[-1].startswith("error: ")
     assert ("Traceback" in err) == debug
@@ -111,7 +112,7 @@ def test_a_fault_of_ours_is_not_dressed_up(monkeypatch):
     def fail(config):
         raise ZeroDivisionError
 
-    monkeypatch.setitem(commands.RUN, cli.DemoConfig, fail)
+    monkeypatch.setitem(commands.COMMANDS, "demo", (DemoConfig, fail))
     with pytest.raises(ZeroDivisionError):
         cli.main(["demo"])
 
@@ -121,22 +122,37 @@ def test_a_stop_says_what_became_of_the_work(capsys, monkeypatch, command, words
     def stop(config):
         raise KeyboardInterrupt
 
-    for kind in (cli.DemoConfig, cli.ExportConfig):
-        monkeypatch.setitem(commands.RUN, kind, stop)
+    for name, (kind, _) in list(commands.COMMANDS.items()):
+        monkeypatch.setitem(commands.COMMANDS, name, (kind, stop))
     code, out, err = answer(capsys, *command)
     assert (code, out) == (130, "") and words in err
 
 
 def test_help_tells_no_default_that_is_none(capsys):
-    for command in ("fit", "prune", "policy", "export", "eval", "bench", "demo"):
+    for command in commands.COMMANDS:
         assert "None" not in answer(capsys, command, "--help")[1]
 
 
+def test_the_experts_of_a_layer_share_a_cell(capsys):
+    kept = [
+        {"layer": 0, "kind": "attn", "kept": 2, "of": 4}, {"layer": 0, "kind": "expert0", "kept": 3, "of": 9},
+        {"layer": 0, "kind": "expert10", "kept": 7, "of": 9}, {"layer": 1, "kind": "ffn", "kept": 5, "of": 9},
+    ]  # fmt: skip
+    record = {
+        "kept": kept, "ratio": {"asked": 0.3, "met": 0.3}, "predicted": {"ppl": 9.0, "log_ppl": 2.2, "std": 0.1},
+        "params": {"before": 100, "after": 70}, "milliseconds": 1.0,
+    }  # fmt: skip
+    printing.print_policy(record)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[:6]]
+    assert ["layer", "attn", "expert", "ffn"] in rows
+    assert ["0", "2", "of", "4", "3", "to", "7", "of", "9"] in rows and ["1", "5", "of", "9"] in rows
+
+
 def test_help_and_version(capsys):
-    for command in ("fit", "prune", "policy", "export", "eval", "bench", "demo", "models"):
+    for command in commands.COMMANDS:
         code, out, err = answer(capsys, command, "--help")
         assert code == 0 and err == "" and "--" in out
-    assert answer(capsys)[1].count("•") == 8
+    assert answer(capsys)[1].count("•") == len(commands.COMMANDS)
     assert answer(capsys, "--version")[1].startswith("ppf ")
 
 

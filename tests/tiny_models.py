@@ -14,6 +14,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -22,11 +23,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
 from builders import importance, random_mask
+from ppf.llm.experts import separate_experts
 from ppf.space.allocation import Allocation, allocate
 from ppf.space.budget import Budget
 from ppf.space.layout import Layout, Rows, Site
@@ -46,6 +50,8 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 
 OPT = {**SIZES, "ffn_dim": 40, "pad_token_id": 1, "activation_function": "gelu"}  # with relu, some channels would never fire
+
+MOE = {"moe_intermediate_size": 20, "num_experts": 4, "num_experts_per_tok": 2}
 
 TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama-mha": lambda: LlamaConfig(**SIZES, num_key_value_heads=4),
@@ -88,6 +94,13 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
         residual_multiplier=0.5,
         attention_multiplier=0.2,
     ),
+    "mixtral-gqa": lambda: MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
+    "qwen2_moe-shared": lambda: Qwen2MoeConfig(
+        **SIZES, **MOE, num_key_value_heads=2, shared_expert_intermediate_size=24, mlp_only_layers=[1]
+    ),
+    "qwen3_moe-sparse-tied": lambda: Qwen3MoeConfig(
+        **SIZES, **MOE, num_key_value_heads=2, head_dim=16, decoder_sparse_step=2, norm_topk_prob=True, tie_word_embeddings=True
+    ),
     "smollm3-gqa-window": lambda: SmolLM3Config(
         **SIZES, num_key_value_heads=2, pad_token_id=0, no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=6
     ),
@@ -123,7 +136,12 @@ CONTRACT = [
 
 
 def model(name: str = "llama-gqa-tied", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of ``TINY`` in which every parameter, biases and norms too, is random and matters."""
+    """A model of ``TINY`` as ``load_model`` gives it, in which every parameter, biases and norms too, is random and matters."""
+    return separate_experts(stored(name, seed, dtype))
+
+
+def stored(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The same as transformers has it."""
     tiny = AutoModelForCausalLM.from_config(TINY[name](), dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -148,7 +166,7 @@ def blocks(count: int = 4, length: int = 12, seed: int = 0) -> np.ndarray:
 
 def save(to: Path, name: str = "llama-gqa-tied", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """A folder with a tiny model and its tokenizer, as the hub would have it."""
-    model(name, seed, dtype).save_pretrained(to)
+    stored(name, seed, dtype).save_pretrained(to)
     tokenizer().save_pretrained(to)
     return to
 
@@ -182,6 +200,12 @@ def owned_by_module(site: Site, bits: np.ndarray) -> dict[str, np.ndarray]:
     for rows in (*site.writers, *site.norms):
         found.setdefault(rows.module, []).append(owned(rows, bits))
     return {module: np.concatenate(ids) for module, ids in found.items()}
+
+
+def same(one: torch.Tensor, other: torch.Tensor, name: str) -> bool:
+    """Whether two answers agree bit for bit; where experts see few tokens, their rounding depends on where weights lie."""
+    mixture = name.split("-")[0] in ("mixtral", "qwen2_moe", "qwen3_moe")
+    return torch.allclose(one, other, rtol=0, atol=2e-6) if mixture else torch.equal(one, other)
 
 
 @torch.inference_mode()

@@ -9,25 +9,16 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, subcommand
 
-from ppf.commands import RUN
-from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, ModelsConfig, PolicyConfig, PruneConfig
+from ppf.commands import COMMANDS
+from ppf.config import PolicyConfig
 from ppf.errors import InputError, PPFError
 
-Command = (
-    Annotated[FitConfig, subcommand("fit")]
-    | Annotated[PruneConfig, subcommand("prune")]
-    | Annotated[PolicyConfig, subcommand("policy")]
-    | Annotated[ExportConfig, subcommand("export")]
-    | Annotated[EvalConfig, subcommand("eval")]
-    | Annotated[BenchConfig, subcommand("bench")]
-    | Annotated[DemoConfig, subcommand("demo")]
-    | Annotated[ModelsConfig, subcommand("models")]
-)
+_Command: Any = Union[tuple(Annotated[config, subcommand(name)] for name, (config, _) in COMMANDS.items())]  # noqa: UP007
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,7 +62,7 @@ def _run(command: Any, debug: bool) -> None:
         from ppf.llm.load import quiet_transformers
 
         quiet_transformers()
-    RUN[type(command)](command)
+    next(run for config, run in COMMANDS.values() if isinstance(command, config))(command)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
@@ -99,8 +90,8 @@ def _parse(arguments: list[str]) -> Any:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            commands = FlagCreatePairsOff[OmitSubcommandPrefixes[Command]]
-            return tyro.cli(commands, prog="ppf", description=_description(), args=arguments)
+            config = (FlagCreatePairsOff, OmitSubcommandPrefixes)
+            return tyro.cli(_Command, prog="ppf", description=_description(), args=arguments, config=config)
     except SystemExit as stop:
         if not stop.code:
             return None
@@ -122,5 +113,5 @@ def _one_line(box: str, arguments: list[str]) -> str:
         return own[1]
     if number := re.match(r"Error parsing (--[\w-]+): .*from \['?(.*?)'?\]", words):
         words = f"{number[1]} does not take {number[2]!r}"
-    command = f" {arguments[0]}" if arguments[0] in ("fit", "prune", "policy", "export", "eval", "bench", "demo", "models") else ""
+    command = f" {arguments[0]}" if arguments[0] in COMMANDS else ""
     return f"the command line must be one that ppf knows; {words}; see ppf{command} --help"

@@ -189,14 +189,14 @@ def _models(config: ModelsConfig) -> None:
         print("GGUF: llama.cpp's architecture for layers that are alike / that differ. vLLM: its Transformers backend takes it.")
 
 
-RUN: dict[type, Callable[[Any], None]] = {
-    FitConfig: _fit,
-    PruneConfig: _prune,
-    PolicyConfig: _policy,
-    ExportConfig: _export,
-    EvalConfig: _eval,
-    BenchConfig: _bench,
-    DemoConfig: _demo,
-    ModelsConfig: _models,
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "fit": (FitConfig, _fit),
+    "prune": (PruneConfig, _prune),
+    "policy": (PolicyConfig, _policy),
+    "export": (ExportConfig, _export),
+    "eval": (EvalConfig, _eval),
+    "bench": (BenchConfig, _bench),
+    "demo": (DemoConfig, _demo),
+    "models": (ModelsConfig, _models),
 }
-"""By the type of the config."""
+"""By name: the config that its flags make, and what it does with it."""

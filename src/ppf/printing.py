@@ -59,17 +59,25 @@ def print_planned(record: dict[str, Any], quiet: bool) -> None:
 def print_policy(record: dict[str, Any]) -> None:
     """What a decision keeps at each layer, and what it should cost."""
     ratio, predicted, params = record["ratio"], record["predicted"], record["params"]
-    kinds = list(dict.fromkeys(entry["kind"] for entry in record["kept"]))
-    layers = sorted({entry["layer"] for entry in record["kept"]})
-    cells = {(entry["layer"], entry["kind"]): f"{entry['kept']} of {entry['of']}" for entry in record["kept"]}
-    print_table(
-        "what stays", ["layer", *kinds], [[str(layer), *(cells.get((layer, kind), "") for kind in kinds)] for layer in layers]
-    )
+    cells: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for entry in record["kept"]:  # the experts of a layer share a cell
+        cells.setdefault((entry["layer"], entry["kind"].rstrip("0123456789")), []).append(entry)
+    kinds, layers = list(dict.fromkeys(kind for _, kind in cells)), sorted({layer for layer, _ in cells})
+    rows = [[str(layer), *(_kept(cells.get((layer, kind), [])) for kind in kinds)] for layer in layers]
+    print_table("what stays", ["layer", *kinds], rows)
     print(f"ratio       asked {ratio['asked']:.4f}, met {ratio['met']:.4f}")
     print(f"perplexity  predicted {predicted['ppl']:.2f}  ({predicted['log_ppl']:.4f} +- {predicted['std']:.4f} nats/token)")
     gone = 100 * (1 - params["after"] / params["before"])
     print(f"parameters  {params['before']:,} -> {params['after']:,}  ({gone:.1f} % of all gone)")
     print(f"decided in  {record['milliseconds']:.1f} ms")
+
+
+def _kept(entries: list[dict[str, Any]]) -> str:
+    """What stays of the sites that share a cell, from the least to the most."""
+    if not entries:
+        return ""
+    low, high = (pick(entry["kept"] for entry in entries) for pick in (min, max))
+    return f"{low} of {entries[0]['of']}" if low == high else f"{low} to {high} of {entries[0]['of']}"
 
 
 def print_json(record: dict[str, Any]) -> None:

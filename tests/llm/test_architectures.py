@@ -44,8 +44,9 @@ def test_a_norm_over_all_heads_belongs_to_the_layout():
 
 
 def linears(model):
-    """All linear modules of the decoder layers, by path."""
-    return {path: module for path, module in model.named_modules() if ".layers." in path and isinstance(module, nn.Linear)}
+    """All linear modules of the decoder layers, by path, but the gate of an expert that all tokens see."""
+    found = {path: module for path, module in model.named_modules() if ".layers." in path and isinstance(module, nn.Linear)}
+    return {path: module for path, module in found.items() if not path.endswith("shared_expert_gate")}
 
 
 @pytest.mark.parametrize("name", tiny.TINY)
@@ -81,7 +82,8 @@ def test_costs_count_every_prunable_parameter_and_the_total_counts_all(name):
     prunable = [p for path, p in model.named_parameters() if path.rpartition(".")[0] in paths and path not in readers]
     assert layout.prunable == sum(parameter.numel() for parameter in prunable)
     assert layout.total == sum(parameter.numel() for parameter in model.parameters())
-    assert layout.layers == 3 and [(site.layer, site.kind) for site in layout.sites[:3]] == [(0, "attn"), (0, "ffn"), (1, "attn")]
+    assert layout.layers == 3 and [site.kind for site in layout.sites].count("attn") == 3
+    assert [site.layer for site in layout.sites] == sorted(site.layer for site in layout.sites)
     assert layout.model_type == name.split("-")[0]
 
 

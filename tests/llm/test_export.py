@@ -113,13 +113,13 @@ every = pytest.mark.parametrize("case", CASES, ids=[label(*case) for case in CAS
 def test_a_process_without_ppf_answers_bit_for_bit(exported, case):
     model, answers = exported[case].model, exported[case].answers
     for dtype in ("auto", case[1]):
-        assert torch.equal(answers[f"logits {dtype}"], model(IDS).logits)
+        assert tiny.same(answers[f"logits {dtype}"], model(IDS).logits, case[0])
     cached, past = [], None
     for step in IDS.T:
         output = model(step[:, None], past_key_values=past, use_cache=True)
         past, cached = output.past_key_values, [*cached, output.logits]
-    assert torch.equal(answers["cached"], torch.cat(cached, dim=1))
-    assert torch.equal(answers["hidden"], model.base_model(IDS).last_hidden_state)
+    assert tiny.same(answers["cached"], torch.cat(cached, dim=1), case[0])
+    assert tiny.same(answers["hidden"], model.base_model(IDS).last_hidden_state, case[0])
     assert answers["words"].tolist() == [[7, 3, 50]]
 
 
@@ -137,7 +137,7 @@ def test_its_generation_is_that_of_the_model_in_memory(exported, case):
 def test_any_precision_can_be_asked_for(exported, case):
     for dtype in (torch.float32, torch.bfloat16):
         model = convert(copy.deepcopy(exported[case].model), torch.device("cpu"), dtype)
-        assert torch.equal(exported[case].answers[f"logits {dtype}"], model(IDS).logits)
+        assert tiny.same(exported[case].answers[f"logits {dtype}"].float(), model(IDS).logits.float(), case[0])
 
 
 @every
@@ -147,8 +147,9 @@ def test_a_process_that_registered_needs_no_flag(exported, case):
     folder, model = exported[case].folder, exported[case].model
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert type(again) is type(model) and again.dtype == model.dtype
-    assert torch.equal(again(IDS).logits, model(IDS).logits)
-    assert torch.equal(AutoModel.from_pretrained(folder)(IDS).last_hidden_state, model.base_model(IDS).last_hidden_state)
+    assert tiny.same(again(IDS).logits, model(IDS).logits, case[0])
+    hidden = AutoModel.from_pretrained(folder)(IDS).last_hidden_state
+    assert tiny.same(hidden, model.base_model(IDS).last_hidden_state, case[0])
 
 
 @every
@@ -176,9 +177,11 @@ def test_the_config_says_the_widths_in_both_ways(exported, case):
     for layer in range(layout.layers):
         sites = [site for site in layout.sites if site.layer == layer]
         widths = {field: each * site.units for site in sites for field, each in site.shapes}
-        readers = {site.kind: linear(model, site.reader).in_features for site in sites}
-        assert readers == {"attn": config["head_dim"] * widths["num_attention_heads"], "ffn": sites[1].units}
-        plain = {field: widths_of[layer] for field, widths_of in config["ppf_layers"].items()}
+        if experts := [site.units for site in sites if site.role == "expert"]:
+            widths["expert_sizes"] = experts
+        assert linear(model, sites[0].reader).in_features == config["head_dim"] * widths["num_attention_heads"]
+        assert all(linear(model, site.reader).in_features == site.units for site in sites[1:])
+        plain = {field: widths_of[layer] for field, widths_of in config["ppf_layers"].items() if widths_of[layer] is not None}
         sparse = {field: config[field] for field in widths} | config["per_layer_config"].get(f"{layer:02d}", {})
         sparse |= config["per_layer_config"].get(str(layer), {})
         assert plain == sparse == widths

@@ -22,11 +22,13 @@ def test_what_is_said_is_what_the_model_has(name):
     model = tiny.model(name)
     layout = layout_of_model(model)
     said = FOUND[layout.model_type]
-    assert len(said.units) == len({site.kind for site in layout.sites})
+    assert {site.role for site in layout.sites} <= {"attn", "ffn", "expert"} and len(said.units) >= 2
+    assert ("expert channels" in said.units) is any(site.role == "expert" for site in layout.sites)
     grouped = any(dict(site.shapes).get("num_key_value_heads") for site in layout.sites)
     assert ("KV groups" in said.units) is grouped and ("heads" in said.units) is not grouped
     assert said.gguf == ARCHITECTURES.get(layout.model_type)
-    assert cut(model, layout, tiny.MASKS["random"](layout)).is_backend_compatible() is said.vllm
+    smaller = cut(model, layout, tiny.MASKS["random"](layout))
+    assert said.vllm is (smaller.is_backend_compatible() and "expert channels" not in said.units)
 
 
 def test_the_command_lists_them_as_a_table_and_as_json(capsys):

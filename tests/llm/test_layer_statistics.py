@@ -22,8 +22,16 @@ def measured(model, blocks=BLOCKS):
 
 
 def projections(model, layer):
-    """All linear modules of a decoder layer."""
-    return [module for module in stack_of(model)[layer].modules() if isinstance(module, nn.Linear)]
+    """All linear modules of a decoder layer that units are removed from."""
+    found = [module for module in stack_of(model)[layer].modules() if isinstance(module, nn.Linear)]
+    return [module for module in found if module.out_features > 1]  # not the gate of an expert that all tokens see
+
+
+def of_layer(model, found, layer):
+    """The value of a statistic that all sites of a layer share."""
+    values = {value for value, site in zip(found, layout_of_model(model).sites, strict=True) if site.layer == layer}
+    assert len(values) == 1
+    return values.pop()
 
 
 def heavy_tailed(name):
@@ -103,7 +111,7 @@ def test_outliers_are_the_share_of_large_entries_of_a_layer(name):
                 entries += [abs(weight) * norm for weight, norm in zip(row, norms, strict=True)]
         mean = sum(entries) / len(entries)
         share = sum(entry > 5 * mean for entry in entries) / len(entries)
-        assert found[2 * layer] == found[2 * layer + 1] == pytest.approx(share, abs=1.5 / len(entries))
+        assert of_layer(model, found, layer) == pytest.approx(share, abs=1.5 / len(entries))
         assert share > 20 / len(entries)
     assert OUTLIER_FACTOR == 5
 
@@ -114,7 +122,7 @@ def test_alpha_is_hills_estimate_on_the_squared_singular_values(name):
     found = measured(model).alpha
     for layer in range(3):
         alphas = [hill(module) for module in projections(model, layer)]
-        assert found[2 * layer] == found[2 * layer + 1] == pytest.approx(sum(alphas) / len(alphas), rel=1e-4)
+        assert of_layer(model, found, layer) == pytest.approx(sum(alphas) / len(alphas), rel=1e-4)
 
 
 @pytest.mark.parametrize("exponent", [1.5, 2.0, 4.0])
@@ -149,8 +157,10 @@ def test_what_comes_out_of_a_sub_layer_is_what_changed_the_stream(name):
     """The ends of sub-layers are where the family's own code has them: stream + what came out = the next stream."""
     model, seen = tiny.model(name), {}
     layout, stack = layout_of_model(model), stack_of(model)
-    for index, site in enumerate(layout.sites):
-        entrance, exit = ends_of(model, site)
+    ends = [ends_of(model, site) for site in layout.sites]
+    ends = [pair for index, pair in enumerate(ends) if pair not in ends[:index]]  # all experts of a layer share theirs
+    assert len(ends) == 6
+    for index, (entrance, exit) in enumerate(ends):
         entrance.register_forward_pre_hook(lambda _, inputs, at=index: seen.update({(at, "in"): inputs[0].reshape(-1, 32)}))
         exit.register_forward_hook(lambda _, __, output, at=index: seen.update({(at, "out"): output.reshape(-1, 32)}))
     for layer in range(3):
@@ -182,7 +192,7 @@ def test_variance_is_flaps_score_and_spread_is_its_deviation_over_columns(name):
     for index, site in enumerate(layout.sites):
         assert np.array_equal(found.variance[index], flap.scores[index])
         reader = linear(model, site.reader)
-        columns = seen[reader].var(0) * reader.weight.detach().double().square().sum(0).numpy()
+        columns = len(seen[reader]) / BLOCKS.size * seen[reader].var(0) * reader.weight.detach().double().square().sum(0).numpy()
         assert found.spread[index] == pytest.approx(columns.std(), rel=1e-3)
 
 
@@ -191,11 +201,13 @@ def test_variance_is_flaps_score_and_spread_is_its_deviation_over_columns(name):
 
 @families
 def test_statistics_are_finite_differ_between_layers_and_have_the_right_sizes(name):
-    found = measured(heavy_tailed(name))
+    model = heavy_tailed(name)
+    found, sites = measured(model), layout_of_model(model).sites
     for values in (found.outliers, found.alpha):
-        assert values.shape == (6,) and len(set(values)) == 3 and (values[::2] == values[1::2]).all()
-    for values in (found.influence, found.spread):
-        assert values.shape == (6,) and len(set(values)) == 6 and (values > 0).all()
+        assert values.shape == (len(sites),) and len({of_layer(model, values, layer) for layer in range(3)}) == 3
+    assert found.influence.shape == (len(sites),) and len(set(found.influence)) == 6  # the sub-layers'
+    assert found.spread.shape == (len(sites),) and len(set(found.spread)) == len(sites)
+    assert (found.influence > 0).all() and (found.spread > 0).all()
     assert (found.alpha > 1).all() and (found.influence < 2).all()
 
 
@@ -286,7 +298,7 @@ def test_matrices_without_a_tail_are_left_out_of_alpha(flat):
 
 def test_every_family_says_where_its_sub_layers_begin():
     assert set(ENTRANCES) == {*FAMILIES, "opt with norms behind"} and set(EXITS) <= set(FAMILIES)
-    assert all(set(places) == {"attn", "ffn"} for places in ENTRANCES.values())
+    assert all({"attn", "ffn"} <= set(places) <= {"attn", "ffn", "expert"} for places in ENTRANCES.values())
 
 
 def test_a_pruned_model_has_statistics_too():

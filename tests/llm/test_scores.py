@@ -131,7 +131,7 @@ def test_taylor_is_the_squared_gradient_of_the_loss_by_the_mask(name):
         weight, expected = linear(model, site.reader).weight, 0
         for row in torch.from_numpy(BLOCKS):
             loss = functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:], reduction="sum")
-            gradient = torch.autograd.grad(loss, weight)[0]
+            gradient = torch.autograd.grad(loss, weight, materialize_grads=True)[0]
             expected = expected + ((weight * gradient).sum(0) ** 2).detach().numpy()
         expected = expected[columns_of(model, site)].sum(1)
         np.testing.assert_allclose(importance.scores[index], expected, rtol=2e-3)
@@ -174,11 +174,11 @@ def test_the_activation_scores_are_their_formulas(name):
     seen = inputs_of_readers(model, BLOCKS)
     for index, site in enumerate(layout_of_model(model).sites):
         inputs, weight = seen[site.reader], linear(model, site.reader).weight.detach().double()
-        own = columns_of(model, site)
+        own, share = columns_of(model, site), len(inputs) / BLOCKS.size  # less than 1 for an expert
         fluctuation = (inputs.var(0, correction=0) * weight.square().sum(0)).numpy()[own].sum(1)
         strength = (inputs.square().mean(0).sqrt() * weight.abs().mean(0)).numpy()[own].sum(1)
-        np.testing.assert_allclose(flap.scores[index], fluctuation, rtol=1e-3)
-        np.testing.assert_allclose(wanda.scores[index], strength, rtol=1e-3)
+        np.testing.assert_allclose(flap.scores[index], share * fluctuation, rtol=1e-3)
+        np.testing.assert_allclose(wanda.scores[index], share**0.5 * strength, rtol=1e-3)
 
 
 def test_magnitude_reads_the_readers_columns_and_no_text():

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ppf.errors import UnsupportedError
 from ppf.llm.auto import register
+from ppf.llm.experts import separate_experts
 from ppf.space.layout import Layout, Rows, Site
 
 
@@ -66,6 +67,25 @@ def _opt(config: PreTrainedConfig) -> Iterator[Site]:
         yield Site(layer, "ffn", own.ffn_dim, 0, (Rows(path + "fc1", 0, 1),), path + "fc2", 1, (("ffn_dim", 1),))
 
 
+def _mixtral(config: PreTrainedConfig) -> Iterator[Site]:
+    """Every FFN is a mixture of experts, one site each: experts of one layer may differ in width."""
+    for layer, own in enumerate(config.per_layer_config):
+        yield _attention(layer, own)
+        yield from _experts(layer, own, "intermediate_size")
+
+
+def _qwen_moe(config: PreTrainedConfig) -> Iterator[Site]:
+    """Some layers have a plain FFN, the others experts and in Qwen2 one that all tokens see."""
+    for layer, own in enumerate(config.per_layer_config):
+        yield _attention(layer, own)
+        if layer in own.mlp_only_layers or not own.num_experts or (layer + 1) % own.decoder_sparse_step:
+            yield _gated(layer, own)
+            continue
+        yield from _experts(layer, own, "moe_intermediate_size")
+        if hasattr(own, "shared_expert_intermediate_size"):
+            yield _gated(layer, own, "mlp.shared_expert", "shared_expert_intermediate_size")
+
+
 def _heads(own: PreTrainedConfig) -> tuple[int, int, int]:
     """Width of a head, KV groups, and query heads of each."""
     head = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
@@ -81,10 +101,19 @@ def _attention(layer: int, own: PreTrainedConfig) -> Site:
     return Site(layer, "attn", groups, 0, rows, path + "o_proj", per_group * head, counts, cache=2 * head)
 
 
-def _gated(layer: int, own: PreTrainedConfig) -> Site:
-    path = f"model.layers.{layer}.mlp."
+def _gated(layer: int, own: PreTrainedConfig, module: str = "mlp", field: str = "intermediate_size") -> Site:
+    path = f"model.layers.{layer}.{module}."
     rows = (Rows(path + "gate_proj", 0, 1), Rows(path + "up_proj", 0, 1))
-    return Site(layer, "ffn", own.intermediate_size, 0, rows, path + "down_proj", 1, (("intermediate_size", 1),))
+    return Site(layer, "ffn", getattr(own, field), 0, rows, path + "down_proj", 1, ((field, 1),))
+
+
+def _experts(layer: int, own: PreTrainedConfig, field: str) -> Iterator[Site]:
+    """Separate experts; the widths of a pruned layer's are in ``expert_sizes``, those of a dense one in a field."""
+    sizes = getattr(own, "expert_sizes", None) or [getattr(own, field)] * own.num_experts
+    for index, width in enumerate(sizes):
+        path = f"model.layers.{layer}.mlp.experts.{index}."
+        rows = (Rows(path + "gate_up_proj", 0, 1), Rows(path + "gate_up_proj", width, 1))
+        yield Site(layer, f"expert{index}", width, 0, rows, path + "down_proj", 1, (("expert_sizes", 1),))
 
 
 FAMILIES: dict[str, Callable[[PreTrainedConfig], Iterator[Site]]] = {
@@ -94,11 +123,14 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], Iterator[Site]]] = {
     "granite": _llama_like,
     "llama": _llama_like,
     "mistral": _llama_like,
+    "mixtral": _mixtral,
     "olmo2": _olmo2,
     "opt": _opt,
     "phi3": _phi3,
     "qwen2": _llama_like,
+    "qwen2_moe": _qwen_moe,
     "qwen3": _llama_like,
+    "qwen3_moe": _qwen_moe,
     "smollm3": _llama_like,
 }
 
@@ -106,15 +138,19 @@ _PRE_NORM = {"attn": "model.layers.{layer}.input_layernorm", "ffn": "model.layer
 _POST_NORM = {"attn": "model.layers.{layer}.post_attention_layernorm", "ffn": "model.layers.{layer}.post_feedforward_layernorm"}
 ENTRANCES: dict[str, dict[str, str]] = {
     **dict.fromkeys(("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"), _PRE_NORM),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _PRE_NORM | {"expert": _PRE_NORM["ffn"]}),
     **dict.fromkeys(("gemma2", "gemma3_text"), _PRE_NORM | {"ffn": "model.layers.{layer}.pre_feedforward_layernorm"}),
     "gpt_neox": {kind: path.replace("model", "gpt_neox", 1) for kind, path in _PRE_NORM.items()},
     "olmo2": {"attn": "model.layers.{layer}.self_attn.q_proj", "ffn": "model.layers.{layer}.mlp.gate_proj"},
     "opt": {"attn": "model.decoder.layers.{layer}.self_attn_layer_norm", "ffn": "model.decoder.layers.{layer}.final_layer_norm"},
     "opt with norms behind": {"attn": "model.decoder.layers.{layer}.self_attn.q_proj", "ffn": "model.decoder.layers.{layer}.fc1"},
 }
-"""By kind of site, the module whose input is the residual stream before that sub-layer."""
-EXITS: dict[str, dict[str, str]] = dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), _POST_NORM)
-"""By kind of site, the module whose output is added to the stream, where that is not the reader."""
+"""By role of site, the module whose input is the residual stream before that sub-layer."""
+EXITS: dict[str, dict[str, str]] = {
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), _POST_NORM),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), dict.fromkeys(("ffn", "expert"), "model.layers.{layer}.mlp")),
+}
+"""By role of site, the module whose output is added to the stream, where that is not the reader."""
 COUNTS: dict[str, dict[str, str]] = {
     "opt": {"num_heads": "num_attention_heads"},
     "phi3": {"num_key_value_heads": "num_key_value_heads", "config.num_attention_heads": "num_attention_heads"},
@@ -147,7 +183,7 @@ def layout_of(config: PreTrainedConfig) -> Layout:
 
 
 def layout_of_model(model: PreTrainedModel) -> Layout:
-    """``layout_of`` for a model that exists."""
+    """``layout_of`` for a model that exists, with its experts separate."""
     family = family_of(model.config)
 
     def row(name: str) -> int:
@@ -176,7 +212,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(config)
+            model = separate_experts(AutoModelForCausalLM.from_config(config))
             model.tie_weights()
     except Exception as error:  # what a wrong value breaks lies anywhere in the family's code
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -204,8 +240,8 @@ def ends_of(model: PreTrainedModel, site: Site) -> tuple[nn.Module, nn.Module]:
     """The modules at both ends of a site's sub-layer: see ``ENTRANCES`` and ``EXITS``."""
     family = family_of(model.config)
     behind = getattr(model.config, "do_layer_norm_before", True) is False
-    entrance = ENTRANCES[f"{family} with norms behind" if behind else family][site.kind]
-    exit = EXITS.get(family, {}).get(site.kind, site.reader)
+    entrance = ENTRANCES[f"{family} with norms behind" if behind else family][site.role]
+    exit = EXITS.get(family, {}).get(site.role, site.reader)
     return model.get_submodule(entrance.format(layer=site.layer)), model.get_submodule(exit.format(layer=site.layer))
 
 

@@ -55,7 +55,7 @@ def reader_means(model: PreTrainedModel, layout: Layout, blocks: np.ndarray) -> 
     if not blocks.size:
         raise InputError("mean inputs need calibration text; no token came; give at least one block")
     seen = moments(model, [site.reader for site in layout.sites], blocks)
-    return Fill(tuple(seen[site.reader][0].numpy() for site in layout.sites))
+    return Fill(tuple(seen[site.reader].mean.numpy() for site in layout.sites))
 
 
 def means_per_site(fill: Fill | None, layout: Layout) -> tuple[torch.Tensor | None, ...]:

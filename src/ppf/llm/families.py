@@ -26,15 +26,19 @@ class Support:
 
 def supported() -> tuple[Support, ...]:
     """All families, by name."""
-    return tuple(
-        Support(family, _units(family), ARCHITECTURES.get(family), bool(PRUNED[family][2].is_backend_compatible()))
-        for family in sorted(FAMILIES)
-    )
+    return tuple(Support(family, _units(family), ARCHITECTURES.get(family), _in_vllm(family)) for family in sorted(FAMILIES))
+
+
+def _in_vllm(family: str) -> bool:
+    """Not experts: vLLM wants those of a layer in one tensor, of one width."""
+    config_class, _, lm_class = PRUNED[family]
+    mixed = any(site.role == "expert" for site in FAMILIES[family](config_class()))
+    return bool(lm_class.is_backend_compatible()) and not mixed
 
 
 def _units(family: str) -> tuple[str, ...]:
     """Read off the sites that the family has with its default config."""
     config = PRUNED[family][0]()
     heads = "KV groups" if hasattr(config, "num_key_value_heads") else "heads"
-    words = {"attn": heads, "ffn": "FFN channels"}
-    return tuple(dict.fromkeys(words[site.kind] for site in FAMILIES[family](config)))
+    words = {"attn": heads, "ffn": "FFN channels", "expert": "expert channels"}
+    return tuple(dict.fromkeys(words[site.role] for site in FAMILIES[family](config)))

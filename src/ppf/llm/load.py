@@ -16,6 +16,7 @@ from transformers.utils import logging as hf_logging
 from ppf.errors import DamagedError, InputError, PPFError, ResourceError, UnsupportedError
 from ppf.llm.architectures import family_of, layout_of_model, skeleton
 from ppf.llm.auto import register
+from ppf.llm.experts import separate_experts
 from ppf.llm.weights import check_weights, first_line, readable
 from ppf.space.layout import Layout
 
@@ -99,7 +100,6 @@ def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     """
     if model.get_output_embeddings() is None:
         raise UnsupportedError(f"a model must be a causal LM; {type(model).__name__} has no language-model head; pass one that has")
-    layout = layout_of_model(model)
     name = str(getattr(model.config, "_name_or_path", ""))
     if tokenizer is None:
         with readable(name):
@@ -108,8 +108,8 @@ def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
             raise InputError("a model given as an object needs its tokenizer; none came; pass tokenizer=...")
         tokenizer = load_tokenizer(Path(name), model.config.vocab_size)
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, weights).eval()
-    return LoadedModel(twin, tokenizer, layout, name, None, model_digest(twin), twin.dtype)
+    twin = separate_experts(copy.deepcopy(model, weights).eval())
+    return LoadedModel(twin, tokenizer, layout_of_model(twin), name, None, model_digest(twin), twin.dtype)
 
 
 def convert(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -216,7 +216,7 @@ def _read_weights(folder: Path, config: Any) -> PreTrainedModel:
         raise DamagedError(f"{folder} must load; it does not: {first_line(error)}; fetch the model again") from error
     if report["missing_keys"]:
         raise DamagedError(f"{folder} must hold the weight {min(report['missing_keys'])}; it is missing; fetch the model again")
-    return model
+    return separate_experts(model)
 
 
 def model_digest(model: PreTrainedModel) -> str:

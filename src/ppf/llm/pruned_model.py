@@ -4,6 +4,7 @@ This file is copied into every exported folder and needs transformers (5.14 or n
 Each class is its family's own; only the layers are built from the config of their own layer.
 """
 
+import torch
 import transformers as hf
 from torch import nn
 
@@ -54,6 +55,47 @@ class _SquareModel(_PerLayerModel):
         return layer
 
 
+class Expert(nn.Module):
+    """A gated FFN."""
+
+    def __init__(self, hidden, width, act_fn):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.act_fn = act_fn
+
+    def forward(self, states):
+        gate, up = self.gate_up_proj(states).chunk(2, dim=-1)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class Experts(nn.ModuleList):
+    """Experts that differ in width, called as transformers' own are; each sees the tokens that were sent to it."""
+
+    def __init__(self, hidden, widths, act_fn):
+        super().__init__([Expert(hidden, width, act_fn) for width in widths])
+
+    def forward(self, states, top_k_index, top_k_weights):
+        total = torch.zeros_like(states)
+        for index, expert in enumerate(self):
+            tokens, places = torch.where(top_k_index == index)
+            if len(tokens):
+                part = expert(states[tokens]) * top_k_weights[tokens, places, None]
+                total.index_add_(0, tokens, part.to(total.dtype))
+        return total
+
+
+class _MixtureModel(_PerLayerModel):
+    """For families whose code keeps the experts of a layer in one tensor, and so at one width: they are separate here."""
+
+    def built(self, kind, config, index):
+        layer = super().built(kind, config, index)
+        if hasattr(layer.mlp, "experts"):
+            fused, sizes = layer.mlp.experts, getattr(config.per_layer_config[index], "expert_sizes", None)
+            layer.mlp.experts = Experts(fused.hidden_dim, sizes or [fused.intermediate_dim] * fused.num_experts, fused.act_fn)
+        return layer
+
+
 class _PerLayerCausalLM:
     """A causal LM around the model above."""
 
@@ -82,11 +124,14 @@ PRUNED = {
     "granite": _classes(hf.GraniteConfig, hf.GraniteModel, hf.GraniteForCausalLM),
     "llama": _classes(hf.LlamaConfig, hf.LlamaModel, hf.LlamaForCausalLM),
     "mistral": _classes(hf.MistralConfig, hf.MistralModel, hf.MistralForCausalLM),
+    "mixtral": _classes(hf.MixtralConfig, hf.MixtralModel, hf.MixtralForCausalLM, _MixtureModel),
     "olmo2": _classes(hf.Olmo2Config, hf.Olmo2Model, hf.Olmo2ForCausalLM),
     "opt": _classes(hf.OPTConfig, hf.OPTModel, hf.OPTForCausalLM, _SquareModel),
     "phi3": _classes(hf.Phi3Config, hf.Phi3Model, hf.Phi3ForCausalLM),
     "qwen2": _classes(hf.Qwen2Config, hf.Qwen2Model, hf.Qwen2ForCausalLM),
+    "qwen2_moe": _classes(hf.Qwen2MoeConfig, hf.Qwen2MoeModel, hf.Qwen2MoeForCausalLM, _MixtureModel),
     "qwen3": _classes(hf.Qwen3Config, hf.Qwen3Model, hf.Qwen3ForCausalLM),
+    "qwen3_moe": _classes(hf.Qwen3MoeConfig, hf.Qwen3MoeModel, hf.Qwen3MoeForCausalLM, _MixtureModel),
     "smollm3": _classes(hf.SmolLM3Config, hf.SmolLM3Model, hf.SmolLM3ForCausalLM),
 }
 """Per family the config, model and causal LM whose layers differ in width."""

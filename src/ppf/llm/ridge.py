@@ -127,6 +127,8 @@ def _solved(
         cross += exact(theirs).T @ narrow
         square += narrow.T @ narrow
         tokens += len(narrow)
+    if not tokens:  # no token of the text reaches this expert
+        return kept.to(torch.promote_types(weight.dtype, torch.float32))
     right, square = (dense @ cross - kept @ square) / tokens, square / tokens
     if not (torch.isfinite(square).all() and torch.isfinite(right).all()):
         raise InputError("what the readers read must be finite; it is not; use another text or precision")
@@ -187,10 +189,13 @@ class _Layers:
     def pairs(
         self, site: Site, dense: list[torch.Tensor], ours: list[torch.Tensor] | None, change: _Change
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Float[L, U * C] twice a block: what a reader reads in the dense model, and in ours (None: the dense one again)."""
+        """Float[L, U * C] twice a block: what a reader reads in the dense model, and in ours (None: the dense one again).
+
+        To an expert other tokens come in ours than in the dense model, so that it is fitted to the dense one alone.
+        """
         for index, one in enumerate(dense):
             theirs = self._read(site, one, _Change())
-            yield theirs, theirs if ours is None else self._read(site, ours[index], change)
+            yield theirs, theirs if ours is None or site.role == "expert" else self._read(site, ours[index], change)
 
     def _read(self, site: Site, hidden: torch.Tensor, change: _Change) -> torch.Tensor:
         seen: list[torch.Tensor] = []
@@ -200,7 +205,7 @@ class _Layers:
             self.through(site.layer, [hidden], change)
         finally:
             hook.remove()
-        return seen[0]
+        return seen[0] if seen else hidden.new_zeros(0, reader.in_features)
 
 
 class _Embedded(Exception):

@@ -5,6 +5,7 @@ All read the units where they meet, at the input of the reader (o_proj, down_pro
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +18,24 @@ from ppf.space.importance import Importance
 from ppf.space.layout import Layout, Site
 
 Score = Callable[[PreTrainedModel, Layout, np.ndarray, int], list[torch.Tensor]]
-Moments = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """What one linear module reads of a text; float32, on the CPU.
+
+    Attributes:
+        mean: Float[C] of each input column over the tokens that reach the module; zeros where none does.
+        square: Float[C], the mean square.
+        share: Of all tokens, those that reach the module: 1, but for experts.
+    """
+
+    mean: torch.Tensor
+    square: torch.Tensor
+    share: float
+
+
+Moments = dict[str, Moment]
 
 
 def score_units(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, method: str, source: str, seed: int) -> Importance:
@@ -55,7 +73,8 @@ def taylor(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int
             with torch.enable_grad():
                 ids = torch.from_numpy(np.ascontiguousarray(row)).to(model.device, torch.long)[None]
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-                grads = torch.autograd.grad(functional.cross_entropy(logits, ids[0, 1:], reduction="sum"), gates)
+                loss = functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+                grads = torch.autograd.grad(loss, gates, materialize_grads=True)  # an expert may see no token of a block
             for total, grad in zip(totals, grads, strict=True):
                 total += grad.float().cpu() ** 2
     return totals
@@ -77,7 +96,8 @@ def wanda_sp(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: i
     Reference: arXiv:2306.11695, section 3, in the structured form of arXiv:2312.11983.
     """
     seen = moments(model, [site.reader for site in layout.sites], blocks)
-    return [seen[site.reader][1].sqrt() * _weights(model, site).abs().mean(0) for site in layout.sites]
+    norms = [(seen[site.reader].square * seen[site.reader].share).sqrt() for site in layout.sites]
+    return [norm * _weights(model, site).abs().mean(0) for norm, site in zip(norms, layout.sites, strict=True)]
 
 
 def magnitude(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int) -> list[torch.Tensor]:
@@ -101,8 +121,8 @@ def per_unit(columns: torch.Tensor, site: Site) -> np.ndarray:
 
 def fluctuation(model: PreTrainedModel, site: Site, seen: Moments) -> torch.Tensor:
     """Float[U * C]: FLAP's score of each column of a reader, from the moments of its inputs."""
-    mean, square = seen[site.reader]
-    return (square - mean**2).clamp(min=0) * _weights(model, site).square().sum(0)
+    read = seen[site.reader]
+    return read.share * (read.square - read.mean**2).clamp(min=0) * _weights(model, site).square().sum(0)
 
 
 @torch.inference_mode()
@@ -115,23 +135,29 @@ def moments(model: PreTrainedModel, names: Iterable[str], blocks: np.ndarray) ->
         blocks: Int[B, L] tokens.
 
     Returns:
-        Per path the mean and the mean square of each input column over all tokens, on the CPU.
+        What each module read, by path.
     """
     modules = {name: linear(model, name) for name in names}
     sums = {name: [torch.zeros(module.in_features, dtype=torch.float64) for _ in range(2)] for name, module in modules.items()}
+    tokens = dict.fromkeys(modules, 0)
 
-    def hook(sums: list[torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> None:
+    def hook(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
         flat = exact(inputs[0].reshape(-1, inputs[0].shape[-1]))
-        sums[0] += flat.sum(0).cpu()
-        sums[1] += flat.square().sum(0).cpu()
+        sums[name][0] += flat.sum(0).cpu()
+        sums[name][1] += flat.square().sum(0).cpu()
+        tokens[name] += len(flat)
 
     with ExitStack() as stack:
         for name, module in modules.items():
-            handle = module.register_forward_pre_hook(lambda _, inputs, both=sums[name]: hook(both, inputs))
+            handle = module.register_forward_pre_hook(lambda _, inputs, name=name: hook(name, inputs))
             stack.callback(handle.remove)
         for row in blocks:
             model(input_ids=torch.from_numpy(np.ascontiguousarray(row)).to(model.device, torch.long)[None], use_cache=False)
-    return {name: ((first / blocks.size).float(), (second / blocks.size).float()) for name, (first, second) in sums.items()}
+    found = {}
+    for name, (first, second) in sums.items():
+        count = max(tokens[name], 1)
+        found[name] = Moment((first / count).float(), (second / count).float(), tokens[name] / max(blocks.size, 1))
+    return found
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
 FAMILIES = (
-    "gemma2", "gemma3_text", "gpt_neox", "granite", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "smollm3",
+    "gemma2", "gemma3_text", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "opt", "phi3", "qwen2", "qwen2_moe",
+    "qwen3", "qwen3_moe", "smollm3",
 )  # fmt: skip
 """Those of ``pruned_model``, which cannot be asked yet."""
 

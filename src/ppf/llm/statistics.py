@@ -65,7 +65,7 @@ def _outliers(model: PreTrainedModel, names: list[str], seen: Moments) -> float:
     Reference: arXiv:2310.05175, section 3 (LOD).
     """
     weights = {name: linear(model, name).weight.detach().float().abs() for name in names}
-    norms = {name: seen[name][1].sqrt() for name in names}
+    norms = {name: (seen[name].square * seen[name].share).sqrt() for name in names}
     size = sum(weight.numel() for weight in weights.values())
     mean = sum(float(weight.sum(0).cpu().double() @ norms[name].double()) for name, weight in weights.items()) / size
     above = (weight * norms[name].to(weight.device) > OUTLIER_FACTOR * mean for name, weight in weights.items())

@@ -1,6 +1,7 @@
 """cut(): a new, really smaller model without the removed units; the original stays as it is."""
 
 import copy
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -67,16 +68,22 @@ def pruned_config(config: PreTrainedConfig, layout: Layout, allocation: Allocati
     """
     family = family_of(config)
     config_class, model_class, lm_class = PRUNED[family]
-    layers: dict[int, dict[str, int]] = {layer: {} for layer in range(layout.layers)}
+    layers: dict[int, dict[str, Any]] = {layer: {} for layer in range(layout.layers)}
     for site, kept in zip(layout.sites, allocation.kept, strict=True):
         for field, per_unit in site.shapes:
-            layers[site.layer][field] = per_unit * int(kept)
+            if site.role == "expert":
+                layers[site.layer].setdefault(field, []).append(per_unit * int(kept))
+            else:
+                layers[site.layer][field] = per_unit * int(kept)
     record = config.to_dict()
     for field in ("per_layer_config", "model_type", "architectures", "auto_map", "transformers_version", "ppf_layers"):
         record.pop(field, None)
     record["head_dim"] = getattr(config, "head_dim", None) or record["hidden_size"] // record["num_attention_heads"]
+    if any("expert_sizes" in fields for fields in layers.values()):
+        record["expert_sizes"] = []  # of layers without experts: transformers asks for a value of every field
     pruned = config_class(**record, per_layer_config=layers)
-    pruned.ppf_layers = {field: [layers[layer][field] for layer in layers] for field in layers[0]}
+    fields = dict.fromkeys(field for layer in layers for field in layers[layer])
+    pruned.ppf_layers = {field: [layers[layer].get(field) for layer in layers] for field in fields}
     if reader_bias:
         pruned.reader_bias = True
     pruned.architectures = [lm_class.__name__]

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from ppf.artifact import MAX_HEADER
 from ppf.errors import DamagedError, PPFError, ResourceError, UnsupportedError
+from ppf.llm.pruned_model import Experts
 
-_RENAMED = {"gpt_neox": ("embed_out.", "lm_head.")}
+_RENAMED = {"gpt_neox": ("embed_out.", "lm_head."), "mixtral": (".block_sparse_moe.", ".mlp.")}
 """By model type, what files call otherwise than the model does, and how it does."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -27,6 +28,8 @@ def check_weights(folder: Path, shell: PreTrainedModel) -> None:
     wanted = {name: list(tensor.shape) for name, tensor in shell.state_dict().items()}
     base = f"{shell.base_model_prefix}."  # files of a bare model, such as OPT's, have their names without it
     found = {base + name if name not in wanted and base + name in wanted else name: shape for name, shape in found.items()}
+    if _fused(shell):  # how files hold experts is a matter between them and transformers, which says what it misses
+        found, wanted = ({name: shape for name, shape in of.items() if ".experts." not in name} for of in (found, wanted))
     shared = set(shell.all_tied_weights_keys or {})
     for name, shape in wanted.items():
         if name not in found and name not in shared:
@@ -103,3 +106,8 @@ def _header(path: Path) -> Iterator[tuple[str, list[int]]]:
     if others:
         raise UnsupportedError(f"{path} must hold floating-point weights; {min(map(str, others))} came; use the original model")
     yield from shapes
+
+
+def _fused(shell: PreTrainedModel) -> bool:
+    """Whether the family's own code would fuse experts; an exported model has them in its files as they are in it."""
+    return not str(shell.config.model_type).startswith("ppf_") and any(isinstance(module, Experts) for module in shell.modules())

@@ -88,8 +88,8 @@ def allocate_many(keep: np.ndarray, remove: np.ndarray, layout: Layout, align: i
 
 def _cheapest_kind(layout: Layout, steps: np.ndarray) -> np.ndarray:
     """Bool[S]: the sites whose steps are small enough to meet a budget exactly."""
-    cheapest = layout.sites[int(np.argmin(layout.costs * steps))].kind
-    return np.array([site.kind == cheapest for site in layout.sites])
+    cheapest = layout.sites[int(np.argmin(layout.costs * steps))].role
+    return np.array([site.role == cheapest for site in layout.sites])
 
 
 def _plain(keep: np.ndarray) -> np.ndarray:

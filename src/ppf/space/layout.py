@@ -41,7 +41,8 @@ class Site:
     Attributes:
         layer: Index of the decoder layer.
         kind: ``"attn"`` (a unit is a KV group: one key and value head with all query heads that read it) or
-            ``"ffn"`` (a unit is one channel).
+            ``"ffn"`` (a unit is one channel), or ``"expert"`` and its number (a unit is one channel of that expert). No two
+            sites of a layer are of one kind.
         units: How many units the dense model has here.
         cost: Parameters that one unit holds.
         writers: The rows that produce the units.
@@ -64,6 +65,11 @@ class Site:
     cache: int = 0
     floor: int = 1
     norms: tuple[Rows, ...] = ()
+
+    @property
+    def role(self) -> str:
+        """The kind without the number of an expert."""
+        return self.kind.rstrip("0123456789")
 
     @property
     def label(self) -> str:

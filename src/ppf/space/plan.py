@@ -133,7 +133,7 @@ def wish_of(record: Any, layout: Layout, align: int = 1, tp: int = 1) -> tuple[P
         InputError: Not such ratios, not one a layer, or more than the floors allow.
     """
     by_kind = _by_kind(record, layout)
-    gone = np.array([by_kind[site.kind][site.layer] for site in layout.sites])
+    gone = np.array([by_kind[site.role][site.layer] for site in layout.sites])
     mean = float(gone @ (layout.units * layout.costs)) / layout.prunable
     if mean >= 1:
         raise InputError("pruning ratios must leave something; all are 1; ask for less")
@@ -142,7 +142,7 @@ def wish_of(record: Any, layout: Layout, align: int = 1, tp: int = 1) -> tuple[P
 
 def _by_kind(record: Any, layout: Layout) -> dict[str, list[float]]:
     """Per kind of site one ratio a layer."""
-    kinds = list(dict.fromkeys(site.kind for site in layout.sites))
+    kinds = list(dict.fromkeys(site.role for site in layout.sites))
     if isinstance(record, list) and record and all(isinstance(entry, Mapping) for entry in record):
         record = {kind: [entry.get(kind) for entry in record] for kind in kinds}
     if isinstance(record, Mapping) and not set(kinds) <= set(record):
