@@ -39,6 +39,10 @@ def answer(capsys, *arguments):
         ("fit ref-a --study s --score best", "invalid choice 'best'"),
         ("fit ref-a --study s --max-ratio nan", "--max-ratio"),
         ("eval ref-a --seq-len 1", "--seq-len must be at least 8"),
+        ("recover", "DIR"),
+        ("recover d --full --lora-rank 8", "--full must come without --lora-rank"),
+        ("recover d --lr 0", "--lr must be more than 0"),
+        ("recover d --dtype float16", "invalid choice 'float16'"),
         ("bench", "at least one study"),
         ("bench s --budget 0", "--budget must be at least 1"),
         ("bench s --candidates 0", "--candidates must be at least 1"),
@@ -117,10 +121,10 @@ def test_a_fault_of_ours_is_not_dressed_up(monkeypatch):
 
 
 def test_help_and_version(capsys):
-    for command in ("fit", "prune", "policy", "export", "eval", "bench", "demo"):
+    for command in ("fit", "prune", "policy", "recover", "export", "eval", "bench", "demo"):
         code, out, err = answer(capsys, command, "--help")
         assert code == 0 and err == "" and "--" in out
-    assert answer(capsys)[1].count("•") == 7
+    assert answer(capsys)[1].count("•") == 8
     assert answer(capsys, "--version")[1].startswith("ppf ")
 
 

@@ -15,13 +15,14 @@ import tyro
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 from ppf.commands import RUN
-from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig
+from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig, RecoverConfig
 from ppf.errors import InputError, PPFError
 
 Command = (
     Annotated[FitConfig, subcommand("fit")]
     | Annotated[PruneConfig, subcommand("prune")]
     | Annotated[PolicyConfig, subcommand("policy")]
+    | Annotated[RecoverConfig, subcommand("recover")]
     | Annotated[ExportConfig, subcommand("export")]
     | Annotated[EvalConfig, subcommand("eval")]
     | Annotated[BenchConfig, subcommand("bench")]
@@ -50,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PPFError as error:
         return _fail(str(error), error.exit_code, debug)
     except KeyboardInterrupt:
-        return _fail("stopped; a fit keeps what it measured; the same command goes on", 130, debug)
+        return _fail(
+            "stopped; what was begun is not written, but a fit keeps what it measured; the same command goes on", 130, debug
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -119,5 +122,5 @@ def _one_line(box: str, arguments: list[str]) -> str:
         return own[1]
     if number := re.match(r"Error parsing (--[\w-]+): .*from \['?(.*?)'?\]", words):
         words = f"{number[1]} does not take {number[2]!r}"
-    command = f" {arguments[0]}" if arguments[0] in ("fit", "prune", "policy", "export", "eval", "bench", "demo") else ""
+    command = f" {arguments[0]}" if arguments[0] in ("fit", "prune", "policy", "recover", "export", "eval", "bench", "demo") else ""
     return f"the command line must be one that ppf knows; {words}; see ppf{command} --help"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig
+from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig, RecoverConfig
 from ppf.printing import (
     human_size,
     print_gguf,
@@ -11,6 +11,7 @@ from ppf.printing import (
     print_planned,
     print_policy,
     print_pruned,
+    print_recovered,
     print_report,
     print_table,
     warn_nothing,
@@ -84,6 +85,17 @@ def _policy(config: PolicyConfig) -> None:
         print_json(record)
     else:
         print_policy(record)
+
+
+def _recover(config: RecoverConfig) -> None:
+    from ppf.progress import Progress
+    from ppf.recipes.recover import recover_folder
+
+    record = recover_folder(config, Progress())
+    if config.json:
+        print_json(record)
+    else:
+        print_recovered(record)
 
 
 def _export(config: ExportConfig) -> None:
@@ -172,6 +184,7 @@ RUN: dict[type, Callable[[Any], None]] = {
     FitConfig: _fit,
     PruneConfig: _prune,
     PolicyConfig: _policy,
+    RecoverConfig: _recover,
     ExportConfig: _export,
     EvalConfig: _eval,
     BenchConfig: _bench,

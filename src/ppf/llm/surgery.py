@@ -52,7 +52,7 @@ def cut(
     # Rotary frequencies lie in no state dict; computed afresh they are exact even if the dense model was cast as a whole.
     smaller.model.rotary_emb = type(smaller.model.rotary_emb)(smaller.config).to(model.device)
     smaller.tie_weights()
-    smaller.generation_config = _generation_config(model)
+    smaller.generation_config = savable_generation_config(model)
     return smaller.eval()
 
 
@@ -121,8 +121,8 @@ def _span(units: torch.Tensor, width: int) -> torch.Tensor:
     return (units[:, None] * width + torch.arange(width)).flatten()
 
 
-def _generation_config(model: PreTrainedModel) -> GenerationConfig:
-    """A copy that can be saved: transformers reads sampling values beside greedy search, but refuses to write them."""
+def savable_generation_config(model: PreTrainedModel) -> GenerationConfig:
+    """A copy of a model's that can be saved: transformers reads sampling values beside greedy search, but refuses to write them."""
     config = copy.deepcopy(model.generation_config)
     if not config.do_sample:
         config.update(**dict.fromkeys(_SAMPLING))
