@@ -40,6 +40,11 @@ def divergence(dense, model, ids):
     return (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
 
 
+def linears(layout):
+    """The modules that a layout names."""
+    return {rows.module for site in layout.sites for rows in site.writers} | {site.reader for site in layout.sites}
+
+
 def states(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -54,10 +59,7 @@ def test_merged_adapters_answer_as_they_did_beside_the_weights(name):
     adapters = adapted(model, layout, 4, seed=0)
     assert torch.equal(tiny.logits(adapters, BLOCKS), answers)  # they have learned nothing yet
     trained = {path for path, parameter in adapters.named_parameters() if parameter.requires_grad}
-    linears = {path for path, part in dense.named_modules() if path.endswith("_proj")}
-    assert {path.split(".lora_")[0].removeprefix("model.model.") for path in trained} == {
-        path.removeprefix("model.") for path in linears
-    }
+    assert {path.split(".lora_")[0].removeprefix("model.") for path in trained} == linears(layout)
     with torch.no_grad():
         for path, parameter in adapters.named_parameters():
             if "lora_B" in path:
@@ -84,7 +86,9 @@ def test_only_the_layers_of_the_layout_change():
     dense, model = pair()
     before = states(model)
     after = run(model, dense)[0].state_dict()
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {n for n in before if "_proj." in n}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        f"{path}.weight" for path in linears(layout_of_model(model))
+    }
 
 
 def test_without_the_package_adapters_are_refused_in_one_line(monkeypatch):
