@@ -11,7 +11,6 @@ from ppf.artifact import atomic_folder, write_json
 from ppf.errors import DamagedError, ResourceError
 from ppf.llm import pruned_model
 from ppf.llm.auto import register
-from ppf.llm.stand_ins import MODEL_TYPES
 from ppf.llm.weights import readable, weight_files
 
 MODELING_FILE = "modeling_ppf.py"
@@ -42,7 +41,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: dic
         except SafetensorError as error:
             raise ResourceError(f"{out} must be writable; {error}; free the disk or choose another place") from error
         tokenizer.save_pretrained(folder)
-        if model.config.model_type in MODEL_TYPES:  # a dense model needs no code of ours
+        if model.config.model_type.startswith("ppf_"):  # a dense model needs no code of ours
             (folder / MODELING_FILE).write_bytes(Path(pruned_model.__file__).read_bytes())
         write_json(folder / PLAN_FILE, plan)
         verify(model, folder)
