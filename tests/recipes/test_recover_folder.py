@@ -22,7 +22,8 @@ from ppf.llm.surgery import cut
 from ppf.llm.text import take_blocks, whole_text
 from ppf.progress import Progress
 from ppf.recipes import recover as recipe
-from ppf.recipes.recover import find_teacher, plan_of, recover_folder
+from ppf.recipes.recover import precision, recover_folder
+from ppf.recipes.teacher import find_teacher, plan_of
 from ppf.space.allocation import allocate
 from ppf.space.budget import Budget
 from ppf.space.mask import select
@@ -121,6 +122,28 @@ def test_what_it_is_tested_on_is_never_trained_on(small, place, monkeypatch):
     assert record["tokens"] == 496 * 20 and 0.35 < len(rows["evaluate"]) / len(everything) < 0.45
 
 
+def test_a_large_vocabulary_goes_through_in_small_parts(small, place, monkeypatch):
+    hows, train = [], recipe.train
+
+    def watched(model, layout, blocks, dense, how, advance):
+        hows.append(how)
+        return train(model, layout, blocks, dense, how, advance)
+
+    monkeypatch.setattr(recipe, "train", watched)
+    config = RecoverConfig(str(small), text=str(place / "text.txt"), tokens=640, batch=64, seq_len=16, device="cpu", force=True)
+    first = recover_folder(config, Progress(True))
+    monkeypatch.setattr(recipe, "_MOST_LOGITS", 2 * 16 * tiny_models.VOCAB)
+    second = recover_folder(config, Progress(True))
+    assert [how.at_once for how in hows] == [64, 2]
+    assert second["after"]["log_ppl"] == pytest.approx(first["after"]["log_ppl"], abs=1e-4)
+
+
+def test_it_can_learn_from_what_the_dense_model_writes(small, place):
+    config = RecoverConfig(str(small), text="self", test_text=str(place / "text.txt"), tokens=320, seq_len=16, device="cpu")
+    record = recover_folder(config, Progress(True))
+    assert record["text"] == "self" and record["protocol"]["text"] == "text.txt" and record["steps"] == 20
+
+
 def test_another_text_can_be_tested_on(capsys, small, place):
     given = ["--text", place / "text.txt", "--test-text", place / "long.txt", *SHORT]
     code, out, _ = answer(capsys, "recover", small, *given)
@@ -157,6 +180,17 @@ def test_the_weights_keep_the_dtype_of_the_checkpoint(place, tmp_path):
         )  # fmt: skip
         recover_folder(config, Progress(True))
         assert load_model(str(tmp_path / "small-recovered")).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "checkpoint", "expected"),
+    [
+        ("auto", "cpu", "bfloat16", "float32"), ("auto", "cuda", "bfloat16", "bfloat16"), ("auto", "cuda", "float16", "bfloat16"),
+        ("float32", "cuda", "bfloat16", "float32"), ("bfloat16", "cpu", "float32", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_gradients_are_never_computed_in_float16(name, device, checkpoint, expected):
+    assert precision(name, torch.device(device), getattr(torch, checkpoint)) == getattr(torch, expected)
 
 
 def _order(model, layout):

@@ -16,8 +16,8 @@ from ppf.progress import Progress
 from ppf.recipes.fit import fit as fit_study
 from ppf.recipes.lab import load_for
 from ppf.recipes.prune import Pruned, check_refinable, prune
-from ppf.recipes.recover import find_teacher, plan_of
 from ppf.recipes.recover import recover as recover_model
+from ppf.recipes.teacher import find_teacher, plan_of
 
 
 class Study:

@@ -1,7 +1,6 @@
 """recover: a folder -> training beside the dense model -> the same shape, measured before and after -> verified export."""
 
 import copy
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ppf.artifact import read_json
 from ppf.config import RecoverConfig
-from ppf.errors import DamagedError, InputError
-from ppf.llm.export import PLAN_FILE
+from ppf.errors import InputError
 from ppf.llm.load import EMBEDDED, LoadedModel, convert, resolve
 from ppf.llm.perplexity import Evaluation, evaluate, summarise
 from ppf.llm.recover import Training, check_adapters, usual_lr
@@ -23,10 +20,13 @@ from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
 from ppf.recipes.lab import choose_device, choose_dtype, choose_seq_len, load_for, tokens_per_batch
 from ppf.recipes.prune import Pruned, check_out, leaf
+from ppf.recipes.teacher import check_teacher, find_teacher, plan_of
 
 RANK = 16
 """Of the adapters, unless another is asked for."""
 _STEPS, _MOST_TOKENS_A_STEP = 200, 16_384
+_MOST_LOGITS = 2**28
+"""That are made at once: a gigabyte in float32, of which training holds several."""
 
 
 def recover_folder(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
@@ -80,8 +80,8 @@ def recover(
         DamagedError: The model gives no finite losses as it is.
     """
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device, loaded.dtype)
-    _check_teacher(loaded, teacher)
+    dtype = precision(config.dtype, device, loaded.dtype)
+    check_teacher(loaded, teacher)
     text = _text(config, loaded, teacher, device, dtype, progress)
     how = _training(config, loaded, text, device, dtype)
     dense = None if teacher is None else teacher.on(device, dtype)
@@ -100,53 +100,6 @@ def recover(
     return Pruned(trained, loaded.tokenizer, None, _with_record(plan, record))
 
 
-def plan_of(folder: Path) -> dict[str, Any]:
-    """What a folder's ``ppf.json`` says; nothing if there is none.
-
-    Raises:
-        DamagedError: It is no JSON object.
-    """
-    path = folder / PLAN_FILE
-    plan = read_json(path) if path.is_file() else {}
-    try:
-        json.dumps(plan, allow_nan=False)
-    except ValueError:
-        plan = None
-    if not isinstance(plan, dict):
-        raise DamagedError(f"{path} must be a JSON object of finite numbers; it is not; export the model again")
-    return plan
-
-
-def find_teacher(name: str | None, plan: Mapping[str, Any], progress: Progress) -> LoadedModel | None:
-    """The model to learn from.
-
-    Args:
-        name: As the user gave it; None takes the one that ``plan`` names, if it names one.
-        plan: What ``ppf.json`` says.
-        progress: Shows what happens.
-
-    Returns:
-        The model; None to learn from the text alone.
-
-    Raises:
-        InputError: The plan names one that is not at hand.
-        DamagedError: The model of that name is another by now.
-    """
-    if name is not None:
-        return None if name == "none" else load_for(name, progress)
-    if "model" not in plan:
-        return None
-    dense = plan["model"] if isinstance(plan["model"], dict) else {}
-    named = str(dense.get("name") or "")
-    if named not in EMBEDDED and not os.path.isdir(named) and named.count("/") != 1:
-        came = f"{PLAN_FILE} names {named!r}, and no such folder is here"
-        raise InputError(f"the dense model must be at hand; {came}; give --teacher MODEL, or none to learn from text alone")
-    teacher = load_for(named, progress)
-    if teacher.digest != dense.get("digest"):
-        raise DamagedError(f"{named} must be the model that was pruned; it is another by now; name the right one with --teacher")
-    return teacher
-
-
 def _out(config: RecoverConfig, folder: Path) -> str:
     """Where the result goes: nowhere near what it is made from."""
     if config.out is None and (folder in EMBEDDED.values() or not Path(config.model).is_dir()):
@@ -156,16 +109,6 @@ def _out(config: RecoverConfig, folder: Path) -> str:
     if folder in Path(place).resolve().parents:
         raise InputError(f"an output folder must lie outside {config.model}; {place} came; choose another place")
     return place
-
-
-def _check_teacher(loaded: LoadedModel, teacher: LoadedModel | None) -> None:
-    """Refuses a teacher whose answers are about other tokens."""
-    if teacher is None:
-        return
-    sizes = [one.model.config.vocab_size for one in (loaded, teacher)]
-    if sizes[0] != sizes[1] or loaded.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
-        came = f"{leaf(teacher.name)} has {sizes[1]:,} tokens, the model {sizes[0]:,}, or others"
-        raise InputError(f"a teacher must have the model's own vocabulary; {came}; give its dense model")
 
 
 def _text(
@@ -190,9 +133,16 @@ def _training(config: RecoverConfig, loaded: LoadedModel, text: Text, device: to
     length = text.search.shape[1]
     sequences = max(1, (config.batch or min(config.tokens // _STEPS, _MOST_TOKENS_A_STEP)) // length)
     steps = max(1, round(config.tokens / (sequences * length)))
+    at_once = min(tokens_per_batch(device), _MOST_LOGITS // loaded.model.config.vocab_size)
     rank = None if config.full else config.lora_rank or RANK
     lr = config.lr or usual_lr(loaded.model.config.hidden_size, rank)
-    return Training(rank, lr, steps, sequences, max(1, tokens_per_batch(device) // length), dtype, config.seed)
+    return Training(rank, lr, steps, sequences, max(1, at_once // length), dtype, config.seed)
+
+
+def precision(name: str, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+    """What is computed in: as elsewhere, but not in float16, which is too narrow for gradients."""
+    dtype = choose_dtype(name, device, checkpoint)
+    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def _weights_dtype(how: Training, device: torch.device) -> torch.dtype:
