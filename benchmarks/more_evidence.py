@@ -52,7 +52,15 @@ def recovery() -> list[str]:
         tokens of {result["text"]} that are not tested on: LoRA adapters of rank {first["rank"]}, or all weights, beside the dense
         model; and adapters on the text alone, without it. Log-perplexity above dense, nats/token, on {result["test_tokens"]:,}
         test tokens of the same text and of another; below 0 it is better than the dense model there."""
-    return [section(f"Recovery by training: `{result['model']}`", "recovery", record, words, *parts)]
+    lines = "; ".join(f"{method}: {_shares(cells, method, ratios, result['dense']['text'])}" for method in methods)
+    shares = f"Share of the damage on {result['text']} that is gone: {lines}."
+    return [section(f"Recovery by training: `{result['model']}`", "recovery", record, words, *parts, shares)]
+
+
+def _shares(cells: dict[tuple[str, float], dict[str, Any]], method: str, ratios: list[float], dense: float) -> str:
+    rows = [cells[method, ratio] for ratio in ratios]
+    gone = [row["gain"]["log_ppl"] / (row["before"]["log_ppl"] - dense) for row in rows]
+    return ", ".join(f"{100 * share:.0f} % at {100 * ratio:.0f} %" for share, ratio in zip(gone, ratios, strict=True))
 
 
 def _recovered(row: dict[str, Any], place: str) -> list[float]:
