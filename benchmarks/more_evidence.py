@@ -30,6 +30,61 @@ def compensation() -> list[str]:
     return [section(title, "compensation", record, words, table(header, rows), line + ".")]
 
 
+def recovery() -> list[str]:
+    """What training after the cut gives back."""
+    record = load("recovery")
+    if record is None:
+        return []
+    result = record["result"]
+    cells = {(row["method"], row["ratio"]): row for row in result["rows"]}
+    methods, ratios = (list(dict.fromkeys(row[key] for row in result["rows"])) for key in ("method", "ratio"))
+    parts = []
+    for place, name in (("text", result["text"]), ("other", result["other"])):
+        dense = result["dense"][place]
+        rows = [["none", *(f"{_recovered(cells[methods[0], ratio], place)[0] - dense:.4f}" for ratio in ratios), ""]]
+        for method in methods:
+            after = [_recovered(cells[method, ratio], place)[1] - dense for ratio in ratios]
+            rows.append([method, *(f"{value:.4f}" for value in after), _seconds(cells, method, ratios)])
+        title = f"{name}, dense perplexity {math.exp(dense):.2f}"
+        parts.append(f"{title}:\n\n{table(['training', *(f'{100 * ratio:.0f} %' for ratio in ratios), 'seconds'], rows)}")
+    first = result["rows"][0]
+    words = f"""The agent's masks of one study of `{result["model"]}`, cut and trained with `ppf recover` on {first["tokens"]:,}
+        tokens of {result["text"]} that are not tested on: LoRA adapters of rank {first["rank"]}, or all weights, beside the dense
+        model; and adapters on the text alone, without it. Log-perplexity above dense, nats/token, on {result["test_tokens"]:,}
+        test tokens of the same text and of another; below 0 it is better than the dense model there."""
+    lines = "; ".join(f"{method}: {_shares(cells, method, ratios, result['dense']['text'])}" for method in methods)
+    shares = f"Share of the damage on {result['text']} that is gone: {lines}."
+    return [section(f"Recovery by training: `{result['model']}`", "recovery", record, words, *parts, shares)]
+
+
+def _shares(cells: dict[tuple[str, float], dict[str, Any]], method: str, ratios: list[float], dense: float) -> str:
+    rows = [cells[method, ratio] for ratio in ratios]
+    gone = [row["gain"]["log_ppl"] / (row["before"]["log_ppl"] - dense) for row in rows]
+    return ", ".join(f"{100 * share:.0f} % at {100 * ratio:.0f} %" for share, ratio in zip(gone, ratios, strict=True))
+
+
+def _recovered(row: dict[str, Any], place: str) -> list[float]:
+    """Log-perplexity before and after on one of the two texts."""
+    return [row[when]["log_ppl"] if place == "text" else row["other"][when] for when in ("before", "after")]
+
+
+def family_tasks() -> list[str]:
+    """Every family in the harness, and trained."""
+    record = load("family_tasks")
+    if record is None:
+        return []
+    result = record["result"]
+    rows = []
+    for row in result["rows"]:
+        scores = [f"{one['log_ppl']:.4f} ({one['off']:.0e})" for one in row["lm_eval"].values()]
+        rows.append([row["family"], *scores, *(f"{row['recover'][when]:.4f}" for when in ("before", "after", "reloaded"))])
+    words = f"""Tiny random models, dense and without 30 %. Harness: nats of the last word of {result["items"]} items, in
+        brackets the difference from a count by hand. Recovery: KL from the dense model, nats/token, before and after
+        {result["steps"]} steps of LoRA of rank {result["rank"]}, and of the folder that was written."""
+    header = ["family", "harness, dense", "harness, pruned", "KL before", "after", "reloaded"]
+    return [section("Tasks and recovery of every family", "family_tasks", record, words, table(header, rows))]
+
+
 def _cell(row: dict[str, Any]) -> str:
     low, high = row["interval"]
     return f"{row['above']:.4f} ({low:.3f} to {high:.3f})"

@@ -4,7 +4,7 @@ from textwrap import fill
 from typing import Any
 
 from evidence import agents, benches, learning, ranking, texts
-from more_evidence import compensation
+from more_evidence import compensation, family_tasks, recovery
 from page import HERE, heading, load, table, within
 
 INTRO = """# Results
@@ -160,7 +160,8 @@ def _quartiles(found: dict[str, float], digits: int) -> str:
 
 
 def main() -> None:
-    parts = [INTRO, demo(), *benches(), *texts(), *ranking(), *learning(), *agents(), *compensation(), reference(), gguf(), speed()]
+    chosen = [*benches(), *texts(), *ranking(), *learning(), *agents()]
+    parts = [INTRO, demo(), *chosen, *compensation(), *recovery(), *family_tasks(), reference(), gguf(), speed()]
     (HERE.parent / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")
 
 

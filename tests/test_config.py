@@ -17,6 +17,7 @@ from ppf.config import (
     PolicyConfig,
     PredictorName,
     PruneConfig,
+    RecoverConfig,
     ScoreName,
     Target,
 )
@@ -26,6 +27,7 @@ COMMANDS = {
     FitConfig: ["ref-a", "--study", "s"],
     PolicyConfig: ["s", "--ratio", "0.3"],
     PruneConfig: ["s", "--out", "o", "--ratio", "0.3"],
+    RecoverConfig: ["d"],
     ExportConfig: ["ref-a", "--gguf", "f"],
     EvalConfig: ["ref-a"],
     DemoConfig: [],
@@ -100,6 +102,7 @@ LEAST = {
         "seed": 0,
     },
     PruneConfig: {"candidates": 1},
+    RecoverConfig: {"tokens": 1, "lora_rank": 1, "batch": 1, "seq_len": 8, "test_tokens": 1, "seed": 0},
     EvalConfig: {"seq_len": 8, "tokens": 1},
 }  # fmt: skip
 BOUNDS = [(command, field, least) for command, fields in LEAST.items() for field, least in fields.items()]
@@ -157,6 +160,13 @@ def test_one_way_is_enough(wish):
 def test_a_target_that_says_nothing_is_refused(wish):
     with refuses(InputError):
         Target(**wish)
+
+
+@pytest.mark.parametrize("lr", [0.0, -1e-3, math.nan, math.inf])
+def test_a_learning_rate_is_more_than_nothing(lr):
+    with refuses(InputError) as caught:
+        RecoverConfig("d", lr=lr)
+    assert "--lr" in str(caught.value) and RecoverConfig("d", lr=1e-9).lr == 1e-9
 
 
 # --- one name, one thing ---

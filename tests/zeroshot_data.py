@@ -11,24 +11,39 @@ import pytest
 DATA = Path(__file__).parents[2] / "shared" / "data" / "zeroshot"
 """In ``../shared`` of the repository; nothing of it is kept here."""
 
-_TASK = """task: {task}
+_HEAD = """task: {task}
 dataset_path: json
 dataset_kwargs:
   data_files:
     test: {file}
 test_split: test
-output_type: multiple_choice
+"""
+_ACCURACY = """  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+_ENDS = f"""output_type: multiple_choice
 doc_to_text: "{{{{context}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{label}}}}"
 metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-  - metric: acc_norm
-    aggregation: mean
-    higher_is_better: true
-"""
+{_ACCURACY}{_ACCURACY.replace("acc", "acc_norm")}"""
+"""The likeliest of several ends."""
+_BEGINNINGS = f"""output_type: multiple_choice
+doc_to_text: "{{{{label}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{end}}}}"
+metric_list:
+{_ACCURACY}"""
+"""The beginning after which the end is likeliest; a number in the place of the text says so to the harness."""
+_LAST_WORD = f"""output_type: loglikelihood
+doc_to_text: "{{{{context}}}}"
+doc_to_target: "{{{{' ' + word}}}}"
+metric_list:
+  - metric: perplexity
+    aggregation: perplexity
+    higher_is_better: false
+{_ACCURACY}"""
 
 
 def hellaswag() -> Iterator[dict[str, Any]]:
@@ -53,7 +68,28 @@ def arc_easy() -> Iterator[dict[str, Any]]:
         yield {"context": f"Question: {text}\nAnswer:", "choices": choices, "label": int(record["answer"][-1]) - 1}
 
 
-TASKS = {"local_hellaswag": hellaswag, "local_piqa": piqa, "local_arc_easy": arc_easy}
+def lambada() -> Iterator[dict[str, Any]]:
+    for line in (DATA / "lambada_test.jsonl").read_text(encoding="utf-8").splitlines():
+        context, _, word = json.loads(line)["text"].rpartition(" ")
+        yield {"context": context, "word": word}
+
+
+def winogrande() -> Iterator[dict[str, Any]]:
+    for record in json.loads((DATA / "winogrande_test.json").read_text(encoding="utf-8")):
+        sentence, _, options = record["instruction"].partition("\n\n")
+        first, last = sentence.partition("sentence: ")[2].split("_")
+        choices = re.fullmatch(r"Option1: (.*) Option2: (.*) Answer format: .*", options)
+        assert choices is not None
+        yield {"choices": [first + name for name in choices.groups()], "end": last.strip(), "label": int(record["answer"][-1]) - 1}
+
+
+TASKS = {
+    "local_hellaswag": (hellaswag, _ENDS),
+    "local_piqa": (piqa, _ENDS),
+    "local_arc_easy": (arc_easy, _ENDS),
+    "local_lambada": (lambada, _LAST_WORD),
+    "local_winogrande": (winogrande, _BEGINNINGS),
+}
 
 
 def write_tasks(folder: Path, most: int = 64) -> Path:
@@ -63,8 +99,9 @@ def write_tasks(folder: Path, most: int = 64) -> Path:
     """
     if not DATA.is_dir():
         pytest.skip("shared/data/zeroshot is not beside the checkout")
-    for name, items in TASKS.items():
+    for name, (items, questions) in TASKS.items():
         lines = [json.dumps(item) for _, item in zip(range(most), items(), strict=False)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (folder / f"{name}.yaml").write_text(_TASK.format(task=name, file=folder / f"{name}.jsonl"), encoding="utf-8")
+        head = _HEAD.format(task=name, file=folder / f"{name}.jsonl")
+        (folder / f"{name}.yaml").write_text(head + questions, encoding="utf-8")
     return folder

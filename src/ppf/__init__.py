@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "fit": "ppf.recipes.api",
+    "recover": "ppf.recipes.api",
     "Study": "ppf.recipes.api",
     "apply_plan": "ppf.recipes.api",
     "Pruned": "ppf.recipes.prune",

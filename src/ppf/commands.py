@@ -4,7 +4,17 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, ModelsConfig, PolicyConfig, PruneConfig
+from ppf.config import (
+    BenchConfig,
+    DemoConfig,
+    EvalConfig,
+    ExportConfig,
+    FitConfig,
+    ModelsConfig,
+    PolicyConfig,
+    PruneConfig,
+    RecoverConfig,
+)
 from ppf.errors import InputError
 from ppf.printing import (
     human_size,
@@ -13,6 +23,7 @@ from ppf.printing import (
     print_planned,
     print_policy,
     print_pruned,
+    print_recovered,
     print_report,
     print_table,
     warn_nothing,
@@ -86,6 +97,17 @@ def _policy(config: PolicyConfig) -> None:
         print_json(record)
     else:
         print_policy(record)
+
+
+def _recover(config: RecoverConfig) -> None:
+    from ppf.progress import Progress
+    from ppf.recipes.recover import recover_folder
+
+    record = recover_folder(config, Progress())
+    if config.json:
+        print_json(record)
+    else:
+        print_recovered(record)
 
 
 def _export(config: ExportConfig) -> None:
@@ -193,6 +215,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "fit": (FitConfig, _fit),
     "prune": (PruneConfig, _prune),
     "policy": (PolicyConfig, _policy),
+    "recover": (RecoverConfig, _recover),
     "export": (ExportConfig, _export),
     "eval": (EvalConfig, _eval),
     "bench": (BenchConfig, _bench),

@@ -118,6 +118,34 @@ def print_pruned(record: dict[str, Any]) -> None:
         print(f"{name:<11} {value}")
 
 
+def print_recovered(record: dict[str, Any]) -> None:
+    """Figures before and after training."""
+    found = {name: record[name] for name in ("dense", "before", "after") if record[name] is not None}
+    protocol, teacher = record["protocol"], record["teacher"]
+    print_table(
+        "before and after",
+        ["model", "perplexity", "95 %", "nats/token"],
+        [
+            [name, f"{one['ppl']:.2f}", f"{one['interval'][0]:.2f} to {one['interval'][1]:.2f}", f"{one['log_ppl']:.4f}"]
+            for name, one in found.items()
+        ],
+    )
+    low, high = record["gain"]["interval"]
+    share = "" if record["share"] is None else f", {100 * record['share']:.0f} % of the damage"
+    method = "all weights" if record["rank"] is None else f"LoRA of rank {record['rank']}"
+    lines = {
+        "gain": f"{record['gain']['log_ppl']:.4f} nats/token (95 % {low:.4f} to {high:.4f}){share}",
+        "protocol": f"{protocol['text']}, {protocol['tokens']:,} tokens in blocks of {protocol['seq_len']}, {protocol['dtype']}",
+        "training": f"{method}, {record['tokens']:,} tokens of {record['text']} ({record['distinct_tokens']:,} different ones), "
+        f"{record['steps']} steps, rate {record['lr']:.2g}, {record['seconds']:.0f} s",
+        "learnt from": "the text alone" if teacher is None else teacher["name"] or "the given model",
+        "weights": f"{record['params']:,} parameters, {human_size(record['bytes'])}",
+        "written to": f"{record['out']}  (reloaded and checked)",
+    }
+    for name, value in lines.items():
+        print(f"{name:<11} {value}")
+
+
 def print_report(report: dict[str, Any], study: str) -> None:
     first = next(iter(report["heldout"].values()))
     ratios = " / ".join(f"{100 * float(ratio):.0f}" for ratio in first["tau_within"])

@@ -50,29 +50,46 @@ def pruned(tmp_path_factory):
     return folder
 
 
-def accuracy(items):
-    """Of ref-a, counted by hand: the likeliest ending by its tokens' summed log-probability."""
+@pytest.fixture(scope="module")
+def dense():
+    """The embedded model, and its log-probability of an end after a beginning, one token after another."""
     loaded = load_model("ref-a")
-    model, right = loaded.on(torch.device("cpu"), torch.float32), []
+    model = loaded.on(torch.device("cpu"), torch.float32)
+
+    def log_probs(beginning, end):
+        whole = loaded.tokenizer(f"{beginning} {end}", add_special_tokens=False)["input_ids"]
+        start = len(loaded.tokenizer(beginning, add_special_tokens=False)["input_ids"])
+        with torch.inference_mode():
+            scores = model(input_ids=torch.tensor([whole]), use_cache=False).logits[0].log_softmax(-1)
+        return [(float(scores[at - 1, whole[at]]), int(scores[at - 1].argmax()) == whole[at]) for at in range(start, len(whole))]
+
+    return log_probs
+
+
+def answers_of(tasks, name):
+    """What the harness found, and the items that it asked."""
+    record = evaluate_tasks(EvalConfig("ref-a", tasks=name, include_path=str(tasks), device="cpu"), Progress(True))
+    return record["models"]["model"][name], [json.loads(line) for line in (tasks / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["local_arc_easy", "local_winogrande"])
+def test_accuracy_is_that_counted_by_hand(tasks, dense, name):
+    found, items = answers_of(tasks, name)
+    right = []
     for item in items:
-        scores = []
-        for choice in item["choices"]:
-            whole = loaded.tokenizer(f"{item['context']} {choice}", add_special_tokens=False)["input_ids"]
-            start = len(loaded.tokenizer(item["context"], add_special_tokens=False)["input_ids"])
-            with torch.inference_mode():
-                log_probs = model(input_ids=torch.tensor([whole]), use_cache=False).logits[0].log_softmax(-1)
-            scores.append(sum(float(log_probs[at - 1, whole[at]]) for at in range(start, len(whole))))
-        right.append(int(np.argmax(scores)) == item["label"])
-    return np.mean(right)
-
-
-def test_accuracy_is_that_counted_by_hand(tasks):
-    record = evaluate_tasks(EvalConfig("ref-a", tasks="local_arc_easy", include_path=str(tasks), device="cpu"), Progress(True))
-    found = record["models"]["model"]["local_arc_easy"]
-    items = [json.loads(line) for line in (tasks / "local_arc_easy.jsonl").read_text().splitlines()]
-    assert found["acc"]["value"] == pytest.approx(accuracy(items))
+        pairs = [(item["context"], end) if "context" in item else (end, item["end"]) for end in item["choices"]]
+        right.append(int(np.argmax([sum(one for one, _ in dense(*pair)) for pair in pairs])) == item["label"])
     value = found["acc"]["value"]
+    assert value == pytest.approx(np.mean(right)) and len(items) == 64
     assert found["acc"]["stderr"] == pytest.approx((value * (1 - value) / (len(items) - 1)) ** 0.5)
+
+
+def test_the_last_word_is_as_likely_as_by_hand(tasks, dense):
+    found, items = answers_of(tasks, "local_lambada")
+    words = [dense(item["context"], item["word"]) for item in items]
+    surprise = [-sum(one for one, _ in word) for word in words]
+    assert found["perplexity"]["value"] == pytest.approx(np.exp(np.mean(surprise)), rel=1e-4)
+    assert found["acc"]["value"] == pytest.approx(np.mean([all(greedy for _, greedy in word) for word in words]))
 
 
 def test_two_models_stand_side_by_side(tasks, pruned, capfd):

@@ -5,9 +5,25 @@ from ppf.config.evaluate import BenchConfig, EvalConfig
 from ppf.config.fit import DemoConfig, FitConfig
 from ppf.config.models import ModelsConfig
 from ppf.config.prune import ExportConfig, PruneConfig
+from ppf.config.recover import RecoverConfig, TrainDtypeName
 from ppf.config.target import PlanTarget, PolicyConfig, Target
 
 __all__ = [
-    "BenchConfig", "CompensateName", "DemoConfig", "DtypeName", "EvalConfig", "ExportConfig", "FitConfig", "ModelsConfig",
-    "PlanTarget", "PolicyConfig", "PredictorName", "PruneConfig", "QuantName", "ScoreName", "Target",
-]  # fmt: skip
+    "BenchConfig",
+    "CompensateName",
+    "DemoConfig",
+    "DtypeName",
+    "EvalConfig",
+    "ExportConfig",
+    "FitConfig",
+    "ModelsConfig",
+    "PlanTarget",
+    "PolicyConfig",
+    "PredictorName",
+    "PruneConfig",
+    "QuantName",
+    "RecoverConfig",
+    "ScoreName",
+    "Target",
+    "TrainDtypeName",
+]

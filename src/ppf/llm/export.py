@@ -19,10 +19,10 @@ _ALIGNED = 64
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: dict[str, Any], out: Path, force: bool = False) -> int:
-    """Writes safetensors, config, modeling file, tokenizer, generation config and ``ppf.json``.
+    """Writes safetensors, config, modeling file if it is pruned, tokenizer, generation config and ``ppf.json``.
 
     Args:
-        model: What ``cut`` made.
+        model: What ``cut`` made, or a dense model.
         tokenizer: The dense model's.
         plan: JSON-ready record of the decision, for ``ppf.json``.
         out: The new folder; it appears only after its reload check passed.
@@ -42,7 +42,8 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: dic
         except SafetensorError as error:
             raise ResourceError(f"{out} must be writable; {error}; free the disk or choose another place") from error
         tokenizer.save_pretrained(folder)
-        (folder / MODELING_FILE).write_bytes(Path(pruned_model.__file__).read_bytes())
+        if model.config.model_type.startswith("ppf_"):  # a dense model needs no code of ours
+            (folder / MODELING_FILE).write_bytes(Path(pruned_model.__file__).read_bytes())
         write_json(folder / PLAN_FILE, plan)
         verify(model, folder)
         return weight_bytes(folder)

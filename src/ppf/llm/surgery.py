@@ -53,7 +53,7 @@ def cut(
     state = {name: source[name].clone() for name in smaller.state_dict()}
     smaller.load_state_dict(state, strict=True, assign=True)
     smaller.tie_weights()
-    smaller.generation_config = _generation_config(model)
+    smaller.generation_config = savable_generation_config(model)
     return smaller.eval()
 
 
@@ -137,8 +137,8 @@ def _fill_buffers(smaller: PreTrainedModel, device: torch.device) -> None:
             smaller._init_weights(module)
 
 
-def _generation_config(model: PreTrainedModel) -> GenerationConfig:
-    """A copy that can be saved: transformers reads sampling values beside greedy search, but refuses to write them."""
+def savable_generation_config(model: PreTrainedModel) -> GenerationConfig:
+    """A copy of a model's that can be saved: transformers reads sampling values beside greedy search, but refuses to write them."""
     config = copy.deepcopy(model.generation_config)
     if not config.do_sample:
         config.update(**dict.fromkeys(_SAMPLING))

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.artifact import read_json
-from ppf.config import CompensateName, FitConfig, PlanTarget, PruneConfig, Target
+from ppf.config import CompensateName, FitConfig, PlanTarget, PruneConfig, RecoverConfig, Target
 from ppf.decide import Decider, Decision
 from ppf.errors import InputError
 from ppf.llm.load import LoadedModel, adopt_model
@@ -17,6 +17,8 @@ from ppf.recipes.apply_plan import apply_plan as cut_by_plan
 from ppf.recipes.fit import fit as fit_study
 from ppf.recipes.lab import load_for
 from ppf.recipes.prune import Pruned, check_refinable, prune
+from ppf.recipes.recover import recover as recover_model
+from ppf.recipes.teacher import find_teacher, plan_of
 from ppf.space.plan import read_plan
 
 
@@ -128,15 +130,9 @@ def fit(
     Raises:
         InputError: A setting that does not exist or is out of range.
     """
-    unknown = sorted(set(settings) - {field.name for field in fields(FitConfig)})
-    if unknown:
-        known = ", ".join(field.name for field in fields(FitConfig))
-        raise InputError(f"a setting of fit must be one of {known}; {unknown[0]!r} came; check the spelling")
+    settings = _settings("fit", FitConfig, settings)
     temporary = tempfile.TemporaryDirectory(prefix="ppf-") if study is None else None
     folder = temporary.name if temporary else str(study)
-    for name in ("text", "test_text"):
-        if isinstance(settings.get(name), Path):
-            settings[name] = str(settings[name])
     config = FitConfig(str(model) if isinstance(model, str | Path) else "", folder, **settings)
     progress = Progress(quiet)
     loaded = _loaded(model, tokenizer, progress)
@@ -182,6 +178,58 @@ def apply_plan(
     config = PruneConfig(str(known), "", target, plan=str(named), text=words, compensate=compensate, device=device)
     record, progress = read_plan(Path(plan)) if isinstance(plan, str | Path) else plan, Progress(quiet)
     return cut_by_plan(record, _loaded(model, tokenizer, progress), config, progress)
+
+
+def recover(
+    model: str | Path | PreTrainedModel | Pruned,
+    *,
+    teacher: str | Path | PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quiet: bool = True,
+    **settings: Any,
+) -> Pruned:
+    """Trains a copy of a pruned model to answer as the dense one does again; save it with ``save_pretrained``.
+
+    Args:
+        model: A folder, a hub id, what ``prune`` gave, or a transformers model; it is not changed.
+        teacher: The model to learn from; by default the dense one that the plan names; ``"none"`` learns from the text alone.
+        tokenizer: Of models given as objects, unless it lies where they came from.
+        quiet: Show no progress.
+        **settings: Fields of ``RecoverConfig``: ``text``, ``tokens``, ``lora_rank``, ``full``, ``lr``, ``seed`` ...
+
+    Returns:
+        The trained model; its plan has a record ``recovered`` with the figures before and after.
+
+    Raises:
+        InputError: A setting, a text or a teacher that cannot be used, or a loss that is no longer finite.
+    """
+    progress = Progress(quiet)
+    config = RecoverConfig("", **_settings("recover", RecoverConfig, settings))
+    plan: dict[str, Any] = {}
+    if isinstance(model, Pruned):
+        loaded, plan = adopt_model(model.model, model.tokenizer), model.plan
+    else:
+        loaded = _loaded(model, tokenizer, progress)
+        if loaded.folder is not None:
+            plan = plan_of(loaded.folder)
+    if isinstance(teacher, PreTrainedModel):
+        dense: LoadedModel | None = adopt_model(teacher, tokenizer or loaded.tokenizer)
+    else:
+        dense = find_teacher(None if teacher is None else str(teacher), plan, progress)
+    return recover_model(config, loaded, plan, dense, progress)
+
+
+def _settings(job: str, kind: type, settings: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a config, paths among them as text.
+
+    Raises:
+        InputError: A field that does not exist.
+    """
+    known = [field.name for field in fields(kind)]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise InputError(f"a setting of {job} must be one of {', '.join(known)}; {unknown[0]!r} came; check the spelling")
+    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
 
 
 def _loaded(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, progress: Progress) -> LoadedModel:

@@ -304,15 +304,20 @@ def check_refinable(target: Target, refine: bool) -> None:
         raise InputError("nested policies must be taken as they come; a refinement came too; leave one out")
 
 
-def check_out(out: str, force: bool, study: str | Path) -> None:
+def check_out(out: str, force: bool, source: str | Path) -> None:
     """Refuses an output folder at once rather than after the work.
 
+    Args:
+        out: Where the result is wanted.
+        force: Replace an earlier export there.
+        source: The study or the model that it is made from.
+
     Raises:
-        InputError: It exists, or it is the study or holds it.
+        InputError: It exists, or it is the source or holds it.
         ResourceError: It cannot be written.
     """
-    place, kept = Path(out).resolve(), Path(study).resolve()
+    place, kept = Path(out).resolve(), Path(source).resolve()
     if place == kept or place in kept.parents:
-        raise InputError(f"an output folder must not be the study or hold it; {out} came; choose another name")
+        raise InputError(f"an output folder must not be {source} or hold it; {out} came; choose another name")
     check_new_folder(Path(out), force)
     check_writable(Path(out))
