@@ -128,11 +128,16 @@ MASKS: dict[str, Callable[[Layout], Mask]] = {
     "only attn": _only("attn"),
 }
 
-_EVERY_MASK = ("llama", "mistral", "qwen2", "qwen3")
+LLAMA_LIKE = [name for name in TINY if name.split("-")[0] in ("llama", "mistral", "qwen2", "qwen3")]
+SOME = [*LLAMA_LIKE, "phi3-gqa", "gemma2-gqa", "opt-mha", "olmo2-gqa", "mixtral-gqa"]
+"""Those and one of each other kind of code, for what takes long."""
 CONTRACT = [
-    (name, case) for name in TINY for case in MASKS if name.split("-")[0] in _EVERY_MASK or case in ("nothing", "random", "floors")
+    (name, case)
+    for name in TINY
+    for case in MASKS
+    if name in LLAMA_LIKE or case == "random" or (name in SOME and case in ("nothing", "floors"))
 ]
-"""What the contract of every family runs through: all masks where the llama-like code is, some of them elsewhere."""
+"""What the contract of every family runs through: all masks where the most is shared, fewer elsewhere."""
 
 
 def model(name: str = "llama-gqa-tied", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -15,7 +15,9 @@ from ppf.space.mask import Mask
 BLOCKS = tiny.blocks(5, 12, seed=4)
 IDS = tiny.blocks(2, 14)
 families = pytest.mark.parametrize("name", tiny.TINY)
-contract = pytest.mark.parametrize(("name", "case"), tiny.CONTRACT)
+contract = pytest.mark.parametrize(
+    ("name", "case"), [pair for pair in tiny.CONTRACT if pair[0] in tiny.LLAMA_LIKE or pair[1] == "random"]
+)
 
 
 def prepared(name="llama-gqa-tied", dtype=torch.float32):
@@ -113,7 +115,7 @@ def test_the_means_are_those_of_all_tokens(name):
         np.testing.assert_allclose(mean, expected, rtol=0, atol=1e-6)
 
 
-@families
+@pytest.mark.parametrize("name", tiny.SOME)
 def test_a_reader_whose_site_alone_is_cut_writes_the_same_on_average(name):
     """The defining property: on the calibration text the mean error of the reader's output is zero."""
     model, layout, fill = prepared(name)

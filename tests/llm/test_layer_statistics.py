@@ -139,7 +139,7 @@ def test_alpha_of_an_exact_power_law_is_known(exponent):
     assert measured(model).alpha[2] == pytest.approx(np.mean(expected), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.TINY if name.split("-")[0] in ("llama", "mistral", "qwen2", "qwen3")])
+@pytest.mark.parametrize("name", tiny.LLAMA_LIKE)
 def test_influence_is_how_far_a_sub_layer_turns_the_residual_stream(name):
     model = tiny.model(name)
     found, states = measured(model).influence, streams(model, BLOCKS)

@@ -55,7 +55,7 @@ def test_the_cut_model_answers_as_the_refitted_one(name, sequential):
     assert (expected - tiny.logits(cut(model, layout, mask), IDS)).abs().max() > 1e-3
 
 
-@families
+@pytest.mark.parametrize("name", tiny.SOME)
 def test_a_reader_whose_site_alone_is_cut_errs_less_than_without(name):
     """The defining property, on the calibration text; the objective's own value falls, not the error alone."""
     model, layout, _ = prepared(name)

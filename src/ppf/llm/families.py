@@ -15,7 +15,7 @@ class Support:
         family: Its ``model_type`` in config.json.
         units: What can be removed, in words.
         gguf: llama.cpp's architectures for layers that are alike and for layers that differ; None where it has none.
-        vllm: Whether an exported folder meets what vLLM's Transformers backend asks of a model.
+        vllm: Whether an exported folder declares what vLLM's Transformers backend asks of a model.
     """
 
     family: str
@@ -30,7 +30,7 @@ def supported() -> tuple[Support, ...]:
 
 
 def _in_vllm(family: str) -> bool:
-    """Not experts: vLLM wants those of a layer in one tensor, of one width."""
+    """What the class declares; not of separate experts, whose loop over tokens nobody compared with what vLLM asks."""
     config_class, _, lm_class = PRUNED[family]
     mixed = any(site.role == "expert" for site in FAMILIES[family](config_class()))
     return bool(lm_class.is_backend_compatible()) and not mixed
