@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig
+from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig, ServeConfig
 from ppf.printing import (
     human_size,
     print_gguf,
@@ -150,6 +150,16 @@ def _bench(config: BenchConfig) -> None:
     print(f"written to {config.out}")
 
 
+def _serve(config: ServeConfig) -> None:
+    try:
+        from ppf.server.run import serve
+    except ModuleNotFoundError as error:
+        from ppf.errors import ResourceError
+
+        raise ResourceError(f"serving needs {error.name}; it is not installed; pip install 'ppf[serve]'") from error
+    serve(config)
+
+
 def _demo(config: DemoConfig) -> None:
     from ppf.progress import Progress
     from ppf.recipes.demo import demo
@@ -175,6 +185,7 @@ RUN: dict[type, Callable[[Any], None]] = {
     ExportConfig: _export,
     EvalConfig: _eval,
     BenchConfig: _bench,
+    ServeConfig: _serve,
     DemoConfig: _demo,
 }
 """By the type of the config."""
