@@ -26,6 +26,8 @@ _HEADER_BYTES = 16 * 1024
 class _Server(uvicorn.Server):
     """Stopping it by a signal is no failure."""
 
+    should_exit: bool
+
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.force_exit, self.should_exit = bool(self.should_exit), True
 
@@ -69,9 +71,18 @@ def serve(config: ServeConfig) -> None:
         app = create_app(Service(decider, config.nested), access)
         logging.getLogger("uvicorn.error").addHandler(logging.StreamHandler())
         settings = uvicorn.Config(
-            app, http=_Protocol, ws="none", lifespan="off", log_config=None, log_level="warning", access_log=False,
-            server_header=False, limit_concurrency=_CONNECTIONS, h11_max_incomplete_event_size=_HEADER_BYTES, timeout_graceful_shutdown=_STOP_SECONDS,
-        )  # fmt: skip
+            app,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=_CONNECTIONS,
+            h11_max_incomplete_event_size=_HEADER_BYTES,
+            timeout_graceful_shutdown=_STOP_SECONDS,
+        )
         print(f"serving http://{_shown(config.host)}:{access.port}", flush=True)
         _Server(settings).run([listener])
 
