@@ -157,7 +157,13 @@ def _serve(config: ServeConfig) -> None:
         from ppf.errors import ResourceError
 
         raise ResourceError(f"serving needs {error.name}; it is not installed; pip install 'ppf[serve]'") from error
-    serve(config)
+    serve(config, None if config.no_model else _open_served)
+
+
+def _open_served(config: ServeConfig, decider: Any) -> Any:
+    from ppf.server.served import open_served
+
+    return open_served(config, decider)
 
 
 def _demo(config: DemoConfig) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from ppf.artifact import read_json
 from ppf.config import Target
-from ppf.decide import Decider, Decision
+from ppf.decide import Decider
 from ppf.samples import kept_matrix
 from ppf.space.budget import aligned_floors
 
@@ -38,7 +38,7 @@ def study_record(decider: Decider, live: bool) -> dict[str, Any]:
         "dense": {"log_ppl": dense, "ppl": float(np.exp(dense))},
         "predictor": {"kind": report.get("predictor"), "heldout": heldout.get(report.get("predictor"))},
         "protocol": {
-            "text": shown(settings.get("test_text") or settings.get("text") or ""),
+            "text": Path(settings.get("test_text") or settings.get("text") or "").name,
             "seq_len": study.record["seq_len"],
             "tokens": study.record["dense"]["test"].get("tokens"),
             "dtype": study.record["dtype"],
@@ -77,25 +77,16 @@ def points(decider: Decider, most: int = _POINTS) -> list[dict[str, Any]]:
     ]
 
 
-def policy_record(decider: Decider, target: Target) -> tuple[Decision, dict[str, Any]]:
-    """A decision and its record: that of ``ppf policy``, with the bytes that it needs."""
-    decision = decider.decide(target)
-    return decision, {
-        **decision.to_json(decider.layout),
-        "memory": weight_bytes(decider, decision.allocation.kept),
-        "kv_bytes_per_token": cache_bytes(decider, decision.allocation.kept),
+def policy_record(decider: Decider, target: Target) -> dict[str, Any]:
+    """The record of ``ppf policy``, and the bytes in the checkpoint's dtype that the weights and a token in a KV cache take."""
+    decision, layout = decider.decide(target), decider.layout
+    kept, item = decision.allocation.kept, decider.study.record["model"]["bytes_per_param"]
+    cache = int(kept @ np.array([site.cache for site in layout.sites]))
+    return {
+        **decision.to_json(layout),
+        "memory": int(decision.params[1] * item),
+        "kv_bytes_per_token": int(cache * item),
     }
-
-
-def weight_bytes(decider: Decider, kept: np.ndarray) -> int:
-    """Bytes of the weights in the checkpoint's dtype when Int[S] units stay."""
-    return int(int(decider.layout.kept_params(kept)) * decider.study.record["model"]["bytes_per_param"])
-
-
-def cache_bytes(decider: Decider, kept: np.ndarray) -> int:
-    """Bytes that one token takes in the KV cache when Int[S] units stay."""
-    elements = int(kept @ np.array([site.cache for site in decider.layout.sites]))
-    return int(elements * decider.study.record["model"]["bytes_per_param"])
 
 
 def shown(name: str) -> str:

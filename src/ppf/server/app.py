@@ -1,25 +1,60 @@
-"""The routes. Each is a few lines around ``answers``, ``completions`` and the live model."""
+"""The routes that need no language model, and what they all share. The live model adds its own (served.py)."""
 
+import asyncio
+import contextlib
 import importlib.util
 import mimetypes
+from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from ppf.config import Target
 from ppf.decide import Decider
 from ppf.errors import InputError, PPFError
 from ppf.server.answers import policy_record, study_record
+from ppf.server.controller import Costs
 from ppf.server.guard import Access, Guard
+from ppf.server.metrics import prometheus
+from ppf.server.schemas import PolicyQuery, RatioBody
 from ppf.server.wire import JsonResponse, Refusal, as_refusal, refused
 
 _STATIC = Path(__file__).parent / "static"
+
+
+class LivePart(Protocol):
+    """What the application needs of a live model; it knows no more of it, so that decisions alone need no torch."""
+
+    @property
+    def costs(self) -> Costs:
+        """What ratios cost on an idle machine."""
+        ...
+
+    def add_routes(self, app: FastAPI) -> None:
+        """Adds what only a live model answers."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """A JSON-ready record of what runs."""
+        ...
+
+    def set_ratio(self, ratio: float) -> None:
+        """Changes what runs where a request names no ratio."""
+        ...
+
+    async def watch(self) -> None:
+        """Lets the controller look, until cancelled."""
+        ...
+
+    def close(self) -> None:
+        """Ends what runs."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,38 +63,45 @@ class Service:
 
     Attributes:
         decider: Of the study.
+        live: The live model; None serves decisions alone.
         nested: Whether policies are nested unless a request says otherwise.
     """
 
     decider: Decider
+    live: LivePart | None = None
     nested: bool = False
-
-
-class PolicyQuery(BaseModel):
-    """The query of /api/policy: how small, in one of four wordings."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    ratio: Annotated[float | None, Field(allow_inf_nan=False)] = None
-    params: Annotated[str | None, Field(max_length=40)] = None
-    memory: Annotated[str | None, Field(max_length=40)] = None
-    latency_ms: Annotated[float | None, Field(allow_inf_nan=False, gt=0)] = None
-    align: Annotated[int, Field(ge=1, le=65536)] = 1
-    tp: Annotated[int, Field(ge=1, le=4096)] = 1
-    nested: bool | None = None
 
 
 def create_app(service: Service, access: Access) -> Guard:
     """The whole application behind its guard."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if service.live is None:
+            yield
+            return
+        watching = asyncio.create_task(service.live.watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            service.live.close()
+
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
+    guard = Guard(app, access)
     _add_errors(app)
     _add_decisions(app, service)
+    _add_state(app, service, guard.counts)
+    if service.live is None:
+        _add_absent(app)
+    else:
+        service.live.add_routes(app)
     _add_page(app)
-    return Guard(app, access)
+    return guard
 
 
 def _add_decisions(app: FastAPI, service: Service) -> None:
-    study = study_record(service.decider, False)
+    study = study_record(service.decider, service.live is not None)
 
     @app.get("/api/study")
     async def study_route() -> Response:
@@ -69,10 +111,6 @@ def _add_decisions(app: FastAPI, service: Service) -> None:
     async def policy_route(query: Annotated[PolicyQuery, Query()]) -> Response:
         return JsonResponse(_policy(service, query))
 
-    @app.get("/api/state")
-    async def state_route() -> Response:
-        return JsonResponse({"live": False})
-
 
 def _policy(service: Service, query: PolicyQuery) -> dict[str, Any]:
     given = query.model_dump(exclude={"align", "tp", "nested"}, exclude_none=True)
@@ -80,11 +118,59 @@ def _policy(service: Service, query: PolicyQuery) -> dict[str, Any]:
         came = " and ".join(given) or "none"
         raise InputError(f"exactly one of ratio, params, memory and latency_ms must be given; {came} came; give one")
     if query.latency_ms is not None:
-        raise Refusal(
-            400, "latency_ms must come to a live model; this server has none; ask for ratio, params or memory", "no_model"
-        )
+        given = {"ratio": _ratio_for(service, query.latency_ms)}
     nested = service.nested if query.nested is None else query.nested
-    return policy_record(service.decider, Target(**given, align=query.align, tp=query.tp, nested=nested))[1]
+    record = policy_record(service.decider, Target(**given, align=query.align, tp=query.tp, nested=nested))
+    if service.live is None:
+        return record
+    latency = service.live.costs.latency_at(record["ratio"]["met"])
+    return {**record, "latency_ms": latency, "tokens_per_second": 1e3 / latency}
+
+
+def _ratio_for(service: Service, latency_ms: float) -> float:
+    if service.live is None:
+        raise Refusal(400, "latency_ms needs a live model; this server has none; ask for ratio, params or memory", "no_model")
+    ratio = service.live.costs.ratio_for(latency_ms)
+    if ratio is None:
+        least = service.live.costs.latency_ms[-1]
+        raise InputError(f"a token takes at least {least:.3g} ms here; latency_ms {latency_ms:g} came; ask for more")
+    return ratio
+
+
+def _add_state(app: FastAPI, service: Service, counts: Counter[int]) -> None:
+    live = service.live
+
+    def state() -> dict[str, Any]:
+        return {"live": False} if live is None else {"live": True, **live.state()}
+
+    @app.get("/api/state")
+    async def state_route() -> Response:
+        return JsonResponse(state())
+
+    @app.get("/metrics")
+    async def metrics_route() -> Response:
+        return PlainTextResponse(prometheus(state(), counts), media_type="text/plain; version=0.0.4")
+
+    @app.post("/api/ratio")
+    async def ratio_route(body: RatioBody) -> Response:
+        if live is None:
+            raise _absent()
+        live.set_ratio(body.ratio)
+        return JsonResponse(_policy(service, PolicyQuery(ratio=body.ratio)))
+
+
+def _absent() -> Refusal:
+    return Refusal(404, "a live model must be served for this; this server has none; start it without --no-model", "no_model")
+
+
+def _add_absent(app: FastAPI) -> None:
+    @app.get("/v1/models")
+    async def models_route() -> Response:
+        return JsonResponse({"object": "list", "data": []})
+
+    @app.post("/v1/{kind:path}")
+    async def absent_route(kind: str) -> Response:
+        raise _absent()
 
 
 def _add_errors(app: FastAPI) -> None:

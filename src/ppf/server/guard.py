@@ -10,6 +10,7 @@ import asyncio
 import hmac
 import ipaddress
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+_RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -79,15 +81,19 @@ class Guard:
     Args:
         app: What it guards.
         access: Who may ask, and how much.
+
+    Attributes:
+        counts: Answers by status.
     """
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], access: Access) -> None:
         self.app, self.access = app, access
+        self.counts: Counter[int] = Counter()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        sender = _with_headers(send)
+        sender = self._with_headers(send)
         try:
             self._check(scope)
             if scope["method"] not in _SAFE:
@@ -158,6 +164,16 @@ class Guard:
             load(b"".join(chunks))
         return b"".join(chunks)
 
+    def _with_headers(self, send: Send) -> Send:
+        async def sender(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.counts[message["status"]] += 1
+                present = {name.lower() for name, _ in message.get("headers", ())}
+                message["headers"] = [*message.get("headers", ()), *(pair for pair in _RAW_HEADERS if pair[0] not in present)]
+            await send(message)
+
+        return sender
+
     def _too_large(self) -> Refusal:
         return Refusal(413, f"a body must be at most {self.access.max_body} bytes; a larger one came; shorten it", "too_large")
 
@@ -190,14 +206,3 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-def _with_headers(send: Send) -> Send:
-    async def sender(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            present = {name.lower() for name, _ in message.get("headers", ())}
-            ours = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-            message["headers"] = [*message.get("headers", ()), *(pair for pair in ours if pair[0] not in present)]
-        await send(message)
-
-    return sender

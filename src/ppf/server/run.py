@@ -1,9 +1,9 @@
 """Starting and stopping: what can be refused is refused before anything heavy is loaded."""
 
 import ipaddress
-import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from ppf.config import ServeConfig
 from ppf.config.serve import is_loopback
 from ppf.decide import Decider
 from ppf.errors import InputError, InUseError, ResourceError
-from ppf.server.app import Service, create_app
+from ppf.server.app import LivePart, Service, create_app
 from ppf.server.guard import Access
 
 _SILENT_SECONDS = 10.0
@@ -53,11 +53,12 @@ class _Protocol(H11Protocol):
         self._look = self.loop.call_later(_SILENT_SECONDS, self._close_if_silent)
 
 
-def serve(config: ServeConfig) -> None:
+def serve(config: ServeConfig, open_live: Callable[[ServeConfig, Decider], LivePart] | None) -> None:
     """Serves until a signal comes.
 
     Args:
         config: What and where.
+        open_live: Opens the live model; None serves decisions alone.
 
     Raises:
         InputError: No fitted study, or an address beyond loopback without a token.
@@ -68,13 +69,13 @@ def serve(config: ServeConfig) -> None:
     decider = Decider(config.study)
     with _listen(config) as listener:
         access = access_of(config, listener.getsockname()[1])
-        app = create_app(Service(decider, config.nested), access)
-        logging.getLogger("uvicorn.error").addHandler(logging.StreamHandler())
+        live = None if open_live is None else open_live(config, decider)
+        app = create_app(Service(decider, live, config.nested), access)
         settings = uvicorn.Config(
             app,
             http=_Protocol,
             ws="none",
-            lifespan="off",
+            lifespan="on",
             log_config=None,
             log_level="warning",
             access_log=False,
