@@ -178,9 +178,9 @@ class Live:
 
     def _work(self, job: Job, give: Callable[[Piece | Exception | None], None]) -> None:
         start, alone = time.monotonic(), 1.0
-        pieces = generate(self.elastic, self.tokenizer, job.prompt, job.sampling, lambda: (job.size or self.size).view)
-        self.meter.counts["prompt_tokens"] += len(job.prompt)
         try:
+            self.meter.counts["prompt_tokens"] += len(job.prompt)
+            pieces = generate(self.elastic, self.tokenizer, job.prompt, job.sampling, lambda: (job.size or self.size).view)
             while not job.cancelled.is_set() and time.monotonic() - start < _SECONDS:
                 piece = next(pieces, None)
                 if piece is None:

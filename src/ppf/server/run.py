@@ -23,9 +23,14 @@ _CONNECTIONS = 200
 
 
 class _Server(uvicorn.Server):
-    """Stopping it by a signal is no failure."""
+    """Says where it serves once a signal can stop it, and stopping it by one is no failure."""
 
     should_exit: bool
+    announcement = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self.announcement, end="", flush=True)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.force_exit, self.should_exit = bool(self.should_exit), True
@@ -70,11 +75,11 @@ def serve(config: ServeConfig, open_live: Callable[[ServeConfig, Decider], LiveP
         access = access_of(config, listener.getsockname()[1])
         live = None if open_live is None else open_live(config, decider)
         server = server_of(create_app(Service(decider, live, config.nested), access))
-        print(f"serving http://{_shown(config.host)}:{access.port}", flush=True)
+        server.announcement = f"serving http://{_shown(config.host)}:{access.port}\n"
         server.run([listener])
 
 
-def server_of(app: Guard) -> uvicorn.Server:
+def server_of(app: Guard) -> _Server:
     """A server that keeps to its limits; ``run`` it with a socket that listens."""
     return _Server(
         uvicorn.Config(
