@@ -128,7 +128,7 @@ def test_a_stop_lets_a_request_under_way_end(study):
                 got += chunk
         assert b"[DONE]" in got
         start = time.monotonic()
-        assert server.wait(timeout=10) == 0 and time.monotonic() - start < 5
+        assert server.wait(timeout=20) == 0 and time.monotonic() - start < 15  # 5 s on a machine of its own
         assert "Traceback" not in server.stderr.read()
 
 
