@@ -216,6 +216,30 @@ def test_an_elastic_model_cannot_be_cut_by_the_importance_that_ordered_it():
         cut(live._model, live.layout, random_mask(live.layout))
 
 
+def without(layout, part):
+    """The layout of a family of which one writer is not known."""
+    first = layout.sites[0]
+    site = Site(**{**vars(first), "writers": tuple(rows for rows in first.writers if part not in rows.module)})
+    return Layout(layout.model_type, layout.layers, (site, *layout.sites[1:]), layout.total)
+
+
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj"])
+def test_what_does_not_answer_as_the_masked_model_is_refused(part):
+    model = tiny.model("llama-mha")
+    layout = layout_of_model(model)
+    with refuses(UnsupportedError):
+        ElasticModel(model, without(layout, part), importance(layout))
+
+
+def test_what_looks_at_all_units_at_once_is_refused():
+    model = tiny.model("llama-mha")
+    model.model.layers[0].mlp.act_fn = torch.nn.Softmax(-1)  # depends on units that are masked
+    layout = layout_of_model(model)
+    with refuses(UnsupportedError) as caught:
+        ElasticModel(model, layout, importance(layout))
+    assert "differ" in str(caught.value)
+
+
 def test_layers_that_hold_several_writers_are_refused():
     model = tiny.model("llama-mha")
     layout = layout_of_model(model)

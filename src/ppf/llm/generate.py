@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from ppf.llm.elastic import Carried, ElasticModel, View
+from ppf.llm.elastic import Carried, ElasticModel
+from ppf.llm.prefix import View
 
 _CONTEXT = 8
 """Tokens before the first new one that decoding looks at, so that spaces and parts of characters come out right."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache
 
-from ppf.llm.elastic import ElasticModel, View
+from ppf.llm.elastic import ElasticModel
+from ppf.llm.prefix import View
 
 _PROMPT = 16
 _STEPS = 4

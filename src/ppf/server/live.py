@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ppf.config import Target
 from ppf.decide import Decider, Decision
-from ppf.llm.elastic import ElasticModel, View
+from ppf.llm.elastic import ElasticModel
 from ppf.llm.generate import Piece, Sampling, generate
 from ppf.llm.perplexity import is_memory
+from ppf.llm.prefix import View
 from ppf.llm.timing import step_seconds
 from ppf.server.answers import largest_ratio
 from ppf.server.controller import Costs, Load
