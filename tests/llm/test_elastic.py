@@ -12,7 +12,7 @@ from ppf.llm.architectures import layout_of_model
 from ppf.llm.elastic import ElasticModel
 from ppf.llm.surgery import cut
 from ppf.space.allocation import Allocation
-from ppf.space.layout import Layout, Rows, Site
+from ppf.space.layout import Layout, Site
 from ppf.space.mask import select
 
 IDS = tiny.blocks(2, 14)
@@ -238,13 +238,3 @@ def test_what_looks_at_all_units_at_once_is_refused():
     with refuses(UnsupportedError) as caught:
         ElasticModel(model, layout, importance(layout))
     assert "differ" in str(caught.value)
-
-
-def test_layers_that_hold_several_writers_are_refused():
-    model = tiny.model("llama-mha")
-    layout = layout_of_model(model)
-    first = layout.sites[0]
-    name = first.writers[0].module
-    fused = Site(**{**vars(first), "writers": (Rows(name, 0, 4), Rows(name, 16, 4))})
-    with refuses(UnsupportedError):
-        ElasticModel(model, Layout(layout.model_type, layout.layers, (fused, *layout.sites[1:]), layout.total), importance(layout))

@@ -1,8 +1,9 @@
 """The elastic model: one dense copy in memory that runs at any allocation, each request at its own, without copying a weight.
 
 The units of every site are put in order of importance once, which changes nothing of what the model computes. From then on
-every allocation is a prefix, so a model of another size is another set of views of the same tensors (prefix.py). A linear layer reads which views it shall use from a slot of its thread. Nothing that threads share is ever changed by a
-request, so requests of different ratios run side by side.
+every allocation is a prefix, so a model of another size is another set of views of the same tensors (prefix.py). A linear
+layer reads which views it shall use from a slot of its thread. Nothing that threads share is ever changed by a request, so
+requests of different ratios run side by side.
 """
 
 from collections.abc import Callable, Iterator
