@@ -193,6 +193,12 @@ async def asked(port: int, connections: int, seconds: float, seed: int) -> dict:
     return {"requests_per_second": round(len(times) / spent, 1), "errors": wrong, "milliseconds": summary(times)}
 
 
+def processor_ms(pid: int) -> float:
+    """Milliseconds of processor that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return 1e3 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def api(study: str, seed: int, seconds: float) -> dict:
     """The policy route of a server process, and of the decider inside it."""
     decider, rng = Decider(study), np.random.default_rng(seed)
@@ -206,7 +212,10 @@ def api(study: str, seed: int, seconds: float) -> dict:
             port = int(server.stdout.readline().rsplit(":", 1)[1])
             result["ready_seconds"] = round(time.perf_counter() - start, 2)
             for connections in (1, 8, 64):
-                result[f"{connections} connections"] = asyncio.run(asked(port, connections, seconds, seed))
+                before = processor_ms(server.pid)
+                found = asyncio.run(asked(port, connections, seconds, seed))
+                spent = (processor_ms(server.pid) - before) / (found["requests_per_second"] * seconds)
+                result[f"{connections} connections"] = {**found, "server_processor_ms": round(spent, 3)}
             stop = time.perf_counter()
             server.terminate()
             server.wait(timeout=30)

@@ -62,6 +62,11 @@ def test_what_cannot_be_decided_is_refused_in_one_line(decisions, query):
     assert record["error"]["type"] == "invalid_request_error"
 
 
+def test_a_field_that_comes_twice_is_refused(decisions):
+    status, _, body = request(decisions, "GET", "/api/policy?ratio=0.3&ratio=0.4")
+    assert status == 400 and "twice" in strict(body)["error"]["message"]
+
+
 def test_without_a_model_it_says_so(decisions):
     assert get(decisions, "/api/state") == (200, {"live": False})
     assert get(decisions, "/v1/models") == (200, {"object": "list", "data": []})
