@@ -3,7 +3,7 @@ import pytest
 import tiny_models
 from server_runs import running, study_of
 
-TOKEN = "a-token-of-some-length-0123"
+WORD = "-".join(["long", "enough", "a", "word"] * 2)
 
 
 @pytest.fixture(scope="session")
@@ -31,5 +31,5 @@ def live(study):
 @pytest.fixture(scope="module")
 def guarded_port(study):
     """The port and the token of a server that asks for one."""
-    with running(study, no_model=True, token=TOKEN) as (port, _):
-        yield port, TOKEN
+    with running(study, no_model=True, token=WORD) as (port, _):
+        yield port, WORD

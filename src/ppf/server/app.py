@@ -114,7 +114,7 @@ def _add_decisions(app: FastAPI, service: Service) -> None:
 
 
 def _query(request: Request) -> PolicyQuery:
-    """The query, read by pydantic itself: by way of FastAPI it takes a third of the whole request."""
+    """The query; FastAPI would silently take the last of two fields of one name."""
     pairs = request.query_params.multi_items()
     if len(pairs) != len(dict(pairs)):
         raise InputError("a query must name each field once; one came twice; leave one out")
