@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import asyncio
+import json
 import subprocess
 import sys
 import time
@@ -199,29 +200,61 @@ def processor_ms(pid: int) -> float:
     return 1e3 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+async def beside_generation(port: int, connections: int, seconds: float, seed: int) -> dict:
+    """``asked`` while two requests generate without a pause."""
+    made = 0
+
+    async def generate() -> None:
+        nonlocal made
+        body = json.dumps({"model": "ref-a", "prompt": "The", "max_tokens": 200, "stream": True, "stop": "never"}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+        while True:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            try:
+                while line := await reader.readline():
+                    made += line.startswith(b"data: {")
+            finally:
+                writer.close()
+
+    generating = [asyncio.create_task(generate()) for _ in range(2)]
+    await asyncio.sleep(1)
+    result = await asked(port, connections, seconds, seed)
+    for task in generating:
+        task.cancel()
+    await asyncio.gather(*generating, return_exceptions=True)
+    return {**result, "tokens_per_second": round(made / (seconds + 1), 1)}
+
+
 def api(study: str, seed: int, seconds: float) -> dict:
-    """The policy route of a server process, and of the decider inside it."""
+    """The policy route of a server process, without a model and beside one that generates; and the decider itself."""
     decider, rng = Decider(study), np.random.default_rng(seed)
     ratios = rng.uniform(0.02, 0.6, 2000)
     result: dict = {"decision_ms": summary([decider.decide(Target(ratio=float(ratio))).milliseconds for ratio in ratios])}
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "ppf", "serve", study, "--port", "0", "--no-model"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            port = int(server.stdout.readline().rsplit(":", 1)[1])
-            result["ready_seconds"] = round(time.perf_counter() - start, 2)
-            for connections in (1, 8, 64):
-                before = processor_ms(server.pid)
-                found = asyncio.run(asked(port, connections, seconds, seed))
-                spent = (processor_ms(server.pid) - before) / (found["requests_per_second"] * seconds)
-                result[f"{connections} connections"] = {**found, "server_processor_ms": round(spent, 3)}
-            stop = time.perf_counter()
-            server.terminate()
-            server.wait(timeout=30)
-            result["stop_seconds"] = round(time.perf_counter() - stop, 2)
-        finally:
-            server.kill()
+    for name, options, runs in (
+        ("decisions alone", ["--no-model"], [(asked, 1), (asked, 8), (asked, 64)]),
+        ("with a model", [], [(asked, 8), (beside_generation, 8)]),
+    ):
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "ppf", "serve", study, "--port", "0", *options]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            try:
+                assert server.stdout is not None
+                port = int(server.stdout.readline().rsplit(":", 1)[1])
+                found: dict = {"ready_seconds": round(time.perf_counter() - start, 2)}
+                for what, connections in runs:
+                    before = processor_ms(server.pid)
+                    times = asyncio.run(what(port, connections, seconds, seed))
+                    spent = (processor_ms(server.pid) - before) / (times["requests_per_second"] * seconds)
+                    label = f"{connections} connections" + ("" if what is asked else ", two requests generating")
+                    found[label] = times if what is beside_generation else {**times, "server_processor_ms": round(spent, 3)}
+                stop = time.perf_counter()
+                server.terminate()
+                server.wait(timeout=30)
+                found["stop_seconds"] = round(time.perf_counter() - stop, 2)
+            finally:
+                server.kill()
+        result[name] = found
     return result
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import mimetypes
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,11 @@ class LivePart(Protocol):
     @property
     def costs(self) -> Costs:
         """What ratios cost on an idle machine."""
+        ...
+
+    @property
+    def max_body(self) -> int:
+        """Bytes that a prompt as long as the model's context may take."""
         ...
 
     def add_routes(self, app: FastAPI) -> None:
@@ -89,7 +94,8 @@ def create_app(service: Service, access: Access) -> Guard:
             service.live.close()
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
-    guard = Guard(app, access)
+    most = access.max_body if service.live is None else max(access.max_body, service.live.max_body)
+    guard = Guard(app, replace(access, max_body=most))
     _add_errors(app)
     _add_decisions(app, service)
     _add_state(app, service, guard.counts)

@@ -50,6 +50,7 @@ class Job:
         switches: Where the size changed: at which new token, to which ratio, and what became of the KV cache.
         cached: Tokens in its KV cache.
         view: At which the cache is.
+        asked: When it came, by the monotonic clock.
         cancelled: Nobody waits for it any more.
     """
 
@@ -59,6 +60,7 @@ class Job:
     switches: list[dict[str, Any]] = field(default_factory=list)
     cached: int = 0
     view: View | None = None
+    asked: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -189,7 +191,7 @@ class Live:
                 if piece.view is not job.view:
                     alone = self._note_view(job, piece)
                 if piece.carried is None:
-                    self.meter.note_first(time.monotonic() - start)
+                    self.meter.note_first(time.monotonic() - job.asked)
                 elif piece.carried != "rebuild":
                     self.meter.note_step(piece.seconds, piece.seconds / alone)
                 job.cached = len(job.prompt) + piece.tokens - 1
