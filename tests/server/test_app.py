@@ -11,6 +11,8 @@ from http_client import request, strict
 from ppf.config import Target
 from ppf.decide import Decider
 from ppf.server import answers
+from ppf.server.app import Service, create_app
+from ppf.server.guard import Access
 from server_runs import running
 
 
@@ -123,6 +125,14 @@ def test_the_live_ratio_is_set_and_told(live):
         assert get(port, "/api/state")[1]["ratio"] == 0.4
     finally:
         served.set_ratio(0.0)
+
+
+def test_a_long_context_takes_long_prompts(live, study, monkeypatch):
+    _, served = live
+    access = Access(frozenset({"localhost"}), 80)
+    assert create_app(Service(Decider(study), served), access).access == access
+    monkeypatch.setattr(served.live, "context", 100_000)
+    assert create_app(Service(Decider(study), served), access).access.max_body == 1_600_000
 
 
 def test_metrics_are_told(live):

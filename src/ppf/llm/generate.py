@@ -94,9 +94,7 @@ def generate(
         tokens.append(token)
         new, stopped = ("", True) if token in ends else text.add(token)
         finish = "stop" if stopped else "length" if count == sampling.max_tokens else None
-        if finish and not (stopped and token not in ends):
-            new += text.rest()
-        yield Piece(new, count, seconds, view, carried, finish)
+        yield Piece(new + text.rest() if finish else new, count, seconds, view, carried, finish)
         if finish:
             return
 
