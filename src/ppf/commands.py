@@ -14,6 +14,7 @@ from ppf.config import (
     PolicyConfig,
     PruneConfig,
     RecoverConfig,
+    ServeConfig,
 )
 from ppf.errors import InputError
 from ppf.printing import (
@@ -178,6 +179,22 @@ def _bench(config: BenchConfig) -> None:
     print(f"written to {config.out}")
 
 
+def _serve(config: ServeConfig) -> None:
+    try:
+        from ppf.server.run import serve
+    except ModuleNotFoundError as error:
+        from ppf.errors import ResourceError
+
+        raise ResourceError(f"serving needs {error.name}; it is not installed; pip install 'ppf[serve]'") from error
+    serve(config, None if config.no_model else _open_served)
+
+
+def _open_served(config: ServeConfig, decider: Any) -> Any:
+    from ppf.server.served import open_served
+
+    return open_served(config, decider)
+
+
 def _demo(config: DemoConfig) -> None:
     from ppf.progress import Progress
     from ppf.recipes.demo import demo
@@ -219,6 +236,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "export": (ExportConfig, _export),
     "eval": (EvalConfig, _eval),
     "bench": (BenchConfig, _bench),
+    "serve": (ServeConfig, _serve),
     "demo": (DemoConfig, _demo),
     "models": (ModelsConfig, _models),
 }
