@@ -35,7 +35,7 @@ class RecoverConfig:
     lr: Annotated[float | None, arg(metavar="RATE")] = None
     """The highest learning rate; by default by the width of the model."""
     batch: Annotated[int | None, arg(metavar="N")] = None
-    """Tokens a step; by default so many that there are 200 steps, 16,384 at most."""
+    """Tokens a step; by default so many that there are about 200 steps, 16,384 at most."""
     seq_len: Annotated[int | None, arg(metavar="N")] = None
     """Tokens a block; by default half of the model's context, 2048 at most."""
     test_tokens: int = 32_768
