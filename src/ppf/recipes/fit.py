@@ -28,7 +28,7 @@ from ppf.learn.train_nested import NEST_STEPS, nest
 from ppf.llm.collect import Wanted, probes, spread, stratified_ratios
 from ppf.llm.load import LoadedModel
 from ppf.progress import Progress
-from ppf.recipes.lab import Lab, check_study_place, choose_device, leave_no_beginning, load_for
+from ppf.recipes.lab import Lab, check_engine, check_study_place, choose_device, leave_no_beginning, load_for
 from ppf.samples import Sample, kept_matrix
 from ppf.space.allocation import allocate
 from ppf.space.budget import Budget
@@ -58,9 +58,11 @@ def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None
     Raises:
         InputError: Too few samples for this model, or a folder that holds something else.
         InUseError: Another process is fitting this study.
+        ResourceError: Ray is asked for and not installed.
     """
     folder = Path(config.study)
     check_study_place(folder)
+    check_engine(config, loaded)
     loaded = loaded or load_for(config.model, progress)
     levels = _levels(loaded.layout, config.samples)
     choose_device(config.device)

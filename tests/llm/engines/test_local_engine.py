@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import ppf
 import tiny_models as tiny
 from builders import full_disk, layout, random_mask, refuses
 from ppf.errors import ResourceError
-from ppf.llm import engines
 from ppf.llm.architectures import layout_of_model
-from ppf.llm.engines import InProcessEngine, LocalEngine
+from ppf.llm.engines.bench import InProcessEngine
+from ppf.llm.engines.local import LocalEngine
 from ppf.llm.export import export
 from ppf.llm.load import convert, load_model
 from ppf.llm.surgery import cut
 from ppf.llm.text import Text
-from ppf.samples import Measurement
 
 LAYOUT = layout(layers=1, ffn=40)
 BLOCKS = tiny.blocks(6, 12)
@@ -295,11 +295,11 @@ def test_a_real_worker_without_a_model_says_so(tmp_path):
 PARENT = """
 import sys
 from pathlib import Path
-from ppf.llm.engines import LocalEngine
+from ppf.llm.engines.local import LocalEngine
 from ppf.llm.load import load_model
 folder, text = map(Path, sys.argv[1:])
 engine = LocalEngine(folder, text, load_model(str(folder)).layout, "float32", 2, 4096)
-print(*(worker._process.pid for worker in engine._workers), flush=True)
+print(*(worker._process.pid for worker in engine.workers), flush=True)
 sys.stdin.read()
 """
 
@@ -307,7 +307,7 @@ sys.stdin.read()
 @pytest.mark.slow
 def test_workers_end_when_their_parent_dies(tmp_path):
     folder, text, _ = real(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(Path(engines.__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(ppf.__file__).parents[1])}
     command = [sys.executable, "-c", PARENT, str(folder), str(text)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         workers = [int(pid) for pid in parent.stdout.readline().split()]
@@ -317,13 +317,3 @@ def test_workers_end_when_their_parent_dies(tmp_path):
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, workers))
-
-
-@pytest.mark.parametrize("log_ppl", [2.5, 1e-300, math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("reason", ["", 'why: "x"\nü'])
-def test_answers_are_single_lines_of_strict_json(log_ppl, reason):
-    line = engines._to_line(Measurement(log_ppl, 0.1, 4096, 1 / 3, reason))
-    assert "\n" not in line and "NaN" not in line and "Infinity" not in line
-    again = engines._from_line(line.encode() + b"\n")
-    assert (again.kl, again.tokens, again.seconds, again.reason) == (0.1, 4096, 1 / 3, reason)
-    assert again.log_ppl == log_ppl if math.isfinite(log_ppl) else math.isnan(again.log_ppl)
