@@ -1,5 +1,6 @@
 """Checks that the configs share: what must hold, what came, what to do. And the names to choose among."""
 
+import re
 from typing import Any, Literal, get_args
 
 from ppf.errors import InputError
@@ -27,6 +28,11 @@ def check_choice(flag: str, value: str, choices: Any) -> None:
 def check_share(flag: str, value: float | None) -> None:
     if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1):
         raise InputError(f"{flag} must be a number in [0, 1]; {value!r} came; give one")
+
+
+def check_address(flag: str, value: str | None) -> None:
+    if value is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):\d{1,5}", str(value)):
+        raise InputError(f"{flag} must be HOST:PORT; {value!r} came; ray status prints it")
 
 
 def check_words(**values: str | None) -> None:

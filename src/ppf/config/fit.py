@@ -6,7 +6,17 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ppf.config.checks import DtypeName, EngineName, PredictorName, ScoreName, check_choice, check_count, check_share, check_words
+from ppf.config.checks import (
+    DtypeName,
+    EngineName,
+    PredictorName,
+    ScoreName,
+    check_address,
+    check_choice,
+    check_count,
+    check_share,
+    check_words,
+)  # fmt: skip
 from ppf.errors import InputError
 
 
@@ -72,7 +82,7 @@ class FitConfig:
         check_choice("--dtype", self.dtype, DtypeName)
         check_choice("--engine", self.engine, EngineName)
         check_words(model=self.model, study=self.study, text=self.text, test_text=self.test_text, device=self.device)
-        check_words(ray_address=self.ray_address)
+        check_address("--ray-address", self.ray_address)
         check_share("--gpus-per-worker", self.gpus_per_worker)
         for flag, value in (("--ray-address", self.ray_address), ("--gpus-per-worker", self.gpus_per_worker)):
             if value is not None and self.engine != "ray":

@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -189,6 +190,7 @@ def import_ray(address: str | None) -> Any:
         InputError: A cluster of our own would let everyone in.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
@@ -221,7 +223,11 @@ def room(nodes: Sequence[dict[str, Any]], gpus: float) -> int:
 def _connect(ray: Any, cluster: Cluster) -> None:
     given = {"address": cluster.address} if cluster.address else {**_OWN, "num_cpus": cluster.workers}
     try:
+        if cluster.address:  # Ray itself tries for ten minutes
+            host, _, port = cluster.address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
         ray.init(**given, log_to_driver=False, configure_logging=False, namespace="ppf")
-    except (RuntimeError, ValueError, OSError, TimeoutError, ray.exceptions.RayError) as error:
+    except (RuntimeError, ValueError, OSError, OverflowError, ray.exceptions.RayError) as error:
         where = f"a Ray cluster must answer at {cluster.address}" if cluster.address else "Ray must start on this machine"
         raise ResourceError(f"{where}; {first_line(error)}; see whether it runs") from error
