@@ -38,8 +38,7 @@ def engine(nodes, real):
     """Two workers with a small model."""
     folder, text, of = real
     digest = load_model(str(folder)).digest
-    with closing(RayEngine(str(folder), digest, text, of, "float32", 4096, Cluster(nodes.address, None, 0.0))) as engine:
-        assert len(engine.workers) == 2
+    with closing(RayEngine(str(folder), digest, text, of, "float32", 4096, Cluster(nodes.address, 2, 0.0))) as engine:
         yield engine
 
 
@@ -165,8 +164,8 @@ def test_a_fit_whose_driver_is_killed_goes_on_and_equals_a_local_one(nodes, tmp_
 
 
 def processes(word):
-    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
-    return {line.split()[0] for line in found if word in line}
+    found = subprocess.run(["ps", "-eo", "pid=,comm="], capture_output=True, text=True).stdout.splitlines()
+    return {line.split()[0] for line in found if line.endswith(word)}
 
 
 ASK = """
@@ -185,7 +184,7 @@ def test_a_ray_of_our_own_asks_for_a_token_prints_where_it_is_and_ends_with_ctrl
         lines = []
         while not lines or not lines[-1].startswith("Ray at "):
             lines.append(driver.stderr.readline())
-        address = lines[-1].split()[2].rstrip(",")
+        address = lines[-1].split()[2].rstrip(",:")
         stranger = {**os.environ, "RAY_AUTH_MODE": "disabled"}
         asked = subprocess.run([sys.executable, "-c", ASK, address], capture_output=True, text=True, env=stranger)
         driver.send_signal(signal.SIGINT)

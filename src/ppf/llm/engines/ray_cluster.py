@@ -84,7 +84,8 @@ class RayEngine(Pool["_Actor"]):
             if not room(self._ray.nodes(), cluster.gpus):
                 needed = f"one CPU and {cluster.gpus:g} GPU" if cluster.gpus else "one CPU"
                 raise ResourceError(f"the Ray cluster must have {needed} for a worker; no node has; add one")
-            self.where = f"Ray at {self._ray.get_runtime_context().gcs_address}, {count} workers"
+            own = "" if cluster.address else ": on this machine for this fit, its ports open to who holds its token"
+            self.where = f"Ray at {self._ray.get_runtime_context().gcs_address}{own}, workers: {count}"
             kept = self._ray.put(text.read_bytes())
             options = {"num_cpus": 1, "num_gpus": cluster.gpus, "scheduling_strategy": "SPREAD", "max_restarts": 0}
             made = self._ray.remote(Measurer).options(runtime_env={"env_vars": ENVIRONMENT}, **options)
@@ -190,7 +191,6 @@ def import_ray(address: str | None) -> Any:
         InputError: A cluster of our own would let everyone in.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
