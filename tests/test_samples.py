@@ -328,6 +328,31 @@ def test_a_database_of_another_program_is_refused(tmp_path):
         store.all()
 
 
+def test_two_writers_at_once_lose_nothing_and_refuse_nothing(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}
+    with opened(tmp_path / "s", write=True):
+        pass
+    starts, done = (0, 10**6), []
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path / "s"), str(start)], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for start in starts
+    ]
+    for writer in writers:
+        done += [writer.stdout.readline().strip() for _ in range(500)]
+    for writer in writers:
+        assert writer.poll() is None
+        writer.kill()
+        done += [line.strip() for line in writer.stdout.readlines() if line.endswith("\n")]
+        writer.wait()
+        writer.stdout.close()
+    with opened(tmp_path / "s") as store:
+        found = [one.digest for one in store.all()]
+        assert store.damaged == 0 and len(found) == len(set(found)) and set(done) <= set(found)
+        assert len(done) >= 1000 and len(found) <= len(done) + 2
+
+
 def test_killing_the_writer_loses_nothing_that_it_acknowledged(tmp_path):
     path, done = tmp_path / "s", []
     environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}

@@ -22,10 +22,11 @@ from ppf.config import FitConfig
 from ppf.errors import DamagedError, InputError, InUseError
 from ppf.learn.agent import Agent
 from ppf.llm.text import Text
+from ppf.lock import locked
 from ppf.progress import Progress
 from ppf.recipes import fit as recipe
 from ppf.recipes.fit import HELDOUT_RATIOS
-from ppf.study import StudyFolder, locked
+from ppf.study import StudyFolder
 
 
 def again(study, **changes):
@@ -198,6 +199,35 @@ def test_a_study_of_another_model_is_refused(fitted):
 def test_a_study_in_use_is_refused(fitted):
     with locked(fitted.folder), refuses(InUseError):
         again(fitted)
+
+
+def test_readers_are_answered_while_another_process_writes(fitted, tmp_path):
+    shutil.copytree(fitted.folder, tmp_path / "copy")
+    code = f"""
+import sys
+from pathlib import Path
+from ppf.lock import locked
+from ppf.study import StudyFolder
+with locked(Path({str(tmp_path / "copy")!r})):
+    store = StudyFolder({str(tmp_path / "copy")!r}).store(write=True)
+    samples = store.all()
+    print("ready", flush=True)
+    while True:
+        for sample in samples:
+            store.add(sample)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "ready\n"
+        try:
+            study = ppf.Study(tmp_path / "copy")
+            for ratio in (0.2, 0.4):
+                assert study.policy(ratio=ratio).ratio == fitted.policy(ratio=ratio).ratio
+            assert set(measured(study.folder)) == set(measured(fitted.folder)) and study.report == fitted.report
+            with refuses(InUseError) as caught:
+                again(study, predictor="cnn")
+            assert f"process {writer.pid} " in str(caught.value) and writer.poll() is None
+        finally:
+            writer.kill()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

@@ -34,6 +34,7 @@ from ppf.learn.objective import Objective, predicted
 from ppf.llm.load import LoadedModel
 from ppf.llm.scores import score_units
 from ppf.llm.statistics import layer_statistics
+from ppf.lock import locked
 from ppf.progress import Progress
 from ppf.recipes.fit import additive_agent
 from ppf.recipes.lab import Lab, load_for, settings_of
@@ -45,7 +46,7 @@ from ppf.space.importance import Importance
 from ppf.space.mask import Mask, select
 from ppf.space.policy import Policy
 from ppf.space.statistics import Statistics
-from ppf.study import StudyFolder, locked
+from ppf.study import StudyFolder
 
 OWN_ORDER = {"wanda_sp": ("wanda_sp", "uniform"), "flap_own_order": ("flap", "flap")}
 """Methods that bring their importance: (score, heuristic)."""

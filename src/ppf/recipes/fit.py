@@ -27,6 +27,7 @@ from ppf.learn.train_agent import AgentConfig, train_agent
 from ppf.learn.train_nested import NEST_STEPS, nest
 from ppf.llm.collect import Wanted, probes, spread, stratified_ratios
 from ppf.llm.load import LoadedModel
+from ppf.lock import locked
 from ppf.progress import Progress
 from ppf.recipes.lab import Lab, check_engine, check_study_place, choose_device, leave_no_beginning, load_for
 from ppf.samples import Sample, kept_matrix
@@ -34,7 +35,7 @@ from ppf.space.allocation import allocate
 from ppf.space.budget import Budget
 from ppf.space.layout import Layout
 from ppf.space.policy import Policy
-from ppf.study import StudyFolder, locked
+from ppf.study import StudyFolder
 
 HELDOUT_RATIOS = (0.2, 0.3, 0.4, 0.5)
 LOW_RATIO = 0.02
@@ -67,7 +68,9 @@ def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None
     levels = _levels(loaded.layout, config.samples)
     choose_device(config.device)
     made = not folder.exists()
-    with locked(folder):
+    with locked(folder) as dead:
+        if dead:
+            progress.say(f"{dead} ended before its fit did; this one goes on")
         try:
             with Lab(loaded, config, progress) as lab:
                 return _fit_all(lab, levels)

@@ -24,6 +24,7 @@ from ppf.llm.gguf import Written, write_gguf
 from ppf.llm.load import LoadedModel, convert
 from ppf.llm.perplexity import Evaluation, evaluate
 from ppf.llm.text import Text
+from ppf.lock import locked
 from ppf.progress import Progress
 from ppf.recipes.compensate import added_params, compensated, with_room
 from ppf.recipes.fit import incumbents, refit
@@ -32,7 +33,6 @@ from ppf.samples import kept_matrix
 from ppf.space.allocation import Allocation
 from ppf.space.budget import Budget, unit_steps
 from ppf.space.mask import select
-from ppf.study import locked
 
 _REFINE_STEPS = 60
 FINALISTS = 8
