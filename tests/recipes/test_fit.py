@@ -221,7 +221,7 @@ with locked(Path({str(tmp_path / "copy")!r})):
         try:
             study = ppf.Study(tmp_path / "copy")
             for ratio in (0.2, 0.4):
-                assert study.policy(ratio=ratio).ratio == fitted.policy(ratio=ratio).ratio
+                assert study.policy(ratio=ratio).mask.digest == fitted.policy(ratio=ratio).mask.digest
             assert set(measured(study.folder)) == set(measured(fitted.folder)) and study.report == fitted.report
             with refuses(InUseError) as caught:
                 again(study, predictor="cnn")
