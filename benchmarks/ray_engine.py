@@ -47,7 +47,7 @@ def masks_of(loaded: LoadedModel, calibration: np.ndarray, count: int, seed: int
 def engines(
     loaded: LoadedModel, text: Path, masks: list[Mask], stack: contextlib.ExitStack
 ) -> dict[str, tuple[Engine, int, float]]:
-    """By name: an open engine, its workers, and the seconds until it answers."""
+    """All engines, open."""
     ray, batch = import_ray(None), tokens_per_batch(torch.device("cpu"))
     start = time.perf_counter()
     ray.init(address="local", num_cpus=sum(WORKERS), include_dashboard=False, log_to_driver=False, configure_logging=False)

@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import shutil
@@ -335,10 +336,8 @@ def test_two_writers_at_once_lose_nothing_and_refuse_nothing(tmp_path):
     commands = [[sys.executable, "-c", WRITER, str(tmp_path / "s"), str(start)] for start in (0, 10**6)]
     done = []
     with ExitStack() as stack:
-        writers = [
-            stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
-            for command in commands
-        ]
+        opening = (subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for command in commands)
+        writers = [stack.enter_context(process) for process in opening]
         for writer in writers:
             stack.callback(writer.kill)
         for writer in writers:
@@ -351,6 +350,17 @@ def test_two_writers_at_once_lose_nothing_and_refuse_nothing(tmp_path):
         found = [one.digest for one in store.all()]
     assert {line[-7] for line in done} == {"0", "1"} and len(done) >= 300
     assert store.damaged == 0 and len(found) == len(set(found)) <= len(done) + 2 and set(done) <= set(found)
+
+
+def test_a_hundred_kills_of_two_writers_lose_nothing_that_was_acknowledged(tmp_path):
+    command = [sys.executable, str(Path(__file__).parent / "killing.py"), str(tmp_path / "s"), "100"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["killed"] == 200 and found["acknowledged"] > 200
+    assert (found["lost"], found["twice"], found["damaged"], found["integrity"]) == (0, 0, 0, "ok")
+    assert found["stored"] <= found["acknowledged"] + found["killed"]  # at most one each that was written and not yet told
 
 
 def test_killing_the_writer_loses_nothing_that_it_acknowledged(tmp_path):
