@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ppf.artifact import read_json, write_json
+from ppf.artifact import read_json, remove_unfinished, write_json
 from ppf.config import FitConfig
 from ppf.errors import InputError
 from ppf.learn.agent import Agent
@@ -71,6 +71,7 @@ def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None
     with locked(folder) as dead:
         if dead:
             progress.say(f"{dead} ended before its fit did; this one goes on")
+        remove_unfinished(folder)
         try:
             with Lab(loaded, config, progress) as lab:
                 return _fit_all(lab, levels)
