@@ -98,6 +98,7 @@ def test_an_error_at_any_call_is_said_and_leaves_the_old_or_the_new(place, error
             assert found == ("new", "new"), (call, number)
         else:
             failed += 1
-            assert "Traceback" not in done.stderr and os.strerror(getattr(errno, error)) in done.stderr, (call, number)
+            is_mute = lasting and call == "write"  # it cannot complain either
+            assert is_mute or (os.strerror(getattr(errno, error)) in done.stderr and "Traceback" not in done.stderr), (call, number)
             assert found in {("old", "old"), ("new", "old"), ("new", "new")}, (call, number)
     assert failed > 8
