@@ -47,7 +47,7 @@ def tiny_model(seed: int) -> LoadedModel:
 def config_of(study: Path, text: Path, seed: int) -> FitConfig:
     """As cheap a fit as there can be."""
     return FitConfig(
-        "", str(study), text=str(text), samples=40, rounds=1, score="magnitude", predictor="additive", seq_len=32, device="cpu",
+        "", str(study), text=str(text), samples=120, rounds=1, score="magnitude", predictor="additive", seq_len=32, device="cpu",
         calibration_tokens=64, search_tokens=512, validation_tokens=0, test_tokens=64, seed=seed,
     )  # fmt: skip
 
@@ -87,16 +87,17 @@ def killed_fits(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     fit(config_of(folder / "whole", text, seed), Progress(quiet=True), loaded)
     length, whole = time.perf_counter() - begin, figures(folder / "whole")
     count: dict[str, Any] = dict.fromkeys(("kills", "acknowledged", "lost", "altered", "measured_twice", "finished", "unlike"), 0)
-    study, acknowledged = folder / "study 0", set[str]()
+    study, acknowledged, reach = folder / "study 0", set[str](), length / 4
     while count["kills"] < kills:
         heard, told = os.pipe()
         pid = start(lambda study=study: fit(config_of(study, text, seed), Progress(quiet=True), loaded), told)
         os.close(told)
-        time.sleep(rng.uniform(0, length / 4))
+        time.sleep(rng.uniform(0, reach))
         os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
         with os.fdopen(heard) as file:
             lines = [line.strip() for line in file if line.endswith("\n")]
+        reach = length / 4 if lines else min(2 * reach, 2 * length)  # until it gets beyond where it was killed
         count["measured_twice"] += len(acknowledged & set(lines))
         acknowledged |= set(lines)
         found = figures(study)
