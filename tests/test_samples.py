@@ -363,6 +363,24 @@ def test_a_hundred_kills_of_two_writers_lose_nothing_that_was_acknowledged(tmp_p
     assert found["stored"] <= found["acknowledged"] + found["killed"]  # at most one each that was written and not yet told
 
 
+def test_a_full_disk_loses_nothing_and_the_store_goes_on_when_there_is_room(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
+    done = []
+    for code in (limit + WRITER, limit + WRITER, WRITER):
+        command = [sys.executable, "-c", code, str(tmp_path / "s"), str(len(done))]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as writer:
+            lines = writer.stdout.readlines() if code != WRITER else [writer.stdout.readline() for _ in range(9)]
+            writer.kill()
+            errors = writer.stderr.read()
+        done += [line.strip() for line in lines]
+        if code != WRITER:
+            assert "ResourceError" in errors and len(done) > 50
+            with opened(tmp_path / "s") as store:
+                assert [one.digest for one in store.all()] == done and store.damaged == 0
+    assert len(set(done)) == len(done)
+
+
 def test_killing_the_writer_loses_nothing_that_it_acknowledged(tmp_path):
     path, done = tmp_path / "s", []
     environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}

@@ -163,6 +163,22 @@ def atomic_folder(path: Path, force: bool = False, marker: str = MARKER) -> Iter
         os.close(handle)
 
 
+def check_room(path: Path, needed: int) -> None:
+    """Refuses a disk that is too small, before anything is written.
+
+    Args:
+        path: What will be written; the folders above it need not be there yet.
+        needed: Bytes.
+
+    Raises:
+        ResourceError: Fewer are free.
+    """
+    above = next(folder for folder in Path(os.path.abspath(path)).parents if folder.exists())
+    free = shutil.disk_usage(above).free
+    if free < needed:
+        raise ResourceError(f"{path} must have room for {needed:,} bytes; {free:,} are free; free the disk or choose another place")
+
+
 def remove_unfinished(folder: Path) -> None:
     """Removes what a killed process was writing with ``write_bytes``. The caller must be the folder's one writer."""
     for path in Path(folder).glob(f".*{_UNFINISHED}????????"):

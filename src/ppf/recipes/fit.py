@@ -64,15 +64,15 @@ def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None
     folder = Path(config.study)
     check_study_place(folder)
     check_engine(config, loaded)
-    loaded = loaded or load_for(config.model, progress)
-    levels = _levels(loaded.layout, config.samples)
-    choose_device(config.device)
     made = not folder.exists()
     with locked(folder) as dead:
         if dead:
             progress.say(f"{dead} ended before its fit did; this one goes on")
         remove_unfinished(folder)
         try:
+            loaded = loaded or load_for(config.model, progress)
+            levels = _levels(loaded.layout, config.samples)
+            choose_device(config.device)
             with Lab(loaded, config, progress) as lab:
                 return _fit_all(lab, levels)
         finally:
