@@ -191,6 +191,7 @@ def import_ray(address: str | None) -> Any:
         InputError: A cluster of our own would let everyone in.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else whatever runs beside a Ray of our own goes before its workers
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
