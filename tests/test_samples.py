@@ -282,6 +282,18 @@ def test_a_flipped_bit_anywhere_never_alters_a_sample(tmp_path):
     assert set(outcomes) <= {"whole", "lost", "DamagedError"}, outcomes
 
 
+def test_a_zeroed_page_never_alters_a_sample(tmp_path):
+    samples = [sample(seed) for seed in range(120)]
+    data = stored(tmp_path, *samples).read_bytes()
+    pages = range(0, len(data), 4096)
+    outcomes = {
+        outcome(tmp_path / "zeroed", data[:page] + bytes(4096) + data[page + 4096 :], samples, write)
+        for page in pages
+        for write in (False, True)
+    }
+    assert len(pages) > 8 and outcomes <= {"whole", "lost", "DamagedError"}, outcomes
+
+
 @pytest.mark.parametrize("write", [False, True])
 @pytest.mark.parametrize(
     ("old", "new"), [(b"log_ppl", b"log\nppl"), (b"CREATE TABLE", b"CREATE\n\xffABLE"), (b"samples (", b"sampl\xff\n(("),
