@@ -16,7 +16,7 @@ import torch
 from page import label
 from ppf.config import BenchConfig
 from ppf.decide import Decider
-from ppf.llm.engines import InProcessEngine
+from ppf.llm.engines.bench import InProcessEngine
 from ppf.llm.load import LoadedModel, load_model
 from ppf.llm.text import Text, take_blocks, whole_text
 from ppf.recipes.bench import current_cells

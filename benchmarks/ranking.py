@@ -22,7 +22,7 @@ from page import label
 from ppf.decide import Decider
 from ppf.learn.fit_predictor import FITS, fit_predictor
 from ppf.learn.metrics import tau
-from ppf.llm.engines import InProcessEngine
+from ppf.llm.engines.bench import InProcessEngine
 from ppf.llm.load import load_model
 from ppf.llm.text import Text, take_blocks, whole_text
 from ppf.samples import Sample, kept_matrix

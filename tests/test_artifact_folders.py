@@ -4,6 +4,7 @@ import os
 import pytest
 
 from builders import full_disk, interrupted, names_in, refuses
+from ppf import artifact
 from ppf.artifact import atomic_folder, check_new_folder
 from ppf.errors import DamagedError, InputError, ResourceError
 
@@ -58,7 +59,8 @@ def test_nothing_changes_when_the_disk_is_full(tmp_path, monkeypatch, force):
 
 
 def failing_renames(monkeypatch, failure, *which):
-    """Makes these calls of os.rename fail, counted from 1; returns the list of calls."""
+    """Makes these calls of os.rename fail on a disk that cannot exchange folders; returns the list of calls."""
+    monkeypatch.setattr(artifact, "_exchange", lambda *_: False)
     rename, calls = os.rename, []
 
     def counted(source, target):
@@ -189,3 +191,23 @@ def test_files_behind_links_are_left_alone(tmp_path):
     with atomic_folder(tmp_path / "out") as folder:
         (folder / "link").symlink_to(tmp_path / "theirs")
     assert (tmp_path / "theirs").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_fills_is_not(tmp_path):
+    dead, theirs = tmp_path / ".out.ppf-abcdefgh", tmp_path / ".out.20261125"
+    for folder in (dead / "inner", theirs):
+        folder.mkdir(parents=True)
+    with atomic_folder(tmp_path / "out") as folder:
+        fill(folder)
+        assert not dead.exists() and theirs.exists()
+        artifact._remove_dead(tmp_path / "out")
+        assert (folder / "inner" / "a.txt").exists()
+    assert names_in(tmp_path) == [".out.20261125", "out"]
+
+
+def test_unfinished_files_of_a_folder_are_removed(tmp_path):
+    for name in (".study.json.ppf-abcdefgh", ".study.json.ppf-abc", ".hidden", "lock"):
+        (tmp_path / name).touch()
+    (tmp_path / ".folder.ppf-abcdefgh").mkdir()
+    artifact.remove_unfinished(tmp_path)
+    assert names_in(tmp_path) == [".folder.ppf-abcdefgh", ".hidden", ".study.json.ppf-abc", "lock"]

@@ -39,6 +39,8 @@ def answer(capsys, *arguments):
         ("fit ref-a --study s --samples 3", "--samples must be at least 20"),
         ("fit ref-a --study s --score best", "invalid choice 'best'"),
         ("fit ref-a --study s --max-ratio nan", "--max-ratio"),
+        ("fit ref-a --study s --ray-address a:1", "--ray-address must come with --engine ray"),
+        ("fit ref-a --study s --engine ray --gpus-per-worker 2", "--gpus-per-worker must be a number in [0, 1]"),
         ("eval ref-a --seq-len 1", "--seq-len must be at least 8"),
         ("recover", "DIR"),
         ("recover d --full --lora-rank 8", "--full must come without --lora-rank"),

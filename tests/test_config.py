@@ -196,6 +196,31 @@ def test_a_server_stays_on_this_machine_by_default_and_a_target_brings_a_control
         assert is_loopback(host) == own
 
 
+@pytest.mark.parametrize("value", ["10.0.0.1:6379", "head.example:1", "[::1]:6379"])
+def test_a_cluster_has_an_address(value):
+    assert FitConfig("ref-a", "s", engine="ray", ray_address=value).ray_address == value
+
+
+@pytest.mark.parametrize(
+    ("wish", "flag"),
+    [
+        ({"ray_address": "10.0.0.1:6379"}, "--engine ray"),
+        ({"gpus_per_worker": 0.5}, "--engine ray"),
+        ({"engine": "ray", "ray_address": "auto"}, "--ray-address"),
+        ({"engine": "ray", "ray_address": "ray://a:1"}, "--ray-address"),
+        ({"engine": "ray", "ray_address": 6379}, "--ray-address"),
+        ({"engine": "ray", "gpus_per_worker": 2.0}, "--gpus-per-worker"),
+        ({"engine": "ray", "gpus_per_worker": math.nan}, "--gpus-per-worker"),
+        ({"engine": "ray", "gpus_per_worker": True}, "--gpus-per-worker"),
+        ({"engine": "dask"}, "--engine"),
+    ],
+)
+def test_an_engine_takes_what_is_its_own(wish, flag):
+    with refuses(InputError) as caught:
+        FitConfig("ref-a", "s", **wish)
+    assert flag in str(caught.value)
+
+
 # --- one name, one thing ---
 
 

@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import shutil
@@ -5,7 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from builders import examples, layout, random_mask, refuses
+from ppf import samples
 from ppf.errors import DamagedError, InUseError, ResourceError
 from ppf.samples import Measurement, Sample, SampleStore, kept_matrix
 from ppf.space.mask import Mask
@@ -197,7 +199,8 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path):
             SampleStore(path, "c", write=True)
 
 
-def test_a_second_writer_is_refused(tmp_path):
+def test_a_writer_who_does_not_let_go_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "_PATIENCE", 0.2)
     path = stored(tmp_path, sample(1))
     with opened(path, write=True) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -279,6 +282,18 @@ def test_a_flipped_bit_anywhere_never_alters_a_sample(tmp_path):
     assert set(outcomes) <= {"whole", "lost", "DamagedError"}, outcomes
 
 
+def test_a_zeroed_page_never_alters_a_sample(tmp_path):
+    samples = [sample(seed) for seed in range(120)]
+    data = stored(tmp_path, *samples).read_bytes()
+    pages = range(0, len(data), 4096)
+    outcomes = {
+        outcome(tmp_path / "zeroed", data[:page] + bytes(4096) + data[page + 4096 :], samples, write)
+        for page in pages
+        for write in (False, True)
+    }
+    assert len(pages) > 8 and outcomes <= {"whole", "lost", "DamagedError"}, outcomes
+
+
 @pytest.mark.parametrize("write", [False, True])
 @pytest.mark.parametrize(
     ("old", "new"), [(b"log_ppl", b"log\nppl"), (b"CREATE TABLE", b"CREATE\n\xffABLE"), (b"samples (", b"sampl\xff\n(("),
@@ -326,6 +341,56 @@ def test_a_database_of_another_program_is_refused(tmp_path):
     change(tmp_path / "s", "CREATE TABLE samples (name TEXT)")
     with opened(tmp_path / "s") as store, refuses(DamagedError):
         store.all()
+
+
+def test_two_writers_at_once_lose_nothing_and_refuse_nothing(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}
+    commands = [[sys.executable, "-c", WRITER, str(tmp_path / "s"), str(start)] for start in (0, 10**6)]
+    done = []
+    with ExitStack() as stack:
+        opening = (subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for command in commands)
+        writers = [stack.enter_context(process) for process in opening]
+        for writer in writers:
+            stack.callback(writer.kill)
+        for writer in writers:
+            done += [writer.stdout.readline() for _ in range(150)]
+        for writer in writers:
+            writer.kill()
+            done += writer.stdout.readlines()
+    done = [line.strip() for line in done if line.endswith("\n")]
+    with opened(tmp_path / "s") as store:
+        found = [one.digest for one in store.all()]
+    assert {line[-7] for line in done} == {"0", "1"} and len(done) >= 300
+    assert store.damaged == 0 and len(found) == len(set(found)) <= len(done) + 2 and set(done) <= set(found)
+
+
+def test_a_hundred_kills_of_two_writers_lose_nothing_that_was_acknowledged(tmp_path):
+    command = [sys.executable, str(Path(__file__).parent / "killing.py"), str(tmp_path / "s"), "100"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["killed"] == 200 and found["acknowledged"] > 200
+    assert (found["lost"], found["twice"], found["damaged"], found["integrity"]) == (0, 0, 0, "ok")
+    assert found["stored"] <= found["acknowledged"] + found["killed"]  # at most one each that was written and not yet told
+
+
+def test_a_full_disk_loses_nothing_and_the_store_goes_on_when_there_is_room(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
+    done = []
+    for code in (limit + WRITER, limit + WRITER, WRITER):
+        command = [sys.executable, "-c", code, str(tmp_path / "s"), str(len(done))]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as writer:
+            lines = writer.stdout.readlines() if code != WRITER else [writer.stdout.readline() for _ in range(9)]
+            writer.kill()
+            errors = writer.stderr.read()
+        done += [line.strip() for line in lines]
+        if code != WRITER:
+            assert "ResourceError" in errors and len(done) > 50
+            with opened(tmp_path / "s") as store:
+                assert [one.digest for one in store.all()] == done and store.damaged == 0
+    assert len(set(done)) == len(done)
 
 
 def test_killing_the_writer_loses_nothing_that_it_acknowledged(tmp_path):

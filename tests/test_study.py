@@ -1,19 +1,14 @@
 import json
-import multiprocessing
 import os
-import signal
-import subprocess
-import sys
-import time
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
 from builders import full_disk, importance, layout, names_in, random_mask, refuses
-from ppf.errors import DamagedError, InputError, InUseError, ResourceError
+from ppf.errors import DamagedError, InputError, ResourceError
+from ppf.lock import locked
 from ppf.samples import Measurement, Sample
-from ppf.study import _FIELDS, STUDY_VERSION, StudyFolder, context_of, locked
+from ppf.study import _FIELDS, STUDY_VERSION, StudyFolder, context_of
 
 LAYOUT = layout()
 RECORD = {
@@ -26,15 +21,6 @@ RECORD = {
     "dtype": "float32",
     "note": "ü",
 }
-HOLDER = """
-import subprocess, sys, time
-from pathlib import Path
-from ppf.study import locked
-with locked(Path(sys.argv[1])):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"], stdout=subprocess.DEVNULL)
-    print(child.pid, flush=True)
-    time.sleep(30)
-"""
 
 
 def made(folder):
@@ -190,80 +176,10 @@ def test_damaged_plans_are_refused(tmp_path, text):
     assert (tmp_path / "plans.json").read_bytes() == text
 
 
-# --- its one writer ---
-
-
-def test_the_folder_is_made_and_the_lock_given_back(tmp_path):
-    for _ in range(2):
-        with locked(tmp_path / "a" / "b"):
-            assert names_in(tmp_path / "a" / "b") == ["lock"]
-    with pytest.raises(KeyError), locked(tmp_path):
-        raise KeyError
-    with locked(tmp_path):
-        pass
-
-
-def test_a_second_writer_of_this_process_is_refused(tmp_path):
-    with locked(tmp_path), refuses(InUseError), locked(tmp_path):
-        pytest.fail("two writers")
-    with locked(tmp_path):
-        pass
-
-
 def test_readers_need_no_lock(tmp_path):
     made(tmp_path)
     with locked(tmp_path):
         assert StudyFolder(tmp_path).layout == LAYOUT
-
-
-def test_a_place_that_is_no_folder_is_said(tmp_path):
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "study"):
-        with refuses(ResourceError), locked(path):
-            pytest.fail("locked a file")
-
-
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_another_process_holds_the_lock_until_it_dies(tmp_path, end):
-    environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.study"].__file__).parents[1])}
-    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
-        child = int(holder.stdout.readline())
-        with refuses(InUseError), locked(tmp_path):
-            pytest.fail("two writers")
-        holder.send_signal(end)
-        holder.wait()
-        try:
-            with locked(tmp_path):  # though a process that the holder started lives on
-                assert Path(f"/proc/{child}").exists()
-        finally:
-            os.kill(child, signal.SIGKILL)
-
-
-def count_up(folder, times):
-    """Adds to a number in a file, each time alone."""
-    for _ in range(times):
-        while True:
-            try:
-                with locked(folder):
-                    value = int((folder / "number").read_text())
-                    time.sleep(0.001)
-                    (folder / "number").write_text(str(value + 1))
-                    break
-            except InUseError:
-                time.sleep(0.001)
-
-
-def test_writers_exclude_each_other(tmp_path):
-    (tmp_path / "number").write_text("0")
-    spawned = multiprocessing.get_context("spawn")
-    writers = [spawned.Process(target=count_up, args=(tmp_path, 20)) for _ in range(2)]
-    for writer in writers:
-        writer.start()
-    count_up(tmp_path, 20)
-    for writer in writers:
-        writer.join()
-    assert (tmp_path / "number").read_text() == "60" and [writer.exitcode for writer in writers] == [0, 0]
 
 
 # --- the context ---

@@ -5,6 +5,9 @@ One artefact is one safetensors file whose header carries a JSON record
 """
 
 import contextlib
+import ctypes
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -28,6 +31,9 @@ MAX_HEADER = 16 * 2**20
 MARKER = "ppf.json"
 """What a folder must hold so that ``force`` may replace it."""
 
+_UNFINISHED = ".ppf-"
+_AT_CWD, _EXCHANGE = -100, 2
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file so that a reader sees the old bytes or the new ones, never a part.
@@ -37,7 +43,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     path, name = Path(path), ""
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}{_UNFINISHED}", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -134,7 +140,8 @@ def atomic_folder(path: Path, force: bool = False, marker: str = MARKER) -> Iter
     check_new_folder(path, force, marker)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        _remove_dead(path)
+        work, handle = _workplace(path)
     except OSError as error:
         raise ResourceError(f"{path.parent} must be a writable folder; {error.strerror}; choose another place") from error
     try:
@@ -153,6 +160,30 @@ def atomic_folder(path: Path, force: bool = False, marker: str = MARKER) -> Iter
         raise ResourceError(f"{path} must be writable; {error.strerror}; free the disk or choose another place") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        os.close(handle)
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Refuses a disk that is too small, before anything is written.
+
+    Args:
+        path: What will be written; the folders above it need not be there yet.
+        needed: Bytes.
+
+    Raises:
+        ResourceError: Fewer are free.
+    """
+    above = next(folder for folder in Path(os.path.abspath(path)).parents if folder.exists())
+    free = shutil.disk_usage(above).free
+    if free < needed:
+        raise ResourceError(f"{path} must have room for {needed:,} bytes; {free:,} are free; free the disk or choose another place")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a killed process was writing with ``write_bytes``. The caller must be the folder's one writer."""
+    for path in Path(folder).glob(f".*{_UNFINISHED}????????"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def check_new_folder(path: Path, force: bool = False, marker: str = MARKER) -> None:
@@ -198,22 +229,60 @@ def check_writable(place: Path) -> None:
         raise ResourceError(f"{place} must lie in a folder that can be written; {error.strerror}; choose another place") from error
 
 
+def _workplace(path: Path) -> tuple[Path, int]:
+    """A folder beside another to fill, and the handle that tells others, as long as it is open, that it is in use."""
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}{_UNFINISHED}", dir=path.parent))
+        handle = os.open(work, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a disk without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if work.exists():
+            return work, handle
+        os.close(handle)  # someone took it for a dead one before it was locked
+
+
+def _remove_dead(path: Path) -> None:
+    """Removes the workplaces of processes that were killed: those that nobody holds."""
+    for work in path.parent.glob(glob.escape(f".{path.name}{_UNFINISHED}") + "????????"):
+        if work.is_dir() and not work.is_symlink():
+            handle = os.open(work, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(work, ignore_errors=True)
+            except OSError:
+                pass  # it is being filled, or nobody can tell
+            finally:
+                os.close(handle)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step; False where the system or the disk cannot."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    return swap is not None and swap(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0
+
+
 def _swap_in(work: Path, path: Path, force: bool) -> None:
     if force and path.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-        try:
-            os.rename(path, old / path.name)
-            os.rename(work, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.rename(old / path.name, path)
-            raise
-        finally:
-            if path.exists():  # else the old folder could not be put back, and this is its only copy
-                shutil.rmtree(old, ignore_errors=True)
+        if not _exchange(work, path):  # else the workplace holds the old one now, and goes with it
+            _swap_in_two_steps(work, path)
     else:
         os.rename(work, path)  # fails on a folder that is not empty
     _sync(path.parent)
+
+
+def _swap_in_two_steps(work: Path, path: Path) -> None:
+    """A kill between the two leaves the old folder under another name beside it."""
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    try:
+        os.rename(path, old / path.name)
+        os.rename(work, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.rename(old / path.name, path)
+        raise
+    finally:
+        if path.exists():  # else the old folder could not be put back, and this is its only copy
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

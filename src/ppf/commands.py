@@ -44,6 +44,9 @@ def _fit(config: FitConfig) -> None:
 def _prune(config: PruneConfig) -> None:
     if config.plan is not None:
         return _prune_by_plan(config)
+    from pathlib import Path
+
+    from ppf.artifact import check_room
     from ppf.decide import Decider
     from ppf.progress import Progress
     from ppf.recipes.export import check_wish, export_pruned
@@ -52,9 +55,9 @@ def _prune(config: PruneConfig) -> None:
 
     check_out(config.out, config.force, config.study)
     decider, progress = Decider(config.study), Progress()
-    decider.budget(config.target)
-    check_wish(config)
     model = decider.study.record["model"]
+    check_room(Path(config.out), int(decider.decide(config.target).params[1] * model["bytes_per_param"]))
+    check_wish(config)
     loaded = load_for(config.model or model["name"], progress)
     check_wish(config, loaded)
     candidates = config.candidates if config.refine else 0

@@ -115,6 +115,8 @@ _AS_STORED: dict[Any, Callable[[Any], Any]] = {
     tuple[int, ...]: lambda numbers: json.dumps([int(number) for number in numbers]),
 }
 _PREPARE = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", _SCHEMA)
+_PATIENCE = 30.0
+"""Seconds to wait for another who writes; SQLite asks ten times a second, and one who writes all the time leaves few gaps."""
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _SURROUNDINGS = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}
 
@@ -134,7 +136,8 @@ class SampleStore:
             if not write and not self.path.exists():
                 raise DamagedError(f"{path} must exist; it does not; fit the study first")
             mode = "rwc" if write else "ro"
-            self._db = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode={mode}", uri=True, timeout=1.0, isolation_level=None)
+            address = f"{self.path.resolve().as_uri()}?mode={mode}"
+            self._db = sqlite3.connect(address, uri=True, timeout=_PATIENCE, isolation_level=None)
             on_error.callback(self._db.close)
             # A text that is damaged comes back altered, not as an error, so that it costs its own row only.
             self._db.text_factory = lambda raw: raw.decode(errors="surrogateescape")

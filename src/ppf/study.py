@@ -3,22 +3,19 @@
     study.json              model, layout, settings, dense figures      text.safetensors        token blocks
     importance.safetensors  order of the units                          samples.sqlite          what was measured
     plans.json              which masks each round wanted               predictor.safetensors   agent.safetensors
-    report.json             held-out figures, times, costs              lock                    held by the writer
+    report.json             held-out figures, times, costs              lock                    who writes; see lock.py
 
 It has many readers and one writer.
 """
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ppf.artifact import read_json, write_json
-from ppf.errors import DamagedError, InputError, InUseError, ResourceError
+from ppf.errors import DamagedError, InputError
 from ppf.samples import SampleStore
 from ppf.space.importance import Importance
 from ppf.space.layout import Layout
@@ -127,29 +124,6 @@ class StudyFolder:
         if not isinstance(plans, dict):
             raise DamagedError(f"{path} must hold plans by name; it does not; fit again in a new folder")
         return plans
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes this process the folder's one writer; the lock dies with the process.
-
-    Raises:
-        InUseError: Another process holds it.
-        ResourceError: The folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / "lock", "a+")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise ResourceError(f"{folder} must be a writable folder; {error.strerror}; choose another place") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InUseError(
-                f"{folder} must have one writer; another process works on it; wait or choose another folder"
-            ) from error
-        yield
 
 
 def context_of(**parts: Any) -> str:

@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -333,6 +334,13 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with refuses(ResourceError) as caught:
+        export(smaller(), tiny.tokenizer(), PLAN, tmp_path / "not" / "yet" / "out")
+    assert "1,000 are free" in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
 def test_verify_compares_answers_and_not_files(exported, monkeypatch):

@@ -337,7 +337,7 @@ def test_a_loaded_model_is_converted_only_where_nothing_is_lost(tmp_path):
 
 QUIET = """
 from transformers.utils import logging
-import ppf.llm.engines, ppf.llm.load
+import ppf.llm.engines.local, ppf.llm.load
 before = logging.get_verbosity(), logging.is_progress_bar_enabled()
 ppf.llm.load.quiet_transformers()
 print(before == (logging.WARNING, True), logging.get_verbosity() == logging.ERROR, logging.is_progress_bar_enabled())

@@ -17,6 +17,7 @@ from ppf.llm.masking import masked
 from ppf.llm.perplexity import evaluate
 from ppf.llm.scores import score_units
 from ppf.llm.text import Text
+from ppf.lock import locked
 from ppf.progress import Progress
 from ppf.recipes import bench as recipe
 from ppf.recipes.bench import OWN_ORDER, Measured, bench
@@ -26,7 +27,7 @@ from ppf.samples import Measurement
 from ppf.space.allocation import Allocation, allocate
 from ppf.space.mask import select
 from ppf.space.policy import Policy
-from ppf.study import StudyFolder, locked
+from ppf.study import StudyFolder
 
 RATIOS = (0.2, 0.5)
 BUDGET = 4096

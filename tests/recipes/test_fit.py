@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,13 +19,15 @@ import ppf
 import tiny_models
 from builders import refuses
 from ppf.config import FitConfig
-from ppf.errors import DamagedError, InputError, InUseError
+from ppf.errors import DamagedError, InputError, InUseError, ResourceError
 from ppf.learn.agent import Agent
 from ppf.llm.text import Text
+from ppf.lock import Holder, locked
 from ppf.progress import Progress
 from ppf.recipes import fit as recipe
 from ppf.recipes.fit import HELDOUT_RATIOS
-from ppf.study import StudyFolder, locked
+from ppf.recipes.lab import settings_of
+from ppf.study import StudyFolder
 
 
 def again(study, **changes):
@@ -198,6 +200,67 @@ def test_a_study_of_another_model_is_refused(fitted):
 def test_a_study_in_use_is_refused(fitted):
     with locked(fitted.folder), refuses(InUseError):
         again(fitted)
+
+
+def test_readers_are_answered_while_another_process_writes(fitted, tmp_path):
+    shutil.copytree(fitted.folder, tmp_path / "copy")
+    code = f"""
+import sys
+from pathlib import Path
+from ppf.lock import locked
+from ppf.study import StudyFolder
+with locked(Path({str(tmp_path / "copy")!r})):
+    store = StudyFolder({str(tmp_path / "copy")!r}).store(write=True)
+    samples = store.all()
+    print("ready", flush=True)
+    while True:
+        for sample in samples:
+            store.add(sample)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "ready\n"
+        try:
+            study = ppf.Study(tmp_path / "copy")
+            for ratio in (0.2, 0.4):
+                assert study.policy(ratio=ratio).mask.digest == fitted.policy(ratio=ratio).mask.digest
+            assert set(measured(study.folder)) == set(measured(fitted.folder)) and study.report == fitted.report
+            with refuses(InUseError) as caught:
+                again(study, predictor="cnn")
+            assert f"process {writer.pid} " in str(caught.value) and writer.poll() is None
+        finally:
+            writer.kill()
+
+
+def test_what_is_measured_later_is_measured_here_wherever_the_fit_was(fitted, tmp_path):
+    shutil.copytree(fitted.folder, tmp_path / "copy")
+    record = json.loads((tmp_path / "copy" / "study.json").read_text())
+    record["settings"] |= {"engine": "ray", "ray_address": "10.0.0.1:6379", "gpus_per_worker": 1.0}
+    (tmp_path / "copy" / "study.json").write_text(json.dumps(record))
+    found = settings_of(StudyFolder(tmp_path / "copy"), study="s", workers=1)
+    assert (found.engine, found.ray_address, found.gpus_per_worker, found.workers) == ("local", None, None, 1)
+    assert found.search_tokens == SETTINGS["search_tokens"]
+
+
+def test_ray_is_refused_at_once_where_it_cannot_work(tmp_path, monkeypatch):
+    model, tokenizer = tiny_models.model("llama-mha"), tiny_models.tokenizer()
+    with refuses(InputError) as caught:
+        ppf.fit(model, tokenizer=tokenizer, study=tmp_path / "s", engine="ray", quiet=True)
+    assert "folder or hub id" in str(caught.value)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with refuses(ResourceError) as caught:
+        recipe.fit(FitConfig("no such model", str(tmp_path / "s"), engine="ray"), Progress(quiet=True))
+    assert "pip install 'ppf[ray]'" in str(caught.value) and not (tmp_path / "s").exists()
+
+
+def test_a_fit_says_whom_it_follows_and_tidies_up(fitted, tmp_path, capsys):
+    shutil.copytree(fitted.folder, tmp_path / "copy")
+    (tmp_path / "copy" / "lock").write_text(json.dumps(asdict(replace(Holder.here(), pid=2**22 + 1))))
+    (tmp_path / "copy" / ".plans.json.ppf-abcdefgh").touch()
+    settings = {**SETTINGS, "text": StudyFolder(fitted.folder).record["settings"]["text"]}
+    model, tokenizer = tiny_models.model("llama-mha"), tiny_models.tokenizer()
+    ppf.fit(model, tokenizer=tokenizer, study=tmp_path / "copy", **settings)
+    assert f"process {2**22 + 1} on " in capsys.readouterr().err
+    assert not list((tmp_path / "copy").glob(".*.ppf-*")) and (tmp_path / "copy" / "lock").read_text() == ""
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

@@ -12,7 +12,7 @@ from builders import copied, interrupted, refuses
 from learn_builders import IMPORTANCE, LAYOUT, allocations
 from ppf.decide import Decider
 from ppf.errors import ResourceError
-from ppf.llm.engines import InProcessEngine
+from ppf.llm.engines.bench import InProcessEngine
 from ppf.llm.text import Text
 from ppf.progress import Progress
 from ppf.recipes import prune as recipe

@@ -1,5 +1,6 @@
 """Checks that the configs share: what must hold, what came, what to do. And the names to choose among."""
 
+import re
 from typing import Any, Literal, get_args
 
 from tyro.conf import arg
@@ -10,6 +11,7 @@ ScoreName = Literal["auto", "taylor", "flap", "wanda_sp", "magnitude", "random"]
 PredictorName = Literal["auto", "corrected", "additive", "cnn"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 CompensateName = Literal["none", "bias", "ridge"]
+EngineName = Literal["local", "ray"]
 QuantName = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
 
 
@@ -23,6 +25,16 @@ def check_count(flag: str, value: int | None, least: int) -> None:
 def check_choice(flag: str, value: str, choices: Any) -> None:
     if value not in get_args(choices):
         raise InputError(f"{flag} must be one of {', '.join(get_args(choices))}; {value!r} came; choose one")
+
+
+def check_share(flag: str, value: float | None) -> None:
+    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1):
+        raise InputError(f"{flag} must be a number in [0, 1]; {value!r} came; give one")
+
+
+def check_address(flag: str, value: str | None) -> None:
+    if value is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):\d{1,5}", str(value)):
+        raise InputError(f"{flag} must be HOST:PORT; {value!r} came; ray status prints it")
 
 
 def check_words(**values: str | None) -> None:

@@ -6,7 +6,18 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ppf.config.checks import DtypeName, PredictorName, ScoreName, check_choice, check_count, check_words, optional
+from ppf.config.checks import (
+    DtypeName,
+    EngineName,
+    PredictorName,
+    ScoreName,
+    check_address,
+    check_choice,
+    check_count,
+    check_share,
+    check_words,
+    optional,
+)  # fmt: skip
 from ppf.errors import InputError
 
 
@@ -47,7 +58,13 @@ class FitConfig:
     dtype: DtypeName = "auto"
     """Precision to measure in; auto is float32 on a CPU and the checkpoint's own elsewhere."""
     workers: Annotated[int | None, optional("N")] = None
-    """Measuring processes on a CPU, one thread each; by default one a core."""
+    """Measuring processes on a CPU, one thread each; by default one a core. On Ray, by default as many as there is room for."""
+    engine: EngineName = "local"
+    """Where masks are measured: local, on this machine, or ray, on a Ray cluster (pip install 'ppf[ray]')."""
+    ray_address: Annotated[str | None, optional("A")] = None
+    """With --engine ray: a running cluster, such as 10.0.0.1:6379; by default one is started on this machine."""
+    gpus_per_worker: Annotated[float | None, optional("G")] = None
+    """With --engine ray: GPUs of each worker, 1 at most; by default none."""
     seed: int = 0
     """Of everything random."""
 
@@ -64,7 +81,13 @@ class FitConfig:
         check_choice("--score", self.score, ScoreName)
         check_choice("--predictor", self.predictor, PredictorName)
         check_choice("--dtype", self.dtype, DtypeName)
+        check_choice("--engine", self.engine, EngineName)
         check_words(model=self.model, study=self.study, text=self.text, test_text=self.test_text, device=self.device)
+        check_address("--ray-address", self.ray_address)
+        check_share("--gpus-per-worker", self.gpus_per_worker)
+        for flag, value in (("--ray-address", self.ray_address), ("--gpus-per-worker", self.gpus_per_worker)):
+            if value is not None and self.engine != "ray":
+                raise InputError(f"{flag} must come with --engine ray; --engine {self.engine} came; add it or leave {flag} out")
         if not (math.isfinite(self.max_ratio) and 0.05 < self.max_ratio < 1):
             raise InputError(f"--max-ratio must lie in (0.05, 1); {self.max_ratio:g} came; 0.65 is usual")
 

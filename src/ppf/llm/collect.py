@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ppf.llm.engines import Engine
+from ppf.llm.engines.bench import Engine
 from ppf.samples import Sample, SampleStore
 from ppf.space.allocation import Allocation, allocate
 from ppf.space.budget import Budget

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ppf.artifact import atomic_folder, write_json
+from ppf.artifact import atomic_folder, check_room, write_json
 from ppf.errors import DamagedError, ResourceError
 from ppf.llm import pruned_model
 from ppf.llm.auto import register
@@ -36,6 +36,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: dic
         DamagedError: The reloaded model answers differently; nothing is left behind.
         ResourceError: The folder cannot be written.
     """
+    check_room(out, sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
     with atomic_folder(out, force, PLAN_FILE) as folder:
         try:
             model.save_pretrained(folder)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ppf.artifact import read_json, write_json
-from ppf.config import BenchConfig, FitConfig, Target
+from ppf.config import BenchConfig, Target
 from ppf.decide import Decider
 from ppf.errors import DamagedError, InputError
 from ppf.learn.agent import Agent
@@ -34,9 +34,10 @@ from ppf.learn.objective import Objective, predicted
 from ppf.llm.load import LoadedModel
 from ppf.llm.scores import score_units
 from ppf.llm.statistics import layer_statistics
+from ppf.lock import locked
 from ppf.progress import Progress
 from ppf.recipes.fit import additive_agent
-from ppf.recipes.lab import Lab, load_for
+from ppf.recipes.lab import Lab, load_for, settings_of
 from ppf.recipes.prune import FINALISTS, leaf, refined
 from ppf.recipes.summary import summarise
 from ppf.samples import Measurement
@@ -45,7 +46,7 @@ from ppf.space.importance import Importance
 from ppf.space.mask import Mask, select
 from ppf.space.policy import Policy
 from ppf.space.statistics import Statistics
-from ppf.study import StudyFolder, locked
+from ppf.study import StudyFolder
 
 OWN_ORDER = {"wanda_sp": ("wanda_sp", "uniform"), "flap_own_order": ("flap", "flap")}
 """Methods that bring their importance: (score, heuristic)."""
@@ -278,8 +279,8 @@ def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progres
     with locked(study.folder), tempfile.TemporaryDirectory() as temporary:
         cells: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
         copy = Path(shutil.copytree(study.folder, Path(temporary) / "study"))
-        settings = {**study.record["settings"], "study": str(copy), "device": config.device, "workers": config.workers}
-        with Lab(loaded, FitConfig(**settings), progress) as lab:
+        settings = settings_of(study, study=str(copy), device=config.device, workers=config.workers)
+        with Lab(loaded, settings, progress) as lab:
             lab.open_study()
             found = Bench(lab, Decider(copy), loaded, config)
             names = config.methods or METHODS

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ppf.artifact import read_json, write_json
+from ppf.artifact import read_json, remove_unfinished, write_json
 from ppf.config import FitConfig
 from ppf.errors import InputError
 from ppf.learn.agent import Agent
@@ -27,14 +27,15 @@ from ppf.learn.train_agent import AgentConfig, train_agent
 from ppf.learn.train_nested import NEST_STEPS, nest
 from ppf.llm.collect import Wanted, probes, spread, stratified_ratios
 from ppf.llm.load import LoadedModel
+from ppf.lock import locked
 from ppf.progress import Progress
-from ppf.recipes.lab import Lab, check_study_place, choose_device, leave_no_beginning, load_for
+from ppf.recipes.lab import Lab, check_engine, check_study_place, choose_device, leave_no_beginning, load_for
 from ppf.samples import Sample, kept_matrix
 from ppf.space.allocation import allocate
 from ppf.space.budget import Budget
 from ppf.space.layout import Layout
 from ppf.space.policy import Policy
-from ppf.study import StudyFolder, locked
+from ppf.study import StudyFolder
 
 HELDOUT_RATIOS = (0.2, 0.3, 0.4, 0.5)
 LOW_RATIO = 0.02
@@ -58,15 +59,20 @@ def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None
     Raises:
         InputError: Too few samples for this model, or a folder that holds something else.
         InUseError: Another process is fitting this study.
+        ResourceError: Ray is asked for and not installed.
     """
     folder = Path(config.study)
     check_study_place(folder)
-    loaded = loaded or load_for(config.model, progress)
-    levels = _levels(loaded.layout, config.samples)
-    choose_device(config.device)
+    check_engine(config, loaded)
     made = not folder.exists()
-    with locked(folder):
+    with locked(folder) as dead:
+        if dead:
+            progress.say(f"{dead} ended before its fit did; this one goes on")
+        remove_unfinished(folder)
         try:
+            loaded = loaded or load_for(config.model, progress)
+            levels = _levels(loaded.layout, config.samples)
+            choose_device(config.device)
             with Lab(loaded, config, progress) as lab:
                 return _fit_all(lab, levels)
         finally:

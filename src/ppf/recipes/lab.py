@@ -13,7 +13,9 @@ import torch
 from ppf.config import FitConfig
 from ppf.errors import DamagedError, InputError
 from ppf.llm.collect import Wanted, collect
-from ppf.llm.engines import Engine, InProcessEngine, LocalEngine
+from ppf.llm.engines.bench import Engine, InProcessEngine
+from ppf.llm.engines.local import LocalEngine
+from ppf.llm.engines.ray_cluster import Cluster, RayEngine, import_ray
 from ppf.llm.load import LoadedModel, load_model
 from ppf.llm.perplexity import Evaluation, evaluate
 from ppf.llm.scores import score_units
@@ -209,17 +211,28 @@ class Lab:
 
     def _measuring(self) -> Engine:
         if self._engine is None:
-            folder = self.loaded.folder
-            if self.device.type == "cpu" and folder is not None:
-                workers = choose_workers(self.config.workers, self.layout.total * self.dtype.itemsize)
-                dtype = str(self.dtype).removeprefix("torch.")
-                engine: Engine = LocalEngine(folder, self.study.path("text"), self.layout, dtype, workers, self.batch)
-            else:
-                engine = InProcessEngine(self.model, self.layout, self.text, self.batch)
-                workers = 1
+            engine, workers = self._ray() if self.config.engine == "ray" else self._here()
             self.reference_tokens += workers * self.text.search.size
             self._engine = self._stack.enter_context(contextlib.closing(engine))
         return self._engine
+
+    def _here(self) -> tuple[Engine, int]:
+        folder = self.loaded.folder
+        if self.device.type != "cpu" or folder is None:
+            return InProcessEngine(self.model, self.layout, self.text, self.batch), 1
+        workers = choose_workers(self.config.workers, self.layout.total * self.dtype.itemsize)
+        return LocalEngine(folder, self.study.path("text"), self.layout, _name(self.dtype), workers, self.batch), workers
+
+    def _ray(self) -> tuple[Engine, int]:
+        config, loaded = self.config, self.loaded
+        gpus, workers = config.gpus_per_worker or 0.0, config.workers
+        if config.ray_address is None and not gpus:  # all on this machine, where memory bounds them too
+            workers = choose_workers(workers, self.layout.total * self.dtype.itemsize)
+        batch = _TOKENS_PER_BATCH["cuda" if gpus else "cpu"]
+        text, cluster = self.study.path("text"), Cluster(config.ray_address, workers, gpus)
+        engine = RayEngine(_address(loaded), loaded.digest, text, self.layout, _name(self.dtype), batch, cluster)
+        self.progress.say(engine.where)
+        return engine, len(engine.workers)
 
     def _create(self, folder: Path) -> StudyFolder:
         config = self.config
@@ -232,7 +245,7 @@ class Lab:
         self.text.save(folder / "text.safetensors", self.layout.fingerprint)
         loaded = self.loaded
         model: dict[str, Any] = {
-            "name": str(Path(loaded.name).resolve()) if loaded.name and Path(loaded.name).is_dir() else loaded.name,
+            "name": _address(loaded),
             "digest": loaded.digest,
             "type": self.layout.model_type,
             "bytes_per_param": loaded.dtype.itemsize,
@@ -244,7 +257,7 @@ class Lab:
             "dense": dense,
             "context": self._context(),
             "seq_len": length,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": _name(self.dtype),
         }
         return StudyFolder.create(folder, record)
 
@@ -264,6 +277,21 @@ class Lab:
                 raise InputError(f"a continued study must keep {flag} {was}; {came} came; leave it as it was or use a new folder")
 
 
+def settings_of(study: StudyFolder, /, **changes: Any) -> FitConfig:
+    """The settings of a study's fit for measuring more on this machine, wherever the fit itself measured."""
+    here = {"engine": "local", "ray_address": None, "gpus_per_worker": None}
+    return FitConfig(**{**study.record["settings"], **here, **changes})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _address(loaded: LoadedModel) -> str:
+    """Where the model is found again, from any folder."""
+    return str(Path(loaded.name).resolve()) if loaded.name and Path(loaded.name).is_dir() else loaded.name
+
+
 def _record(evaluation: Evaluation) -> dict[str, Any]:
     return {"log_ppl": evaluation.log_ppl, "interval": list(evaluation.interval), "tokens": evaluation.tokens}
 
@@ -281,6 +309,19 @@ def check_study_place(folder: Path) -> None:
     strangers = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} - {"lock", "text.safetensors"}
     if strangers:
         raise InputError(f"{folder} must be a new or a study folder; it holds {min(strangers)!r}; choose another")
+
+
+def check_engine(config: FitConfig, given: LoadedModel | None) -> None:
+    """Refuses an engine that cannot work, before a model is loaded.
+
+    Raises:
+        InputError: Ray, and a model that lies nowhere, or whose cluster would let everyone in.
+        ResourceError: Ray is not installed.
+    """
+    if config.engine == "ray":
+        if given is not None and given.folder is None:
+            raise InputError("--engine ray must have a model that each node can read; an object came; give its folder or hub id")
+        import_ray(config.ray_address)
 
 
 def leave_no_beginning(folder: Path, made: bool) -> None:

@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.artifact import check_new_folder, check_writable, read_json
-from ppf.config import CompensateName, FitConfig, QuantName, Target
+from ppf.config import CompensateName, QuantName, Target
 from ppf.decide import Decider, Decision
 from ppf.errors import DamagedError, InputError, ResourceError
 from ppf.learn.objective import predicted
@@ -23,15 +23,15 @@ from ppf.llm.gguf import Written, write_gguf
 from ppf.llm.load import LoadedModel, convert
 from ppf.llm.perplexity import Evaluation, evaluate
 from ppf.llm.text import Text
+from ppf.lock import locked
 from ppf.progress import Progress
 from ppf.recipes.compensate import added_params, compensated, with_room
 from ppf.recipes.fit import incumbents, refit
-from ppf.recipes.lab import Lab, choose_device, tokens_per_batch
+from ppf.recipes.lab import Lab, choose_device, settings_of, tokens_per_batch
 from ppf.samples import kept_matrix
 from ppf.space.allocation import Allocation
 from ppf.space.budget import Budget, unit_steps
 from ppf.space.mask import select
-from ppf.study import locked
 
 _REFINE_STEPS = 60
 FINALISTS = 8
@@ -121,7 +121,7 @@ def prune(
     target = with_room(target, added, decider.study.record["model"]["bytes_per_param"])
     decision = decider.decide(target)
     if candidates:
-        config = replace(FitConfig(**decider.study.record["settings"]), study=str(decider.study.folder), device=device)
+        config = settings_of(decider.study, study=str(decider.study.folder), device=device)
         with locked(decider.study.folder), Lab(loaded, config, progress) as lab:
             lab.open_study()
             decision = refined(decider, decision, lab, target, candidates)

@@ -8,7 +8,7 @@ import tiny_models as tiny
 from builders import random_mask
 from ppf.llm import masking
 from ppf.llm.architectures import layout_of_model
-from ppf.llm.engines import InProcessEngine
+from ppf.llm.engines.bench import InProcessEngine
 from ppf.llm.masking import masked
 from ppf.llm.perplexity import evaluate
 from ppf.llm.surgery import cut_site

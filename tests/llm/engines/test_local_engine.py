@@ -11,17 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import ppf
 import tiny_models as tiny
 from builders import full_disk, layout, random_mask, refuses
 from ppf.errors import ResourceError
-from ppf.llm import engines
-from ppf.llm.architectures import layout_of_model
-from ppf.llm.engines import InProcessEngine, LocalEngine
-from ppf.llm.export import export
+from ppf.llm.engines.bench import InProcessEngine
+from ppf.llm.engines.local import LocalEngine
 from ppf.llm.load import convert, load_model
-from ppf.llm.surgery import cut
 from ppf.llm.text import Text
-from ppf.samples import Measurement
 
 LAYOUT = layout(layers=1, ffn=40)
 BLOCKS = tiny.blocks(6, 12)
@@ -252,19 +249,9 @@ def test_closing_leaves_no_process(stand_ins, moment):
 # --- the real workers ---
 
 
-def real(folder, name="llama-gqa-tied"):
-    """A cut model (so that workers must know pruned families by themselves) with its layout, and a text for it."""
-    model = tiny.model(name)
-    whole = layout_of_model(model)
-    export(cut(model, whole, random_mask(whole)), tiny.tokenizer(), {}, folder / "model")
-    of = load_model(str(folder / "model")).layout
-    Text("a", BLOCKS[:1], BLOCKS, BLOCKS[:0], BLOCKS[:3]).save(folder / "text", of.fingerprint)
-    return folder / "model", folder / "text", of
-
-
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_processes_give_the_results_of_this_one_even_if_one_is_killed(tmp_path, dtype):
-    folder, text, of = real(tmp_path)
+def test_processes_give_the_results_of_this_one_even_if_one_is_killed(real, dtype):
+    folder, text, of = real
     wanted, before = masks(10, of), children()
     here = convert(load_model(str(folder)).model, torch.device("cpu"), getattr(torch, dtype))
     engine = InProcessEngine(here, of, Text.load(text, of.fingerprint), 4096)
@@ -284,8 +271,8 @@ def test_processes_give_the_results_of_this_one_even_if_one_is_killed(tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_real_worker_without_a_model_says_so(tmp_path):
-    folder, text, of = real(tmp_path)
+def test_a_real_worker_without_a_model_says_so(real):
+    folder, text, of = real
     (folder / "model.safetensors").unlink()
     with closing(LocalEngine(folder, text, of, "float32", 1, 4096)) as engine, refuses(ResourceError) as caught:
         list(engine.measure(masks(3, of)))
@@ -295,19 +282,19 @@ def test_a_real_worker_without_a_model_says_so(tmp_path):
 PARENT = """
 import sys
 from pathlib import Path
-from ppf.llm.engines import LocalEngine
+from ppf.llm.engines.local import LocalEngine
 from ppf.llm.load import load_model
 folder, text = map(Path, sys.argv[1:])
 engine = LocalEngine(folder, text, load_model(str(folder)).layout, "float32", 2, 4096)
-print(*(worker._process.pid for worker in engine._workers), flush=True)
+print(*(worker._process.pid for worker in engine.workers), flush=True)
 sys.stdin.read()
 """
 
 
 @pytest.mark.slow
-def test_workers_end_when_their_parent_dies(tmp_path):
-    folder, text, _ = real(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(Path(engines.__file__).parents[2])}
+def test_workers_end_when_their_parent_dies(real):
+    folder, text, _ = real
+    environment = {**os.environ, "PYTHONPATH": str(Path(ppf.__file__).parents[1])}
     command = [sys.executable, "-c", PARENT, str(folder), str(text)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         workers = [int(pid) for pid in parent.stdout.readline().split()]
@@ -317,13 +304,3 @@ def test_workers_end_when_their_parent_dies(tmp_path):
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, workers))
-
-
-@pytest.mark.parametrize("log_ppl", [2.5, 1e-300, math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("reason", ["", 'why: "x"\nü'])
-def test_answers_are_single_lines_of_strict_json(log_ppl, reason):
-    line = engines._to_line(Measurement(log_ppl, 0.1, 4096, 1 / 3, reason))
-    assert "\n" not in line and "NaN" not in line and "Infinity" not in line
-    again = engines._from_line(line.encode() + b"\n")
-    assert (again.kl, again.tokens, again.seconds, again.reason) == (0.1, 4096, 1 / 3, reason)
-    assert again.log_ppl == log_ppl if math.isfinite(log_ppl) else math.isnan(again.log_ppl)

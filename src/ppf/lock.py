@@ -1,0 +1,110 @@
+"""One writer a folder. The lock dies with the process that holds it, and the file of the lock says who that is."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from ppf.errors import InUseError, ResourceError
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that writes.
+
+    Attributes:
+        pid: Its number.
+        host: The machine that it runs on.
+        since: When it began to write.
+        started: When the process started, in the kernel's ticks since boot, so that another one of the same number is not
+            taken for it; 0 where the system does not say.
+    """
+
+    pid: int
+    host: str
+    since: str
+    started: int
+
+    @classmethod
+    def here(cls) -> "Holder":
+        """This process."""
+        return cls(os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S %z"), _started(os.getpid()))
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it certainly still runs; a process of another machine may or may not."""
+        return self.host == socket.gethostname() and self.started > 0 and _started(self.pid) == self.started
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[Holder | None]:
+    """Makes this process the folder's one writer.
+
+    Args:
+        folder: Made if it is not there.
+
+    Yields:
+        The holder that died before it could give the lock back; None if the last one ended well.
+
+    Raises:
+        InUseError: Another process holds it.
+        ResourceError: The folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ResourceError(f"{folder} must be a writable folder; {error.strerror}; choose another place") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise _in_use(folder, _read(handle)) from error
+        before = _read(handle)
+        if before is not None and before.is_alive:  # some network disks grant every lock to everyone
+            raise _in_use(folder, before)
+        _write(handle, json.dumps(asdict(Holder.here())))
+        try:
+            yield before
+        finally:
+            _write(handle, "")
+
+
+def _in_use(folder: Path, holder: Holder | None) -> InUseError:
+    who = f"{holder} writes since {holder.since}" if holder else "another process writes"
+    return InUseError(f"{folder} must have one writer; {who}; wait for it or choose another folder")
+
+
+def _read(handle: TextIO) -> Holder | None:
+    """Who the file says; None if it says nobody, or nothing that can be read."""
+    try:
+        handle.seek(0)
+        record = json.loads(handle.read(4096))
+        return Holder(int(record["pid"]), str(record["host"]), str(record["since"]), int(record["started"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(handle: TextIO, record: str) -> None:
+    """Whoever locks needs no record of who does: a full disk is no reason to stop."""
+    with contextlib.suppress(OSError):
+        handle.seek(0)
+        handle.truncate()
+        handle.write(record)
+        handle.flush()
+
+
+def _started(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0

@@ -1,0 +1,16 @@
+import math
+
+import pytest
+
+from ppf.llm.engines.service import from_line, to_line
+from ppf.samples import Measurement
+
+
+@pytest.mark.parametrize("log_ppl", [2.5, 1e-300, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("reason", ["", 'why: "x"\nü'])
+def test_answers_are_single_lines_of_strict_json(log_ppl, reason):
+    line = to_line(Measurement(log_ppl, 0.1, 4096, 1 / 3, reason))
+    assert "\n" not in line and "NaN" not in line and "Infinity" not in line
+    again = from_line(line.encode() + b"\n")
+    assert (again.kl, again.tokens, again.seconds, again.reason) == (0.1, 4096, 1 / 3, reason)
+    assert again.log_ppl == log_ppl if math.isfinite(log_ppl) else math.isnan(again.log_ppl)
