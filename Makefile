@@ -2,12 +2,14 @@
 # make test   set up .venv and run the default tests
 # make check  lint, format and types
 # make bench  all benchmarks, and docs/results.md from them
+# make docs   the documentation as a site, in site/
+# make wheel  build sdist and wheel, and run the demo from the wheel in an empty environment
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench docs wheel clean
 
 demo: .venv/.ppf
 	$(BIN)/ppf demo
@@ -27,6 +29,12 @@ bench: .venv/.bench
 	$(BIN)/python benchmarks/agents.py --study runs/bench
 	$(BIN)/python benchmarks/decision_speed.py
 	$(BIN)/python benchmarks/tables.py
+
+docs: .venv/.docs
+	$(BIN)/mkdocs build --strict --quiet
+
+wheel: .venv/.dev
+	PYTHON=$(PYTHON) tools/check_wheel.sh
 
 clean:
 	rm -rf .venv
@@ -49,4 +57,8 @@ clean:
 
 .venv/.dev: .venv/.test
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/.docs: .venv/.ppf
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
