@@ -31,7 +31,7 @@ bench: .venv/.bench
 	$(BIN)/python benchmarks/tables.py
 
 docs: .venv/.docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: .venv/.dev
 	PYTHON=$(PYTHON) tools/check_wheel.sh

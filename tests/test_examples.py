@@ -91,3 +91,29 @@ def test_apply_a_plan(place, tmp_path):
     assert record["params"]["after"] < record["params"]["before"]
     kept = {(site["layer"], site["kind"]): site["kept"] / site["of"] for site in record["kept"]}
     assert kept[2, "ffn"] > kept[1, "ffn"]
+
+
+CELLS = json.loads((EXAMPLES / "story.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def test_the_notebook_holds_no_output():
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in CELLS if cell["cell_type"] == "code")
+
+
+@pytest.mark.slow
+def test_story(place, tmp_path, capsys):
+    """Cell after cell, with a tiny study in place of the one that it names."""
+    matplotlib = pytest.importorskip("matplotlib", reason="needs ppf[bench]")
+    matplotlib.use("Agg")
+    given = {
+        "MODEL": str(place / "model"), "TEXT": str(place / "text.txt"), "STUDY": copied(place, tmp_path / "study"), "SETTINGS": SETTINGS,
+    }  # fmt: skip
+    found: dict[str, object] = {}
+    for cell in CELLS:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "story.ipynb", "exec"), found)
+            found |= given if "parameters" in cell["metadata"].get("tags", []) else {}
+    figures = [matplotlib.pyplot.figure(number) for number in matplotlib.pyplot.get_fignums()]
+    assert len(figures) == 4 and all(axis.has_data() for figure in figures for axis in figure.axes)
+    assert capsys.readouterr().out.count("measured") == sum(ratio < 0.65 for ratio in found["RATIOS"])
+    matplotlib.pyplot.close("all")

@@ -4,7 +4,7 @@
     python.md         the public names, from their docstrings
     contributing.md   security.md   changelog.md     the files of the repository
 
-mkdocs calls `on_files` (see `hooks` in mkdocs.yml).
+docs_hook.py gives them to mkdocs.
 """
 
 import contextlib
@@ -14,9 +14,6 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-
 import ppf
 from ppf import cli
 
@@ -25,12 +22,10 @@ COPIED = {"contributing.md": "CONTRIBUTING.md", "security.md": "SECURITY.md", "c
 WIDTH = 110
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages to those that lie in docs/."""
-    pages = {"commands.md": commands_page(), "python.md": python_page(), **{name: copied(source) for name, source in COPIED.items()}}
-    for name, content in pages.items():
-        files.append(File.generated(config, name, content=content))
-    return files
+def pages() -> dict[str, str]:
+    """Markdown by the name of its page."""
+    made = {"commands.md": commands_page(), "python.md": python_page()}
+    return made | {name: copied(source) for name, source in COPIED.items()}
 
 
 def command_names() -> list[str]:
