@@ -90,6 +90,6 @@ def test_a_change_takes_fewer_than_twenty_lines(kind):
 
 def test_the_changed_copy_works(copy):
     command = [sys.executable, "-c", USE, str(copy)]
-    paths = f"{copy / 'src'}:{Path(__file__).parent}"
-    result = subprocess.run(command, env={"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HOME": str(copy)}, capture_output=True, text=True)
+    surroundings = {"PYTHONPATH": f"{copy / 'src'}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1", "HOME": str(copy)}
+    result = subprocess.run(command, env=surroundings, capture_output=True, text=True)
     assert result.stdout == "used\n", result.stderr

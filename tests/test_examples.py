@@ -31,9 +31,8 @@ def place(tmp_path_factory):
     tiny_models.save(folder / "model", "llama-mha")
     words = np.random.default_rng(0).integers(3, tiny_models.VOCAB, 6000)
     (folder / "text.txt").write_text(" ".join(f"w{index}" for index in words))
-    ppf.fit(
-        tiny_models.model("llama-mha"), tokenizer=tiny_models.tokenizer(), text=folder / "text.txt", study=folder / "study", **SETTINGS
-    )
+    model, tokenizer = tiny_models.model("llama-mha"), tiny_models.tokenizer()
+    ppf.fit(model, tokenizer=tokenizer, text=folder / "text.txt", study=folder / "study", **SETTINGS)
     return folder
 
 
@@ -105,9 +104,8 @@ def test_story(place, tmp_path, capsys):
     """Cell after cell, with a tiny study in place of the one that it names."""
     matplotlib = pytest.importorskip("matplotlib", reason="needs ppf[bench]")
     matplotlib.use("Agg")
-    given = {
-        "MODEL": str(place / "model"), "TEXT": str(place / "text.txt"), "STUDY": copied(place, tmp_path / "study"), "SETTINGS": SETTINGS,
-    }  # fmt: skip
+    given = {"MODEL": str(place / "model"), "TEXT": str(place / "text.txt"), "SETTINGS": SETTINGS}
+    given["STUDY"] = copied(place, tmp_path / "study")
     found: dict[str, object] = {}
     for cell in CELLS:
         if cell["cell_type"] == "code":

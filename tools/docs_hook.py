@@ -1,8 +1,9 @@
 """Gives mkdocs the pages that docs_pages.py makes; mkdocs.yml names this file under `hooks`."""
 
-from docs_pages import pages
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+
+from docs_pages import pages
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
