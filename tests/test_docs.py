@@ -124,6 +124,18 @@ def test_every_page_is_in_the_contents():
     assert {name for name in names if f": {name}\n" not in contents} == set()
 
 
+def test_the_page_on_the_paper_holds_no_figure():
+    """Figures change with every benchmark; it links to them."""
+    page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8").replace("2508.02381", "")
+    assert not re.findall(r"\d\.\d|\d ?%", page)
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"\nversion: {ppf.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    newest = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1]
+    assert newest.startswith(ppf.__version__) and "### Results" in newest
+
+
 def test_nothing_is_fetched_from_elsewhere():
     """No web fonts; and no mermaid, whose code the theme would fetch."""
     assert "font: false" in (ROOT / "mkdocs.yml").read_text()

@@ -14,7 +14,7 @@ from ppf.llm import architectures, auto
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SETTINGS = {
-    "samples": 60, "rounds": 1, "calibration_tokens": 128, "search_tokens": 256, "validation_tokens": 256, "test_tokens": 512,
+    "samples": 40, "rounds": 0, "calibration_tokens": 128, "search_tokens": 256, "validation_tokens": 256, "test_tokens": 512,
     "seq_len": 16, "device": "cpu", "quiet": True,
 }  # fmt: skip
 
