@@ -33,7 +33,7 @@ bench: .venv/.bench
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-wheel: .venv/.dev
+wheel:
 	PYTHON=$(PYTHON) tools/check_wheel.sh
 
 clean:

@@ -58,7 +58,7 @@ def stripped(code):
     return [line.strip() for line in code.splitlines() if line.strip()]
 
 
-@each_page
+@pytest.mark.parametrize("page", [ROOT / "docs" / "index.md", *(ROOT / "docs" / "howto").glob("*.md")], ids=lambda page: page.stem)
 def test_code_shown_is_code_of_an_example(page):
     """So that it is run: tests/test_examples.py runs them all."""
     examples = [stripped(path.read_text(encoding="utf-8")) for path in (ROOT / "examples").glob("*.py")]

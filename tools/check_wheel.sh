@@ -9,11 +9,13 @@ cd "$(dirname "$0")/.."
 samples=${1:-60}
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
-.venv/bin/python -m hatchling build -d "$place/dist"
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+${PYTHON:-python3} -m venv "$place/build"
+"$place/build/bin/pip" install --quiet --constraint constraints.txt hatchling
+"$place/build/bin/hatchling" build -d "$place/dist"
 
 ${PYTHON:-python3} -m venv "$place/empty"
 bin=$place/empty/bin
-export PIP_DISABLE_PIP_VERSION_CHECK=1
 "$bin/pip" install --quiet --constraint constraints.txt torch
 "$bin/pip" install --quiet --constraint constraints.txt "$place"/dist/*.whl
 
