@@ -3,12 +3,14 @@
 # make ray    the tests of the Ray engine, on clusters that they start and kill
 # make check  lint, format and types
 # make bench  all benchmarks, and docs/results.md from them
+# make docs   the documentation as a site, in site/
+# make wheel  build sdist and wheel, and run the demo from the wheel in an empty environment
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test ray check bench clean
+.PHONY: demo test ray check bench docs wheel clean
 
 demo: .venv/.ppf
 	$(BIN)/ppf demo
@@ -34,6 +36,12 @@ bench: .venv/.bench
 	$(BIN)/python benchmarks/live.py --study runs/bench
 	$(BIN)/python benchmarks/tables.py
 
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel:
+	PYTHON=$(PYTHON) tools/check_wheel.sh
+
 clean:
 	rm -rf .venv
 
@@ -55,4 +63,8 @@ clean:
 
 .venv/.dev: .venv/.test
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/.docs: .venv/.ppf
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@

@@ -81,21 +81,25 @@ def _kept(entries: list[dict[str, Any]]) -> str:
 
 
 def print_json(record: dict[str, Any]) -> None:
+    """Strict JSON on one line; a NaN would be none."""
     print(json.dumps(record, allow_nan=False))
 
 
 def warn_range(record: dict[str, Any]) -> None:
+    """Says that a ratio lies beyond what the agent knows."""
     if not record["in_range"]:
         asked = record["ratio"]["asked"]
         print(f"warning: ratio {asked:.3g} is beyond what the agent was trained on; judge by measuring", file=sys.stderr)
 
 
 def warn_nothing(target: Target, record: dict[str, Any]) -> None:
+    """Says that a wanted size is that of the dense model or more."""
     if target.ratio is None and record["ratio"]["asked"] == 0:
         print("warning: nothing is removed; the model is that small already", file=sys.stderr)
 
 
 def print_pruned(record: dict[str, Any]) -> None:
+    """What was cut, what it was measured to cost, and where it lies."""
     before, after = record["params"]["before"], record["params"]["after"]
     low, high = record["measured"]["interval"]
     speed = record["tokens_per_second"]
@@ -147,6 +151,7 @@ def print_recovered(record: dict[str, Any]) -> None:
 
 
 def print_report(report: dict[str, Any], study: str) -> None:
+    """How well a fit's predictors did, and what it spent."""
     first = next(iter(report["heldout"].values()))
     ratios = " / ".join(f"{100 * float(ratio):.0f}" for ratio in first["tau_within"])
     rows = []

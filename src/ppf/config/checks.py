@@ -16,6 +16,7 @@ QuantName = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
 
 
 def check_count(flag: str, value: int | None, least: int) -> None:
+    """Refuses what is no whole number, or less than ``least``; None is no value at all."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
         raise InputError(f"{flag} must be a whole number; {value!r} came; give one")
     if value is not None and value < least:
@@ -23,6 +24,7 @@ def check_count(flag: str, value: int | None, least: int) -> None:
 
 
 def check_choice(flag: str, value: str, choices: Any) -> None:
+    """Refuses what is none of the names of a ``Literal``."""
     if value not in get_args(choices):
         raise InputError(f"{flag} must be one of {', '.join(get_args(choices))}; {value!r} came; choose one")
 
@@ -38,6 +40,7 @@ def check_address(flag: str, value: str | None) -> None:
 
 
 def check_words(**values: str | None) -> None:
+    """Refuses what is neither a string nor None."""
     for name, value in values.items():
         if value is not None and not isinstance(value, str):
             raise InputError(f"{name} must be a string; {value!r} came; convert it")
