@@ -129,7 +129,7 @@ def test_every_layer_asks_the_attention_that_the_config_names(folders, name):
 
 @every
 def test_linear_layers_can_be_fused_and_split(folders, name):
-    """q, k and v of one input, whole heads of one size, alike in biases; the plan, if there is one, knows every linear layer."""
+    """q, k and v of one input, whole heads of one size, alike in biases; the plan, if there is one, knows their place."""
     model, config = empty(folders[name]), opened(folders[name])
     writers, readers = linears(folders[name])
     for attention in {path.rpartition(".")[0] for path in writers if path.endswith("q_proj")}:
@@ -138,10 +138,11 @@ def test_linear_layers_can_be_fused_and_split(folders, name):
         assert q.out_features % config.head_dim == k.out_features % config.head_dim == 0
         assert len({part.bias is None for part in (q, k, v)}) == 1
     inside = {path for path, module in model.named_modules() if isinstance(module, nn.Linear) and "layers." in path}
-    assert inside == writers | readers
-    for path in inside if model.tp_plan else ():
+    assert inside >= writers | readers
+    for path in writers | readers if model.tp_plan else ():
         styles = [style for pattern, style in model.tp_plan.items() if _fits(pattern, path)]
-        assert len(styles) == 1 and styles[0].startswith("rowwise" if path in readers else "colwise"), path
+        assert len(styles) == ("expert" not in path), path  # experts lie apart, which no plan knows: each device has them whole
+        assert all(style.startswith("rowwise" if path in readers else "colwise") for style in styles), path
 
 
 def _fits(pattern, path):
