@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig
+from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig, ReportConfig
 from ppf.printing import (
     human_size,
     print_gguf,
@@ -150,6 +150,13 @@ def _bench(config: BenchConfig) -> None:
     print(f"written to {config.out}")
 
 
+def _report(config: ReportConfig) -> None:
+    from ppf.report import write_report
+
+    out = write_report(config)
+    print(f"written to {out}  ({human_size(out.stat().st_size)}, opens in any browser, offline)")
+
+
 def _demo(config: DemoConfig) -> None:
     from ppf.progress import Progress
     from ppf.recipes.demo import demo
@@ -175,6 +182,7 @@ RUN: dict[type, Callable[[Any], None]] = {
     ExportConfig: _export,
     EvalConfig: _eval,
     BenchConfig: _bench,
+    ReportConfig: _report,
     DemoConfig: _demo,
 }
 """By the type of the config."""

@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM
 import ppf
 import tiny_models
 from builders import refuses
-from ppf.config import FitConfig
+from ppf.config import FitConfig, ReportConfig
 from ppf.errors import DamagedError, InputError, InUseError
 from ppf.learn.agent import Agent
 from ppf.llm.text import Text
 from ppf.progress import Progress
 from ppf.recipes import fit as recipe
 from ppf.recipes.fit import HELDOUT_RATIOS
+from ppf.report import write_report
 from ppf.study import StudyFolder, locked
 
 
@@ -47,6 +48,12 @@ def test_the_report_has_the_figures_of_every_predictor(fitted):
     assert sum(report["samples"].values()) >= 0.9 * SETTINGS["samples"]  # two plans may want the same mask
     assert report["tokens"]["measured"] == 256 * sum(report["samples"].values())
     assert {"importance", "predictor", "agent", "measuring probes"} <= set(report["seconds"])
+
+
+def test_the_study_can_be_shown(fitted, tmp_path):
+    pytest.importorskip("plotly")
+    out = write_report(ReportConfig(str(fitted.folder), str(tmp_path / "report.html")))
+    assert f"<td>ppf {ppf.__version__}, python {fitted.report['made']['machine']['python']}" in out.read_text()
 
 
 def test_held_out_masks_are_of_one_size_and_never_fitted(fitted):

@@ -11,7 +11,6 @@ All share the study's calibration text, its exact budgets and its surgery, and, 
 its importance. Each study keeps its cells, so that a bench that was stopped goes on.
 """
 
-import hashlib
 import shutil
 import tempfile
 import time
@@ -35,6 +34,7 @@ from ppf.llm.load import LoadedModel
 from ppf.llm.scores import score_units
 from ppf.llm.statistics import layer_statistics
 from ppf.progress import Progress
+from ppf.recipes.cells import cell_key, taught_by
 from ppf.recipes.fit import additive_agent
 from ppf.recipes.lab import Lab, load_for
 from ppf.recipes.prune import FINALISTS, leaf, refined
@@ -276,10 +276,8 @@ def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progres
             names = config.methods or tuple(found.methods)
             if unknown := set(names) - set(found.methods):
                 raise InputError(f"a method must be one of {', '.join(found.methods)}; {min(unknown)!r} came; choose one")
-            taught = _taught(study)
-            wanted = {
-                f"{name} {ratio:g} {_terms(name, config, taught)}": (name, ratio) for ratio in config.ratios for name in names
-            }
+            taught = taught_by(study)
+            wanted = {cell_key(name, ratio, config, taught): (name, ratio) for ratio in config.ratios for name in names}
             for key, (name, ratio) in wanted.items():
                 if key not in cells:
                     choice = found.methods[name](ratio)
@@ -290,33 +288,3 @@ def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progres
                     }  # fmt: skip
                     write_json(path, cells)
     return [cells[key] for key in wanted]
-
-
-def _terms(name: str, config: BenchConfig, taught: dict[str, str]) -> str:
-    """What else a cell depends on."""
-    if name in SEARCHES:
-        return f"budget {config.budget or taught['budget']}"
-    if name == "static":
-        return f"candidates {config.candidates} of {taught['agent']}"
-    if name == "dynamic" or name.endswith("_on_predictor"):
-        return f"of {taught['agent']}"
-    return f"of {taught['nested']}" if name == "nested" else ""
-
-
-def current_cells(study: StudyFolder, config: BenchConfig) -> dict[str, dict[str, Any]]:
-    """The cells of a study that its present predictor and policies gave, by method, ratio and terms; none if it has no bench."""
-    path, taught = study.folder / "bench.json", _taught(study)
-    cells = read_json(path) if path.is_file() else {}
-    return {key: cell for key, cell in cells.items() if key == _key(cell["method"], cell["ratio"], config, taught)}
-
-
-def _key(name: str, ratio: float, config: BenchConfig, taught: dict[str, str]) -> str:
-    return f"{name} {ratio!r} {_terms(name, config, taught)}"
-
-
-def _taught(study: StudyFolder) -> dict[str, str]:
-    """Short hashes of what was fitted, and what it measured; a study that is fitted again gives other cells."""
-    files = {name: study.path(name).read_bytes() for name in ("predictor", "agent", "nested")}
-    parts = {"agent": files["predictor"] + files["agent"], "nested": files["nested"]}
-    hashes = {name: hashlib.sha256(part).hexdigest()[:8] for name, part in parts.items()}
-    return {**hashes, "budget": str(read_json(study.folder / "report.json")["tokens"]["measured"])}

@@ -28,6 +28,7 @@ from ppf.learn.train_nested import NEST_STEPS, nest
 from ppf.llm.collect import Wanted, probes, spread, stratified_ratios
 from ppf.llm.load import LoadedModel
 from ppf.progress import Progress
+from ppf.provenance import provenance
 from ppf.recipes.lab import Lab, check_study_place, choose_device, leave_no_beginning, load_for
 from ppf.samples import Sample, kept_matrix
 from ppf.space.allocation import allocate
@@ -93,7 +94,8 @@ def _fit_all(lab: Lab, levels: tuple[float, ...]) -> StudyFolder:
     agent.save(study.path("agent"), lab.layout)
     chain.save(study.path("nested"))
     report = {"predictor": chosen, "cross_validated_tau": ranks, **_report(lab, predictors)}
-    write_json(study.folder / "report.json", {**report, "seconds": lab.keep_seconds(), "settings": asdict(config)})
+    report |= {"seconds": lab.keep_seconds(), "settings": asdict(config), "made": provenance()}
+    write_json(study.folder / "report.json", report)
     return study
 
 
