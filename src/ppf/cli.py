@@ -15,7 +15,9 @@ import tyro
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 from ppf.commands import RUN
-from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig, ReportConfig
+from ppf.config import (
+    BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig, ReportConfig, ServeConfig,
+)  # fmt: skip
 from ppf.errors import InputError, PPFError
 
 Command = (
@@ -26,6 +28,7 @@ Command = (
     | Annotated[EvalConfig, subcommand("eval")]
     | Annotated[BenchConfig, subcommand("bench")]
     | Annotated[ReportConfig, subcommand("report")]
+    | Annotated[ServeConfig, subcommand("serve")]
     | Annotated[DemoConfig, subcommand("demo")]
 )
 
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: Any, debug: bool) -> None:
-    if not isinstance(command, PolicyConfig | ReportConfig) and not debug:
+    if not isinstance(command, PolicyConfig | ReportConfig | ServeConfig) and not debug:
         from ppf.llm.load import quiet_transformers
 
         quiet_transformers()
@@ -120,5 +123,6 @@ def _one_line(box: str, arguments: list[str]) -> str:
         return own[1]
     if number := re.match(r"Error parsing (--[\w-]+): .*from \['?(.*?)'?\]", words):
         words = f"{number[1]} does not take {number[2]!r}"
-    command = f" {arguments[0]}" if arguments[0] in ("fit", "prune", "policy", "export", "eval", "bench", "report", "demo") else ""
+    known = ("fit", "prune", "policy", "export", "eval", "bench", "report", "serve", "demo")
+    command = f" {arguments[0]}" if arguments[0] in known else ""
     return f"the command line must be one that ppf knows; {words}; see ppf{command} --help"

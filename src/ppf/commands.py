@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from ppf.config import BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig, ReportConfig
+from ppf.config import (
+    BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig, ReportConfig, ServeConfig,
+)  # fmt: skip
 from ppf.printing import (
     human_size,
     print_gguf,
@@ -157,6 +159,22 @@ def _report(config: ReportConfig) -> None:
     print(f"written to {out}  ({human_size(out.stat().st_size)}, opens in any browser, offline)")
 
 
+def _serve(config: ServeConfig) -> None:
+    try:
+        from ppf.server.run import serve
+    except ModuleNotFoundError as error:
+        from ppf.errors import ResourceError
+
+        raise ResourceError(f"serving needs {error.name}; it is not installed; pip install 'ppf[serve]'") from error
+    serve(config, None if config.no_model else _open_served)
+
+
+def _open_served(config: ServeConfig, decider: Any) -> Any:
+    from ppf.server.served import open_served
+
+    return open_served(config, decider)
+
+
 def _demo(config: DemoConfig) -> None:
     from ppf.progress import Progress
     from ppf.recipes.demo import demo
@@ -183,6 +201,7 @@ RUN: dict[type, Callable[[Any], None]] = {
     EvalConfig: _eval,
     BenchConfig: _bench,
     ReportConfig: _report,
+    ServeConfig: _serve,
     DemoConfig: _demo,
 }
 """By the type of the config."""

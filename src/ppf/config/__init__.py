@@ -5,9 +5,10 @@ from ppf.config.evaluate import BenchConfig, EvalConfig
 from ppf.config.fit import DemoConfig, FitConfig
 from ppf.config.prune import ExportConfig, PruneConfig
 from ppf.config.report import ReportConfig
+from ppf.config.serve import ServeConfig
 from ppf.config.target import PlanTarget, PolicyConfig, Target
 
 __all__ = [
     "BenchConfig", "CompensateName", "DemoConfig", "DtypeName", "EvalConfig", "ExportConfig", "FitConfig", "PlanTarget",
-    "PolicyConfig", "PredictorName", "PruneConfig", "QuantName", "ReportConfig", "ScoreName", "Target",
+    "PolicyConfig", "PredictorName", "PruneConfig", "QuantName", "ReportConfig", "ScoreName", "ServeConfig", "Target",
 ]  # fmt: skip

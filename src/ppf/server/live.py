@@ -1,0 +1,235 @@
+"""The live model: an elastic model that answers many requests, each in a thread, each at its own ratio or at the live one."""
+
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ppf.config import Target
+from ppf.decide import Decider, Decision
+from ppf.llm.elastic import ElasticModel, View
+from ppf.llm.generate import Piece, Sampling, generate
+from ppf.llm.perplexity import is_memory
+from ppf.llm.timing import step_seconds
+from ppf.server.answers import largest_ratio
+from ppf.server.controller import Costs, Load
+from ppf.server.metrics import Meter
+from ppf.server.wire import Refusal
+
+_RUNNING = 4
+_WAITING = 32
+_SECONDS = 300.0
+_TIMED = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Size:
+    """The live model at one ratio: a decision and the views that carry it out."""
+
+    decision: Decision
+    view: View
+
+
+@dataclass(eq=False)
+class Job:
+    """One request under way.
+
+    Attributes:
+        prompt: Token ids.
+        sampling: How to go on.
+        size: Fixed by the request; None follows the live ratio.
+        switches: Where the size changed: at which new token, to which ratio, and what became of the KV cache.
+        cached: Tokens in its KV cache.
+        view: At which the cache is.
+        cancelled: Nobody waits for it any more.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    size: Size | None = None
+    switches: list[dict[str, Any]] = field(default_factory=list)
+    cached: int = 0
+    view: View | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class Live:
+    """An elastic model that answers requests.
+
+    Args:
+        decider: Of the study.
+        elastic: Its model.
+        tokenizer: Of the model.
+        ratio: To start with.
+        nested: Whether decisions are nested.
+        timing_seconds: About how long timing several sizes may take.
+
+    Raises:
+        InputError: A ratio beyond what the floors allow.
+    """
+
+    def __init__(
+        self,
+        decider: Decider,
+        elastic: ElasticModel,
+        tokenizer: PreTrainedTokenizerBase,
+        ratio: float = 0.0,
+        nested: bool = False,
+        timing_seconds: float = 1.5,
+    ) -> None:
+        self.decider, self.elastic, self.tokenizer, self.nested = decider, elastic, tokenizer, nested
+        self.context = int(elastic.config.max_position_embeddings)
+        self.meter = Meter()
+        self.set_ratio(ratio)
+        self.costs = self._timed(timing_seconds)
+        self._jobs: set[Job] = set()
+        self._workers = max(1, min(_RUNNING, os.cpu_count() or 1))
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="ppf-live")
+
+    def size_for(self, ratio: float) -> Size:
+        """The decision for a ratio and its views.
+
+        Raises:
+            InputError: Not a ratio, or more than the floors allow.
+        """
+        decision = self.decider.decide(Target(ratio=ratio, nested=self.nested))
+        return Size(decision, self.elastic.view(decision.allocation))
+
+    def set_ratio(self, ratio: float) -> Size:
+        """Changes what runs where a request names no ratio, requests under way included."""
+        self.size = self.size_for(ratio)
+        self.elastic.current = self.size.view
+        return self.size
+
+    async def pieces(self, job: Job) -> AsyncIterator[Piece]:
+        """Runs a job in a thread. It ends early, without a last piece, when its time is up or the server stops.
+
+        Raises:
+            Refusal: Too many wait, or there is not enough memory.
+        """
+        if len(self._jobs) >= self._workers + _WAITING:
+            self.meter.counts["refused"] += 1
+            raise Refusal(503, f"at most {_WAITING} requests may wait; more came; try again later", "busy")
+        queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+        loop, end = asyncio.get_running_loop(), "cancelled"
+
+        def give(item: Piece | Exception | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the server has stopped
+                loop.call_soon_threadsafe(queue.put_nowait, item)
+
+        self._jobs.add(job)
+        try:
+            self._pool.submit(self._work, job, give)
+            while (item := await queue.get()) is not None:
+                if isinstance(item, Exception):
+                    end = "failed"
+                    raise _as_ours(item) from item
+                end = "done" if item.finish else end
+                yield item
+        finally:
+            job.cancelled.set()
+            self._jobs.discard(job)
+            self.meter.counts[end] += 1
+
+    def load(self) -> Load:
+        """What the controller looks at."""
+        jobs = list(self._jobs)
+        return Load(self.meter.slowdown, sum(job.cached for job in jobs), min(len(jobs), self._workers))
+
+    def state(self) -> dict[str, Any]:
+        """A JSON-ready record of what runs."""
+        jobs, counts, decision = list(self._jobs), self.meter.counts, self.size.decision
+        running = min(len(jobs), self._workers)
+        return {
+            "ratio": decision.asked,
+            "met": decision.met,
+            "nested": self.nested,
+            "tokens_per_second": self.meter.tokens_per_second,
+            "latency_ms": self.meter.latency_ms,
+            "first_token_ms": self.meter.first_token_ms,
+            "memory": {
+                "weights": self._weights(self.size.view.allocation.kept),
+                "kv_cache": int(sum(self._kv_bytes(job.view.allocation.kept) * job.cached for job in jobs if job.view)),
+            },
+            "requests": {"running": running, "waiting": len(jobs) - running}
+            | {end: counts[end] for end in ("done", "failed", "refused", "cancelled")},
+            "tokens": {kind: counts[f"{kind}_tokens"] for kind in ("prompt", "completion")},
+            "context": self.context,
+        }
+
+    def close(self) -> None:
+        """Ends what runs at its next token."""
+        for job in list(self._jobs):
+            job.cancelled.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def ratio_of(self, view: View) -> float:
+        """The share of the prunable parameters that a view leaves out."""
+        layout = self.decider.layout
+        return float((layout.units - view.allocation.kept) @ layout.costs / layout.prunable)
+
+    def _work(self, job: Job, give: Callable[[Piece | Exception | None], None]) -> None:
+        start, alone = time.monotonic(), 1.0
+        pieces = generate(self.elastic, self.tokenizer, job.prompt, job.sampling, lambda: (job.size or self.size).view)
+        self.meter.counts["prompt_tokens"] += len(job.prompt)
+        try:
+            while not job.cancelled.is_set() and time.monotonic() - start < _SECONDS:
+                piece = next(pieces, None)
+                if piece is None:
+                    break
+                if piece.view is not job.view:
+                    alone = self._note_view(job, piece)
+                if piece.carried is None:
+                    self.meter.note_first(time.monotonic() - start)
+                elif piece.carried != "rebuild":
+                    self.meter.note_step(piece.seconds, piece.seconds / alone)
+                job.cached = len(job.prompt) + piece.tokens - 1
+                self.meter.counts["completion_tokens"] += 1
+                give(piece)
+        except Exception as error:  # the waiting side tells the client
+            give(error)
+        finally:
+            give(None)
+
+    def _note_view(self, job: Job, piece: Piece) -> float:
+        """Keeps what runs from now on, and how many seconds a token takes there on an idle machine."""
+        ratio = self.ratio_of(piece.view)
+        if job.view is not None:
+            cache = "rebuilt" if piece.carried == "rebuild" else piece.carried
+            job.switches.append({"token": piece.tokens, "ratio": ratio, "cache": cache})
+        job.view = piece.view
+        return self.costs.latency_at(ratio) / 1e3
+
+    def _timed(self, seconds: float) -> Costs:
+        """What some ratios cost, from the whole model to the smallest that the agent was trained on."""
+        asked = np.linspace(0.0, min(float(self.decider.agent.max_ratio), largest_ratio(self.decider)), _TIMED)
+        sizes = [self.size_for(float(ratio)) for ratio in asked]
+        latency = 1e3 * np.minimum.accumulate(step_seconds(self.elastic, [size.view for size in sizes], seconds))
+        kept = [size.view.allocation.kept for size in sizes]
+        weights, kv = (np.array([count(one) for one in kept], dtype=float) for count in (self._weights, self._kv_bytes))
+        return Costs(np.array([self.ratio_of(size.view) for size in sizes]), latency, weights, kv)
+
+    def _weights(self, kept: np.ndarray) -> int:
+        return int(self.decider.layout.kept_params(kept)) * self._item
+
+    def _kv_bytes(self, kept: np.ndarray) -> int:
+        return int(kept @ np.array([site.cache for site in self.decider.layout.sites])) * self._item
+
+    @property
+    def _item(self) -> int:
+        """Bytes of a number."""
+        return self.elastic.current.tensors[0][0].element_size()
+
+
+def _as_ours(error: Exception) -> Exception:
+    if is_memory(error):
+        return Refusal(503, "there must be enough memory for a request; there was not; ask for fewer tokens", "no_memory")
+    return error

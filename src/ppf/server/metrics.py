@@ -1,0 +1,103 @@
+"""What is measured while the model runs, and how Prometheus reads it."""
+
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import Any
+
+_RECENT = 10.0
+_KEPT = 4096
+
+
+class Meter:
+    """Counts and recent times; threads add to it, others read.
+
+    Attributes:
+        counts: Requests by how they ended, and tokens by kind.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._first: deque[float] = deque(maxlen=_KEPT)
+        self._steps: deque[tuple[float, float, float]] = deque(maxlen=_KEPT)
+
+    def note_first(self, seconds: float) -> None:
+        """A first token came, so long after its request."""
+        self._first.append(seconds)
+
+    def note_step(self, seconds: float, slowdown: float) -> None:
+        """A further token took so long, so many times what it takes on the idle machine."""
+        self._steps.append((time.monotonic(), seconds, slowdown))
+
+    @property
+    def slowdown(self) -> float:
+        """Median of the last seconds; 1 if nothing ran."""
+        recent = self._recent()
+        return statistics.median(slowdown for *_, slowdown in recent) if recent else 1.0
+
+    @property
+    def latency_ms(self) -> float | None:
+        """Median of the last seconds; None if nothing ran."""
+        recent = self._recent()
+        return 1e3 * statistics.median(seconds for _, seconds, _ in recent) if recent else None
+
+    @property
+    def first_token_ms(self) -> float | None:
+        """Median of the last requests; None if there was none."""
+        return 1e3 * statistics.median(self._first) if self._first else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all requests together, while at least one ran in the last seconds."""
+        recent = self._recent()
+        if not recent:
+            return 0.0
+        begin = min(at - seconds for at, seconds, _ in recent)
+        return len(recent) / max(1e-9, recent[-1][0] - begin)
+
+    def _recent(self) -> list[tuple[float, float, float]]:
+        since = time.monotonic() - _RECENT
+        return [step for step in self._steps.copy() if step[0] > since]
+
+
+def prometheus(state: dict[str, Any], counts: Mapping[int, int]) -> str:
+    """The text that Prometheus scrapes.
+
+    Args:
+        state: As /api/state has it; without a live model only its requests.
+        counts: Answers by status.
+    """
+    lines: list[str] = []
+
+    def add(name: str, kind: str, what: str, *values: tuple[str, float | None]) -> None:
+        given = [(labels, value) for labels, value in values if value is not None]
+        if given:
+            lines.extend([f"# HELP ppf_{name} {what}", f"# TYPE ppf_{name} {kind}"])
+            lines.extend(
+                f"ppf_{name}{labels} {value:g}" if isinstance(value, float) else f"ppf_{name}{labels} {value}"
+                for labels, value in given
+            )
+
+    add("responses_total", "counter", "Answers by HTTP status.", *((f'{{status="{key}"}}', counts[key]) for key in sorted(counts)))
+    if state["live"]:
+        memory, requests = state["memory"], state["requests"]
+        add("ratio", "gauge", "Pruning ratio of requests that name none.", ("", float(state["ratio"])))
+        add("tokens_per_second", "gauge", "Of all requests together, lately.", ("", state["tokens_per_second"]))
+        add("token_latency_seconds", "gauge", "Median time of a token, lately.", ("", _seconds(state["latency_ms"])))
+        add("first_token_seconds", "gauge", "Median time to the first token, lately.", ("", _seconds(state["first_token_ms"])))
+        add(
+            "memory_bytes",
+            "gauge",
+            "Weights that are read, and KV caches.",
+            *((f'{{kind="{key}"}}', memory[key]) for key in memory),
+        )
+        add("requests", "gauge", "Requests now.", *((f'{{state="{key}"}}', requests[key]) for key in ("running", "waiting")))
+        ends = ("done", "failed", "refused", "cancelled")
+        add("requests_total", "counter", "Requests by how they ended.", *((f'{{end="{key}"}}', requests[key]) for key in ends))
+        add("tokens_total", "counter", "Tokens.", *((f'{{kind="{key}"}}', state["tokens"][key]) for key in state["tokens"]))
+    return "\n".join(lines) + "\n"
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3

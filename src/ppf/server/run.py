@@ -1,0 +1,136 @@
+"""Starting and stopping: what can be refused is refused before anything heavy is loaded."""
+
+import ipaddress
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ppf.config import ServeConfig
+from ppf.config.serve import is_loopback
+from ppf.decide import Decider
+from ppf.errors import InputError, InUseError, ResourceError
+from ppf.server.app import LivePart, Service, create_app
+from ppf.server.guard import Access
+
+_SILENT_SECONDS = 10.0
+_STOP_SECONDS = 4
+_CONNECTIONS = 200
+_HEADER_BYTES = 16 * 1024
+
+
+class _Server(uvicorn.Server):
+    """Stopping it by a signal is no failure."""
+
+    should_exit: bool
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.force_exit, self.should_exit = bool(self.should_exit), True
+
+
+class _Protocol(H11Protocol):
+    """Closes connections on which no request begins for ten seconds, whether they send nothing or half a head."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._last_cycle: Any = None
+        self._look = self.loop.call_later(_SILENT_SECONDS, self._close_if_silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._look.cancel()
+        super().connection_lost(exc)
+
+    def _close_if_silent(self) -> None:
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if not is_answering and self.cycle is self._last_cycle:
+            self.transport.close()
+            return
+        self._last_cycle = self.cycle
+        self._look = self.loop.call_later(_SILENT_SECONDS, self._close_if_silent)
+
+
+def serve(config: ServeConfig, open_live: Callable[[ServeConfig, Decider], LivePart] | None) -> None:
+    """Serves until a signal comes.
+
+    Args:
+        config: What and where.
+        open_live: Opens the live model; None serves decisions alone.
+
+    Raises:
+        InputError: No fitted study, or an address beyond loopback without a token.
+        DamagedError: An artefact of the study is not whole.
+        InUseError: The port is taken.
+    """
+    config = _with_token(config)
+    decider = Decider(config.study)
+    with _listen(config) as listener:
+        access = access_of(config, listener.getsockname()[1])
+        live = None if open_live is None else open_live(config, decider)
+        app = create_app(Service(decider, live, config.nested), access)
+        settings = uvicorn.Config(
+            app,
+            http=_Protocol,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=_CONNECTIONS,
+            h11_max_incomplete_event_size=_HEADER_BYTES,
+            timeout_graceful_shutdown=_STOP_SECONDS,
+        )
+        print(f"serving http://{_shown(config.host)}:{access.port}", flush=True)
+        _Server(settings).run([listener])
+
+
+def access_of(config: ServeConfig, port: int) -> Access:
+    """Who may ask a server that listens there."""
+    hosts = {"localhost", "127.0.0.1", "::1"}
+    if is_loopback(config.host):
+        return Access(frozenset(hosts | {_shortest(config.host)}), port, token=config.token)
+    hosts |= {_shortest(config.host), socket.gethostname().lower()}
+    return Access(frozenset(hosts), port, any_address=True, token=config.token)
+
+
+def _with_token(config: ServeConfig) -> ServeConfig:
+    if config.token is None and os.environ.get("PPF_TOKEN"):
+        config = replace(config, token=os.environ["PPF_TOKEN"])
+    if config.token is None and not is_loopback(config.host):
+        raise InputError(
+            f"an address beyond this machine must have a --token; {config.host} came without; give one or set PPF_TOKEN"
+        )
+    return config
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+        listener.listen(_CONNECTIONS)
+    except OSError as error:
+        listener.close()
+        place = f"{config.host}:{config.port}"
+        if isinstance(error, socket.gaierror) or error.errno is None:
+            raise InputError(f"--host must be an address of this machine; {config.host!r} came; 127.0.0.1 is usual") from error
+        if error.errno in (48, 98):
+            raise InUseError(f"{place} must be free; another process listens there; choose another --port") from error
+        raise ResourceError(f"{place} must be an address to listen at; {error.strerror}; choose another") from error
+    return listener
+
+
+def _shortest(host: str) -> str:
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host.lower()
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,132 @@
+"""The live model as a part of the server: its routes, its controller, and how it is opened."""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from ppf.config import ServeConfig
+from ppf.decide import Decider
+from ppf.errors import InputError
+from ppf.llm.load import quiet_transformers
+from ppf.progress import Progress
+from ppf.recipes.live import elastic_for
+from ppf.server.answers import largest_ratio, shown
+from ppf.server.completions import Exchange
+from ppf.server.controller import Costs, Goal, State, step
+from ppf.server.live import Live
+from ppf.server.schemas import ChatBody, CompletionBody
+from ppf.server.wire import JsonResponse, Refusal
+from ppf.space.budget import parse_size
+
+_LOOK_SECONDS = 0.5
+_log = logging.getLogger("ppf.server")
+
+
+class Served:
+    """A live model, under a name, with a controller if there is a goal.
+
+    Args:
+        live: The model.
+        name: As clients call it.
+        max_tokens: The most that one request may ask for.
+        goal: What the controller aims at; None leaves the ratio alone.
+    """
+
+    def __init__(self, live: Live, name: str, max_tokens: int, goal: Goal | None = None) -> None:
+        self.live, self.name, self.max_tokens, self.goal = live, name, max_tokens, goal
+        self._at = State(live.size.decision.asked)
+        self._decisions: deque[dict[str, Any]] = deque(maxlen=20)
+        self._created = int(time.time())
+
+    @property
+    def costs(self) -> Costs:
+        """See ``LivePart``; so do the others."""
+        return self.live.costs
+
+    def add_routes(self, app: FastAPI) -> None:
+        @app.get("/v1/models")
+        async def models_route() -> Response:
+            return JsonResponse({"object": "list", "data": [self._model()]})
+
+        @app.get("/v1/models/{name:path}")
+        async def model_route(name: str) -> Response:
+            if name != self.name:
+                raise Refusal(404, f"the model must be {self.name}; another came; see /v1/models", "model_not_found")
+            return JsonResponse(self._model())
+
+        @app.post("/v1/completions")
+        async def completions_route(body: CompletionBody, request: Request) -> Response:
+            return await self._answer(body, request)
+
+        @app.post("/v1/chat/completions")
+        async def chat_route(body: ChatBody, request: Request) -> Response:
+            return await self._answer(body, request)
+
+    def state(self) -> dict[str, Any]:
+        goal = self.goal
+        controller: dict[str, Any] = {"on": goal is not None}
+        if goal is not None:
+            controller |= {
+                "target": {"latency_ms": goal.latency_ms, "memory": goal.memory},
+                "limits": {"min_ratio": goal.low, "max_ratio": goal.high},
+                "decisions": list(self._decisions),
+            }
+        return {**self.live.state(), "max_tokens": self.max_tokens, "controller": controller}
+
+    def set_ratio(self, ratio: float) -> None:
+        if self.goal is not None:
+            raise Refusal(409, "a ratio is set by hand only without a controller; it is on; start without targets", "controlled")
+        self.live.set_ratio(ratio)
+
+    async def watch(self) -> None:
+        while self.goal is not None:
+            self.look(self.goal)
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def look(self, goal: Goal) -> None:
+        """Lets the controller decide once."""
+        load, before = self.live.load(), self._at.ratio
+        self._at, reason = step(self._at, load, goal, self.costs)
+        if self._at.ratio != before:
+            self.live.set_ratio(self._at.ratio)
+            self._decisions.append({"time": time.time(), "from": before, "to": self._at.ratio, "reason": reason})
+            _log.warning("ratio %.3f -> %.3f: %s", before, self._at.ratio, reason)
+
+    def close(self) -> None:
+        self.live.close()
+
+    async def _answer(self, body: CompletionBody | ChatBody, request: Request) -> Response:
+        exchange = Exchange.of(self.live, body, self.name, self.max_tokens)
+        return exchange.stream() if body.stream else await exchange.whole(request)
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self._created, "owned_by": "ppf"}
+
+
+def open_served(config: ServeConfig, decider: Decider) -> Served:
+    """Loads the model of a study and makes it elastic.
+
+    Raises:
+        InputError: A ratio beyond what the floors allow, or a study of an object.
+        DamagedError: A study of another model.
+        UnsupportedError: A model that cannot be elastic.
+    """
+    quiet_transformers()
+    top = largest_ratio(decider)
+    high = min(float(decider.agent.max_ratio), top) if config.max_ratio is None else config.max_ratio
+    if max(high, config.min_ratio) > top:
+        raise InputError(f"the limits must lie below {top:g}, the largest ratio of this model; a larger one came; lower them")
+    memory = None if config.target_memory is None else parse_size(config.target_memory)
+    goal = Goal(config.target_latency_ms, memory, min(config.min_ratio, high), high) if config.controlled else None
+    ratio = config.ratio if goal is None else min(max(config.ratio, goal.low), goal.high)
+    progress = Progress()
+    elastic, tokenizer = elastic_for(decider, config.model, config.device, config.dtype, progress)
+    with progress.stage("timing"):
+        live = Live(decider, elastic, tokenizer, ratio, config.nested)
+    name = shown(config.model or decider.study.record["model"]["name"])
+    return Served(live, name, config.max_tokens, goal)

@@ -1,0 +1,226 @@
+import threading
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+import tiny_models as tiny
+from builders import importance, random_mask, refuses
+from ppf.errors import DamagedError, InputError, UnsupportedError
+from ppf.llm.architectures import layout_of_model
+from ppf.llm.elastic import ElasticModel
+from ppf.llm.surgery import cut
+from ppf.space.allocation import Allocation
+from ppf.space.layout import Layout, Rows, Site
+from ppf.space.mask import select
+
+IDS = tiny.blocks(2, 14)
+
+
+def elastic(name="llama-gqa-tied", decide=None, seed=0):
+    model = tiny.model(name)
+    layout = layout_of_model(model)
+    return ElasticModel(model, layout, importance(layout, seed), decide)
+
+
+def answers(live, ids=IDS, view=None):
+    with torch.inference_mode(), live.at(view) as model:
+        return model(input_ids=torch.from_numpy(ids), use_cache=False).logits
+
+
+def shrunk(layout, share):
+    """About a share of every site."""
+    return Allocation(np.maximum(layout.floors, (layout.units * share).astype(int)))
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_putting_units_in_order_changes_no_answer(name):
+    expected = tiny.logits(tiny.model(name), IDS)
+    torch.testing.assert_close(answers(elastic(name)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, case) for name in tiny.TINY for case in ("uniform", "floors", "only ffn", "only attn")]
+)
+def test_at_any_allocation_it_answers_as_the_cut_model(name, case):
+    live, dense = elastic(name, seed=5), tiny.model(name)
+    allocation = tiny.MASKS[case](live.layout).allocation
+    expected = tiny.logits(cut(dense, live.layout, select(allocation, importance(live.layout, 5), live.layout)), IDS)
+    live.set_allocation(allocation)
+    with torch.inference_mode():
+        torch.testing.assert_close(live(input_ids=torch.from_numpy(IDS)).logits, expected, rtol=0, atol=1e-5)
+    live.set_allocation(Allocation(live.layout.units))
+    torch.testing.assert_close(answers(live), tiny.logits(dense, IDS), rtol=0, atol=1e-5)
+
+
+def test_views_take_no_memory_and_the_model_stays_one_dense_copy():
+    live, dense = elastic(), tiny.model()
+    size = sum(parameter.numel() for parameter in dense.parameters())
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in live._model.parameters()}
+    assert sum(storages.values()) == 4 * size
+    for share in np.linspace(0.1, 1, 30):
+        view = live.set_allocation(shrunk(live.layout, share))
+        for weight, bias in view.tensors:
+            assert weight.untyped_storage().data_ptr() in storages and (
+                bias is None or bias.untyped_storage().data_ptr() in storages
+            )
+
+
+def test_a_model_that_shares_the_tensors_is_not_changed():
+    dense = tiny.model()
+    before = tiny.snapshot(dense)
+    twin = tiny.model()
+    for path, parameter in dense.named_parameters():
+        owner, _, leaf = path.rpartition(".")
+        setattr(twin.get_submodule(owner), leaf, parameter)
+    live = ElasticModel(twin, layout_of_model(dense), importance(layout_of_model(dense)))
+    live.set_allocation(Allocation(live.layout.floors))
+    answers(live)
+    assert tiny.snapshot(dense) == before
+
+
+def test_a_ratio_goes_through_the_decider():
+    live = elastic()
+    live = elastic(decide=lambda ratio: shrunk(live.layout, 1 - ratio))
+    assert live.set_ratio(0.5).allocation.kept.tolist() == shrunk(live.layout, 0.5).kept.tolist()
+    assert live.current.allocation.kept.tolist() == shrunk(live.layout, 0.5).kept.tolist()
+    with refuses(InputError):
+        elastic().set_ratio(0.5)
+
+
+@pytest.mark.parametrize("kept", [lambda of: of.floors - 1, lambda of: of.units + 1, lambda of: of.units[:-1]])
+def test_allocations_of_no_such_model_are_refused(kept):
+    live = elastic()
+    with refuses(InputError):
+        live.set_allocation(Allocation(kept(live.layout)))
+    assert live.current.allocation.kept.tolist() == live.layout.units.tolist()
+
+
+def test_another_models_importance_is_refused():
+    model = tiny.model()
+    with refuses(DamagedError):
+        ElasticModel(model, layout_of_model(model), importance(layout_of_model(tiny.model("llama-mha"))))
+
+
+# --- threads ---
+
+
+def test_requests_of_different_ratios_do_not_disturb_each_other():
+    live = elastic()
+    views = [live.view(shrunk(live.layout, share)) for share in (0.25, 0.5, 0.75, 1)]
+    expected = [answers(live, view=view) for view in views]
+    wrong, stop = [], threading.Event()
+
+    def ask(index):
+        for _ in range(60):
+            if not torch.equal(answers(live, view=views[index]), expected[index]):
+                wrong.append(index)
+
+    def turn():
+        while not stop.is_set():
+            for view in views:
+                live.set_allocation(view.allocation)
+
+    turner = threading.Thread(target=turn)
+    turner.start()
+    askers = [threading.Thread(target=ask, args=(index,)) for index in range(4)]
+    for thread in askers:
+        thread.start()
+    for thread in askers:
+        thread.join()
+    stop.set()
+    turner.join()
+    assert not wrong
+
+
+def test_a_request_keeps_the_size_that_it_began_with():
+    live = elastic()
+    small = live.view(Allocation(live.layout.floors))
+    with torch.inference_mode(), live.at() as model:
+        live.set_allocation(small.allocation)
+        begun = model(input_ids=torch.from_numpy(IDS), use_cache=False).logits
+    torch.testing.assert_close(begun, tiny.logits(tiny.model(), IDS), rtol=0, atol=1e-5)
+    assert torch.equal(answers(live), answers(live, view=small))
+
+
+def test_a_thread_in_which_a_request_failed_runs_as_before():
+    live = elastic()
+    expected = answers(live)
+    with pytest.raises(RuntimeError, match="stop"), live.at(live.view(Allocation(live.layout.floors))):
+        raise RuntimeError("stop")
+    assert torch.equal(answers(live), expected)
+
+
+# --- the KV cache ---
+
+
+def primed(live, view):
+    """A cache of the first tokens, made at a view."""
+    cache = DynamicCache(config=live.config)
+    with torch.inference_mode(), live.at(view) as model:
+        model(input_ids=torch.from_numpy(IDS[:, :10]), past_key_values=cache, use_cache=True)
+    return cache
+
+
+def continued(live, view, cache):
+    with torch.inference_mode(), live.at(view) as model:
+        return model(input_ids=torch.from_numpy(IDS[:, 10:]), past_key_values=cache, use_cache=True).logits
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "mistral-mha-tied-window", "qwen2-mha-tied-window", "qwen3-gqa"])
+def test_a_cache_is_narrowed_to_the_groups_that_stay(name):
+    live = elastic(name)
+    whole, half = live.view(Allocation(live.layout.units)), live.view(shrunk(live.layout, 0.5))
+    cache = primed(live, whole)
+    keys = [layer.keys.clone() for layer in cache.layers]
+    assert live.carry(cache, whole, half) == "narrowed"
+    groups = [kept for site, kept in zip(live.layout.sites, half.allocation.kept, strict=True) if site.kind == "attn"]
+    for layer, before, group in zip(cache.layers, keys, groups, strict=True):
+        assert torch.equal(layer.keys, before[:, :group]) and layer.values.shape == layer.keys.shape
+    assert continued(live, half, cache).isfinite().all()
+
+
+def test_a_cache_of_which_only_channels_change_is_kept():
+    live = elastic()
+    kept = [site.units // 2 if site.kind == "ffn" else site.units for site in live.layout.sites]
+    whole, less = live.view(Allocation(live.layout.units)), live.view(Allocation(np.array(kept)))
+    cache = primed(live, whole)
+    keys = [layer.keys for layer in cache.layers]
+    assert live.carry(cache, whole, less) == "kept"
+    assert all(layer.keys is before for layer, before in zip(cache.layers, keys, strict=True))
+
+
+def test_a_cache_that_lacks_groups_is_left_to_be_rebuilt():
+    live = elastic("llama-mha")
+    whole, half = live.view(Allocation(live.layout.units)), live.view(shrunk(live.layout, 0.5))
+    cache = primed(live, half)
+    shapes = [layer.keys.shape for layer in cache.layers]
+    assert live.carry(cache, half, whole) == "rebuild"
+    assert [layer.keys.shape for layer in cache.layers] == shapes
+    assert live.carry(DynamicCache(config=live.config), whole, half) == "rebuild"
+
+
+def test_a_cache_works_at_the_size_that_made_it():
+    live = elastic("llama-mha")
+    half = live.view(shrunk(live.layout, 0.5))
+    torch.testing.assert_close(continued(live, half, primed(live, half)), answers(live, view=half)[:, 10:], rtol=0, atol=1e-5)
+
+
+# --- what cannot be elastic ---
+
+
+def test_an_elastic_model_cannot_be_cut_by_the_importance_that_ordered_it():
+    live = elastic()
+    with refuses(UnsupportedError):
+        cut(live._model, live.layout, random_mask(live.layout))
+
+
+def test_layers_that_hold_several_writers_are_refused():
+    model = tiny.model("llama-mha")
+    layout = layout_of_model(model)
+    first = layout.sites[0]
+    name = first.writers[0].module
+    fused = Site(**{**vars(first), "writers": (Rows(name, 0, 4), Rows(name, 16, 4))})
+    with refuses(UnsupportedError):
+        ElasticModel(model, Layout(layout.model_type, layout.layers, (fused, *layout.sites[1:]), layout.total), importance(layout))
