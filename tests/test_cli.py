@@ -117,10 +117,10 @@ def test_a_fault_of_ours_is_not_dressed_up(monkeypatch):
 
 
 def test_help_and_version(capsys):
-    for command in ("fit", "prune", "policy", "export", "eval", "bench", "report", "demo"):
+    for command in ("fit", "prune", "policy", "export", "eval", "bench", "report", "serve", "demo"):
         code, out, err = answer(capsys, command, "--help")
         assert code == 0 and err == "" and "--" in out
-    assert answer(capsys)[1].count("•") == 8
+    assert answer(capsys)[1].count("•") == 9
     assert answer(capsys, "--version")[1].startswith("ppf ")
 
 

@@ -16,8 +16,16 @@ from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 from ppf.commands import RUN
 from ppf.config import (
-    BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig, ReportConfig, ServeConfig,
-)  # fmt: skip
+    BenchConfig,
+    DemoConfig,
+    EvalConfig,
+    ExportConfig,
+    FitConfig,
+    PolicyConfig,
+    PruneConfig,
+    ReportConfig,
+    ServeConfig,
+)
 from ppf.errors import InputError, PPFError
 
 Command = (

@@ -4,8 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 from ppf.config import (
-    BenchConfig, DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PruneConfig, ReportConfig, ServeConfig,
-)  # fmt: skip
+    BenchConfig,
+    DemoConfig,
+    EvalConfig,
+    ExportConfig,
+    FitConfig,
+    PolicyConfig,
+    PruneConfig,
+    ReportConfig,
+    ServeConfig,
+)
 from ppf.printing import (
     human_size,
     print_gguf,
