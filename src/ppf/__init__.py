@@ -7,6 +7,7 @@
     study = ppf.fit("ref-a", text="pydocs")
     pruned = study.prune(ratio=0.3)
     pruned.save_pretrained("smaller")
+    study.live().set_ratio(0.3)  # no copy, no reload
 
 Names are loaded when they are used: `import ppf` alone brings neither torch nor transformers. In a process that imports
 both ppf and transformers, exported folders load without remote code.
@@ -23,6 +24,7 @@ _PUBLIC = {
     "fit": "ppf.recipes.api",
     "Study": "ppf.recipes.api",
     "Pruned": "ppf.recipes.prune",
+    "ElasticModel": "ppf.llm.elastic",
     "Decision": "ppf.decide",
     "Decider": "ppf.decide",
     "PPFError": "ppf.errors",

@@ -8,13 +8,15 @@ from typing import Any, get_args
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.artifact import read_json
-from ppf.config import CompensateName, FitConfig, Target
+from ppf.config import CompensateName, DtypeName, FitConfig, Target
 from ppf.decide import Decider, Decision
 from ppf.errors import InputError
+from ppf.llm.elastic import ElasticModel
 from ppf.llm.load import LoadedModel, adopt_model
 from ppf.progress import Progress
 from ppf.recipes.fit import fit as fit_study
 from ppf.recipes.lab import load_for
+from ppf.recipes.live import elastic_for
 from ppf.recipes.prune import Pruned, check_refinable, prune
 
 
@@ -104,6 +106,27 @@ class Study:
         if self._loaded is None:
             self._loaded = _loaded(self._model, self._tokenizer, progress)
         return prune(self.folder, self._loaded, target, device, candidates if refine else 0, progress, compensate)
+
+    def live(
+        self, ratio: float = 0.0, *, nested: bool = False, device: str = "auto", dtype: DtypeName = "auto", quiet: bool = True
+    ) -> ElasticModel:
+        """The dense model, of which any size runs at once: ``set_ratio`` changes it between two calls.
+
+        Args:
+            ratio: To start with.
+            nested: Let ``set_ratio`` decide by nested policies, so that KV caches stay usable while the ratio rises.
+            device: Where it runs.
+            dtype: As in fit.
+            quiet: Show no progress.
+
+        Raises:
+            InputError: More than the floors allow.
+            UnsupportedError: A model whose layers no prefix can make smaller.
+        """
+        self._decider.decide(Target(ratio, nested=nested))  # refuses before the model is loaded
+        elastic, _ = elastic_for(self._decider, self._model, device, dtype, Progress(quiet), self._tokenizer, nested)
+        elastic.set_ratio(ratio)
+        return elastic
 
 
 def fit(

@@ -1,5 +1,7 @@
 """live: a study's dense model, elastic."""
 
+from pathlib import Path
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.config import DtypeName, Target
@@ -9,11 +11,12 @@ from ppf.llm.elastic import ElasticModel
 from ppf.llm.load import LoadedModel, adopt_model
 from ppf.progress import Progress
 from ppf.recipes.lab import choose_device, choose_dtype, load_for
+from ppf.space.allocation import Allocation
 
 
 def elastic_for(
     decider: Decider,
-    model: str | PreTrainedModel | None,
+    model: str | Path | PreTrainedModel | None,
     device: str,
     dtype: DtypeName,
     progress: Progress,
@@ -46,15 +49,15 @@ def elastic_for(
         raise DamagedError(f"the study must be one of this model; it is one of {known['name']} as it was then; give its own model")
     dense = loaded.on(where, choose_dtype(dtype, where, loaded.dtype))
 
-    def decide(ratio: float):
+    def decide(ratio: float) -> Allocation:
         return decider.decide(Target(ratio=ratio, nested=nested)).allocation
 
     return ElasticModel(dense, loaded.layout, decider.importance, decide), loaded.tokenizer
 
 
 def _loaded(
-    decider: Decider, model: str | PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, progress: Progress
+    decider: Decider, model: str | Path | PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, progress: Progress
 ) -> LoadedModel:
     if isinstance(model, PreTrainedModel):
         return adopt_model(model, tokenizer)
-    return load_for(model or decider.study.record["model"]["name"], progress)
+    return load_for(str(model or decider.study.record["model"]["name"]), progress)

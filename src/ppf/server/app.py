@@ -168,7 +168,7 @@ def _add_absent(app: FastAPI) -> None:
     async def models_route() -> Response:
         return JsonResponse({"object": "list", "data": []})
 
-    @app.post("/v1/{kind:path}")
+    @app.api_route("/v1/{kind:path}", methods=["GET", "POST"])
     async def absent_route(kind: str) -> Response:
         raise _absent()
 

@@ -18,6 +18,7 @@ from typing import Any
 from ppf.server.wire import Refusal, load, refused
 
 BODY_SECONDS = 10.0
+HEADER_BYTES = 16 * 1024
 _SAFE = ("GET", "HEAD")
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9.-]{1,253}))(?::([0-9]{1,5}))?")
 _PORTS = {"http": 80, "https": 443}
@@ -115,12 +116,16 @@ class Guard:
             )
         if not self._is_same_site(scope):
             raise Refusal(
-                403, "a request must come from this server's own page or from no page; it comes from another", "bad_origin"
+                403,
+                "a request must come from the server's own page or from none; another sent it; open the address shown at start",
+                "bad_origin",
             )
         if access.token is not None and not is_public(path) and not _is_bearer(_values(scope, b"authorization"), access.token):
             raise Refusal(
                 401, "a request must carry the server's token; it does not; send Authorization: Bearer TOKEN", "bad_token"
             )
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
+            raise Refusal(431, f"headers must be at most {HEADER_BYTES} bytes; more came; send fewer", "too_long")
         if len(scope["query_string"]) > 4096:
             raise Refusal(414, "a query must be at most 4096 bytes; a longer one came; shorten it", "too_long")
 

@@ -49,12 +49,13 @@ class Meter:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all requests together, while at least one ran in the last seconds."""
+        """Of all requests together, over the part of the last seconds in which at least one ran."""
+        busy, until = 0.0, 0.0
         recent = self._recent()
-        if not recent:
-            return 0.0
-        begin = min(at - seconds for at, seconds, _ in recent)
-        return len(recent) / max(1e-9, recent[-1][0] - begin)
+        for at, seconds, _ in recent:  # steps of several requests overlap
+            busy += max(0.0, at - max(until, at - seconds))
+            until = max(until, at)
+        return len(recent) / busy if busy else 0.0
 
     def _recent(self) -> list[tuple[float, float, float]]:
         since = time.monotonic() - _RECENT

@@ -15,12 +15,11 @@ from ppf.config.serve import is_loopback
 from ppf.decide import Decider
 from ppf.errors import InputError, InUseError, ResourceError
 from ppf.server.app import LivePart, Service, create_app
-from ppf.server.guard import Access
+from ppf.server.guard import HEADER_BYTES, Access, Guard
 
 _SILENT_SECONDS = 10.0
 _STOP_SECONDS = 4
 _CONNECTIONS = 200
-_HEADER_BYTES = 16 * 1024
 
 
 class _Server(uvicorn.Server):
@@ -67,11 +66,18 @@ def serve(config: ServeConfig, open_live: Callable[[ServeConfig, Decider], LiveP
     """
     config = _with_token(config)
     decider = Decider(config.study)
-    with _listen(config) as listener:
+    with listen(config) as listener:
         access = access_of(config, listener.getsockname()[1])
         live = None if open_live is None else open_live(config, decider)
-        app = create_app(Service(decider, live, config.nested), access)
-        settings = uvicorn.Config(
+        server = server_of(create_app(Service(decider, live, config.nested), access))
+        print(f"serving http://{_shown(config.host)}:{access.port}", flush=True)
+        server.run([listener])
+
+
+def server_of(app: Guard) -> uvicorn.Server:
+    """A server that keeps to its limits; ``run`` it with a socket that listens."""
+    return _Server(
+        uvicorn.Config(
             app,
             http=_Protocol,
             ws="none",
@@ -81,11 +87,10 @@ def serve(config: ServeConfig, open_live: Callable[[ServeConfig, Decider], LiveP
             access_log=False,
             server_header=False,
             limit_concurrency=_CONNECTIONS,
-            h11_max_incomplete_event_size=_HEADER_BYTES,
+            h11_max_incomplete_event_size=HEADER_BYTES,
             timeout_graceful_shutdown=_STOP_SECONDS,
         )
-        print(f"serving http://{_shown(config.host)}:{access.port}", flush=True)
-        _Server(settings).run([listener])
+    )
 
 
 def access_of(config: ServeConfig, port: int) -> Access:
@@ -107,7 +112,14 @@ def _with_token(config: ServeConfig) -> ServeConfig:
     return config
 
 
-def _listen(config: ServeConfig) -> socket.socket:
+def listen(config: ServeConfig) -> socket.socket:
+    """A socket that listens, so that a taken port is found before anything is loaded.
+
+    Raises:
+        InputError: No such address.
+        InUseError: The port is taken.
+        ResourceError: The system refuses it.
+    """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -74,11 +74,9 @@ def refused(status: int, message: str, code: str, headers: dict[str, str] | None
 
 
 def as_refusal(error: PPFError) -> Refusal:
-    """What an error of the library is to a client."""
-    if isinstance(error, InputError):
-        return Refusal(400, str(error), "invalid_value")
-    if isinstance(error, UnsupportedError):
-        return Refusal(400, str(error), "unsupported")
+    """What an error of the library is to a client; where a message names a flag, the field has the flag's name."""
+    if isinstance(error, InputError | UnsupportedError):
+        return Refusal(400, str(error).replace("--", ""), "invalid_value")
     return Refusal(503, "the server must be able to answer; it is not; see its log", "unavailable")
 
 

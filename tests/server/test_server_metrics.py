@@ -1,0 +1,80 @@
+import re
+
+import pytest
+
+from ppf.server import metrics
+from ppf.server.metrics import Meter, prometheus
+
+STATE = {
+    "live": True, "ratio": 0.25, "tokens_per_second": 40.0, "latency_ms": 25.0, "first_token_ms": None,
+    "memory": {"weights": 1000, "kv_cache": 10}, "tokens": {"prompt": 7, "completion": 9},
+    "requests": {"running": 2, "waiting": 0, "done": 5, "failed": 0, "refused": 1, "cancelled": 0},
+}  # fmt: skip
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that stands until it is moved."""
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_text_is_what_prometheus_reads():
+    lines = prometheus(STATE, {200: 5, 404: 1}).splitlines()
+    named = {}
+    for line in lines:
+        if line.startswith("# TYPE"):
+            _, _, name, kind = line.split(" ")
+            assert kind in ("gauge", "counter") and name not in named and (kind == "counter") == name.endswith("_total")
+            named[name] = 0
+        elif not line.startswith("#"):
+            found = re.fullmatch(r'(ppf_[a-z_]+)(\{[a-z]+="[a-z0-9_]+"\})? (-?[0-9.e+-]+)', line)
+            named[found[1]] += 1
+            float(found[3])
+    assert named["ppf_responses_total"] == named["ppf_memory_bytes"] == 2 and all(named.values())
+    assert (
+        "ppf_ratio 0.25" in lines
+        and "ppf_token_latency_seconds 0.025" in lines
+        and 'ppf_memory_bytes{kind="weights"} 1000' in lines
+    )
+    assert "ppf_first_token_seconds" not in named
+
+
+def test_without_a_model_there_are_answers_alone():
+    assert "ppf_ratio" not in prometheus({"live": False}, {200: 1})
+
+
+def test_nothing_measured_yet():
+    meter = Meter()
+    assert (meter.slowdown, meter.latency_ms, meter.first_token_ms, meter.tokens_per_second) == (1.0, None, None, 0.0)
+
+
+def test_recent_steps_count_and_old_ones_do_not(clock):
+    meter = Meter()
+    for seconds, slowdown in ((0.01, 1.0), (0.02, 2.0), (0.04, 3.0)):
+        clock[0] += seconds
+        meter.note_step(seconds, slowdown)
+    assert (meter.slowdown, meter.latency_ms) == (2.0, 20.0)
+    clock[0] += 60
+    assert (meter.slowdown, meter.latency_ms, meter.tokens_per_second) == (1.0, None, 0.0)
+    meter.note_step(0.005, 0.5)
+    assert (meter.slowdown, meter.latency_ms) == (0.5, 5.0)
+
+
+def test_speed_is_over_the_time_in_which_something_ran(clock):
+    meter = Meter()
+    for pause in (0, 0, 3, 0):
+        clock[0] += 0.1 + pause
+        meter.note_step(0.1, 1.0)
+    assert meter.tokens_per_second == pytest.approx(10)
+    for _ in range(4):  # a second request beside the first
+        meter.note_step(0.1, 1.0)
+    assert meter.tokens_per_second == pytest.approx(20)
+
+
+def test_first_tokens(clock):
+    meter = Meter()
+    for seconds in (0.1, 0.3, 0.2):
+        meter.note_first(seconds)
+    assert meter.first_token_ms == pytest.approx(200)
