@@ -85,6 +85,14 @@ class Page {
     get("main").hidden = false;
     this.show();
     await this.drawCurve();
+    await this.learnAll();
+  }
+
+  /** Asks for every place of the slider in advance, so that its moves are answered from here. */
+  async learnAll() {
+    const [step, most] = [Number(this.slider.step), Number(this.slider.max)];
+    for (let place = 0; place * step <= most + 1e-9; place += 1) await this.policy(place * step);
+    document.body.dataset.ready = "all";
   }
 
   /** The decision at a ratio, asked for once. */
@@ -97,7 +105,7 @@ class Page {
   async drawCurve() {
     const curve = [];
     for (let step = 0; step <= CURVE_STEPS; step += 1) {
-      const ratio = Math.floor((this.maxRatio * step * 200) / CURVE_STEPS) / 200;
+      const ratio = Math.round((Number(this.slider.max) * step * 200) / CURVE_STEPS) / 200;
       const { ratio: found, predicted } = await this.policy(ratio);
       curve.push({ ratio: found.met, ...predicted });
     }
