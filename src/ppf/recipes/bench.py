@@ -278,13 +278,25 @@ def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progres
                 raise InputError(f"a method must be one of {', '.join(found.methods)}; {min(unknown)!r} came; choose one")
             taught = taught_by(study)
             wanted = {cell_key(name, ratio, config, taught): (name, ratio) for ratio in config.ratios for name in names}
-            for key, (name, ratio) in wanted.items():
-                if key not in cells:
-                    choice = found.methods[name](ratio)
-                    (measured,) = found.measure([choice])
-                    cells[key] = {
-                        "method": name, "ratio": ratio, "seed": found.seed, "kept": choice.mask.allocation.kept.tolist(),
-                        "tokens": choice.tokens, "shared_tokens": choice.shared, "seconds": round(choice.seconds, 3), **measured,
-                    }  # fmt: skip
-                    write_json(path, cells)
+            with progress.stage(f"bench of seed {found.seed}", len(wanted)) as advance:
+                for key, (name, ratio) in wanted.items():
+                    if key not in cells:
+                        cells[key] = _cell(found, name, ratio)
+                        write_json(path, cells)
+                    advance(_best_so_far(ratio, [cells[other] for other in wanted if other in cells]))
     return [cells[key] for key in wanted]
+
+
+def _cell(found: Bench, name: str, ratio: float) -> dict[str, Any]:
+    choice = found.methods[name](ratio)
+    (measured,) = found.measure([choice])
+    return {
+        "method": name, "ratio": ratio, "seed": found.seed, "kept": choice.mask.allocation.kept.tolist(),
+        "tokens": choice.tokens, "shared_tokens": choice.shared, "seconds": round(choice.seconds, 3), **measured,
+    }  # fmt: skip
+
+
+def _best_so_far(ratio: float, cells: Sequence[dict[str, Any]]) -> str:
+    """The method with the least log-perplexity at a ratio, in words."""
+    least, method = min((float(np.mean(cell["above"])), cell["method"]) for cell in cells if cell["ratio"] == ratio)
+    return f"best at {100 * ratio:g} %: {method}, {least:+.4f}"

@@ -173,8 +173,8 @@ def _winner(lab: Lab, kept: np.ndarray, damage: np.ndarray) -> np.ndarray:
     if not len(lab.text.validation) or len(kept) == 1:
         return kept[int(damage.argmin())]
     masks = [select(Allocation(row), lab.study.importance, lab.layout) for row in kept]
-    with lab.progress.stage("validating"):
-        answers = lab.answers(masks, "validation")
+    with lab.progress.stage("validating", len(masks)) as advance:
+        answers = lab.answers(masks, "validation", advance=advance)
     fresh = np.array([answer.kl if np.isfinite(answer.kl) else np.inf for answer in answers])
     total = damage * lab.text.search.size + fresh * lab.text.validation.size
     return kept[int(total.argmin())]

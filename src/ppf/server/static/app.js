@@ -185,7 +185,7 @@ class Page {
   drawState(state) {
     const { controller, memory, requests } = state;
     this.controlled = controller.on;
-    get("follow").disabled = controller.on;
+    get("follow-row").hidden = controller.on;
     const speed = state.latency_ms === null ? "idle" : `${state.tokens_per_second.toFixed(0)} tokens/s, ${state.latency_ms.toFixed(1)} ms a token`;
     const facts = {
       ratio: `${percent(state.met)}${state.nested ? ", nested" : ""}`,

@@ -47,8 +47,8 @@ export class Bars {
         count.textContent = String(left);
         column.title = `layer ${layer}: ${left} of ${of}`;
       }
-      total.textContent = `${stay} of ${all} stay`;
-      columns.setAttribute("aria-label", `${name}: ${stay} of ${all} stay`);
+      total.textContent = `${stay.toLocaleString("en")} of ${all.toLocaleString("en")} stay`;
+      columns.setAttribute("aria-label", `${name}: ${total.textContent}`);
     }
     this.drawTable(kept);
   }
