@@ -47,8 +47,8 @@ def _glance(facts: Facts) -> list[tuple[str, str, str]]:
         ("layers", str(layout.layers), f"{layout.model_type}, {len(layout.sites)} sites"),
         ("dense perplexity", f"{np.exp(dense['log_ppl']):.2f}", f"95 % {low:.2f} to {high:.2f}, test text"),
         ("masks measured", f"{samples:,}", f"{report['failed']} failed"),
-        ("order within a ratio", f"{found['tau_mean']:.3f}", "Kendall's tau, held-out masks"),
-        ("prediction error", f"{found['mae']:.4f}", "nats/token, held-out masks"),
+        ("order within a ratio", f"{found['tau_mean']:.3f}", f"Kendall's tau, {found['count']} held-out masks"),
+        ("prediction error", f"{found['mae']:.4f}", "nats/token, the same masks"),
         ("tokens", f"{tokens / 1e6:.2f} M", "run through the model"),
         ("wall time", _duration(sum(report["seconds"].values())), "the whole fit"),
     ]
