@@ -26,6 +26,7 @@ bench: .venv/.bench
 	$(BIN)/ppf bench runs/bench --out benchmarks/results/bench-ref-a.json
 	$(BIN)/python benchmarks/agents.py --study runs/bench
 	$(BIN)/python benchmarks/decision_speed.py
+	$(BIN)/python benchmarks/live.py --study runs/bench
 	$(BIN)/python benchmarks/tables.py
 
 clean:

@@ -8,7 +8,19 @@ import tyro
 
 from builders import refuses
 from ppf import config
-from ppf.config import DemoConfig, EvalConfig, ExportConfig, FitConfig, PolicyConfig, PredictorName, PruneConfig, ScoreName, Target
+from ppf.config import (
+    DemoConfig,
+    EvalConfig,
+    ExportConfig,
+    FitConfig,
+    PolicyConfig,
+    PredictorName,
+    PruneConfig,
+    ScoreName,
+    ServeConfig,
+    Target,
+)
+from ppf.config.serve import is_loopback
 from ppf.errors import InputError
 
 COMMANDS = {
@@ -17,6 +29,7 @@ COMMANDS = {
     PruneConfig: ["s", "--out", "o", "--ratio", "0.3"],
     ExportConfig: ["ref-a", "--gguf", "f"],
     EvalConfig: ["ref-a"],
+    ServeConfig: ["s"],
     DemoConfig: [],
 }
 every = pytest.mark.parametrize("command", COMMANDS)
@@ -89,6 +102,7 @@ LEAST = {
     },
     PruneConfig: {"candidates": 1},
     EvalConfig: {"seq_len": 8, "tokens": 1},
+    ServeConfig: {"port": 0, "max_tokens": 1},
 }  # fmt: skip
 BOUNDS = [(command, field, least) for command, fields in LEAST.items() for field, least in fields.items()]
 
@@ -145,6 +159,29 @@ def test_one_way_is_enough(wish):
 def test_a_target_that_says_nothing_is_refused(wish):
     with refuses(InputError):
         Target(**wish)
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"port": 65536}, {"ratio": 1.0}, {"ratio": -0.1}, {"ratio": math.nan}, {"min_ratio": 1.0}, {"max_ratio": math.inf},
+        {"min_ratio": 0.4, "max_ratio": 0.3}, {"target_latency_ms": 0.0}, {"target_latency_ms": math.nan}, {"target_memory": "3M"},
+        {"no_model": True, "target_latency_ms": 5.0}, {"no_model": True, "target_memory": "1GB"}, {"token": "short"},
+        {"token": "x" * 22 + "\n"}, {"token": "é" * 22}, {"dtype": "int8"}, {"host": 5},
+    ],
+)  # fmt: skip
+def test_a_server_that_cannot_be_is_refused(wish):
+    with refuses(InputError) as caught:
+        ServeConfig("s", **wish)
+    assert wish.get("token", "no token") not in str(caught.value)
+
+
+def test_a_server_stays_on_this_machine_by_default_and_a_target_brings_a_controller():
+    plain = ServeConfig("s")
+    assert is_loopback(plain.host) and not plain.controlled
+    assert ServeConfig("s", target_memory="1GB").controlled and ServeConfig("s", target_latency_ms=5.0).controlled
+    for host, own in (("127.8.8.8", True), ("::1", True), ("localhost", True), ("10.0.0.1", False), ("::", False), ("box", False)):
+        assert is_loopback(host) == own
 
 
 # --- one name, one thing ---

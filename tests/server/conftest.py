@@ -1,56 +1,9 @@
-import contextlib
-import threading
-import time
-
-import numpy as np
 import pytest
 
 import tiny_models
-from builders import importance
-from learn_builders import curves_of, probes, spread, truth
-from ppf.config import ServeConfig
-from ppf.decide import Decider
-from ppf.learn.agent import Agent
-from ppf.learn.baselines import knapsack
-from ppf.learn.fit_predictor import fit_predictor
-from ppf.learn.train_nested import chain_of
-from ppf.llm.load import load_model
-from ppf.samples import Measurement, Sample
-from ppf.server.app import Service, create_app
-from ppf.server.run import access_of, listen, server_of
-from ppf.server.served import open_served
-from ppf.space.allocation import Allocation
-from ppf.space.mask import select
-from ppf.study import StudyFolder
+from server_runs import running, study_of
 
-TOKEN = "a-token-of-some-length-0123"
-
-
-def study_of(folder, model):
-    """The folder that a fit of a model leaves, with made-up measurements."""
-    folder.mkdir()
-    loaded = load_model(str(model))
-    of, scores = truth(of=loaded.layout), importance(loaded.layout)
-    record = {
-        "model": {"name": str(model), "digest": loaded.digest, "type": loaded.layout.model_type, "bytes_per_param": 4},
-        "layout": loaded.layout.to_json(), "settings": {"text": str(folder / "text.txt"), "test_text": None, "seed": 0},
-        "dense": {"search": {"log_ppl": 2.0, "tokens": 100}, "test": {"log_ppl": 2.5, "tokens": 200}},
-        "context": "made up", "seq_len": 16, "dtype": "float32",
-    }  # fmt: skip
-    study = StudyFolder.create(folder, record)
-    scores.save(study.path("importance"), loaded.layout)
-    samples = probes(of) + spread(of, 12)
-    fit_predictor("additive", samples, [], loaded.layout, 2.0, 0).save(study.path("predictor"), loaded.layout)
-    agent = Agent(knapsack(curves_of(of), loaded.layout), np.array(0.6))
-    agent.save(study.path("agent"), loaded.layout)
-    chain_of(agent, loaded.layout).save(study.path("nested"))
-    store = study.store(write=True)
-    for one in samples:
-        mask = select(Allocation(np.array(one.kept)), scores, loaded.layout)
-        store.add(Sample.of(mask, "made up", one.purpose, one.ratio, 0, Measurement(one.log_ppl, one.kl, 100, 0.1)))
-    store.close()
-    (folder / "report.json").write_text('{"predictor": "additive", "heldout": {"additive": {"count": 9, "tau_mean": 0.9}}}')
-    return study
+WORD = "-".join(["long", "enough", "a", "word"] * 2)
 
 
 @pytest.fixture(scope="session")
@@ -59,27 +12,6 @@ def study(tmp_path_factory):
     place = tmp_path_factory.mktemp("served")
     model = tiny_models.save(place / "tiny", "llama-mha")
     return study_of(place / "study", model).folder
-
-
-@contextlib.contextmanager
-def running(study, **options):
-    """A server in this process; yields its port and what serves the model, or None."""
-    config = ServeConfig(str(study), port=0, **options)
-    decider = Decider(study)
-    with listen(config) as listener:
-        port = listener.getsockname()[1]
-        served = None if config.no_model else open_served(config, decider)
-        server = server_of(create_app(Service(decider, served, config.nested), access_of(config, port)))
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        try:
-            yield port, served
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -99,5 +31,5 @@ def live(study):
 @pytest.fixture(scope="module")
 def guarded_port(study):
     """The port and the token of a server that asks for one."""
-    with running(study, no_model=True, token=TOKEN) as (port, _):
-        yield port, TOKEN
+    with running(study, no_model=True, token=WORD) as (port, _):
+        yield port, WORD

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from ppf.llm.elastic import Carried, ElasticModel, View
+from ppf.llm.elastic import Carried, ElasticModel
+from ppf.llm.prefix import View
 
 _CONTEXT = 8
 """Tokens before the first new one that decoding looks at, so that spaces and parts of characters come out right."""
@@ -93,9 +94,7 @@ def generate(
         tokens.append(token)
         new, stopped = ("", True) if token in ends else text.add(token)
         finish = "stop" if stopped else "length" if count == sampling.max_tokens else None
-        if finish and not (stopped and token not in ends):
-            new += text.rest()
-        yield Piece(new, count, seconds, view, carried, finish)
+        yield Piece(new + text.rest() if finish else new, count, seconds, view, carried, finish)
         if finish:
             return
 

@@ -91,4 +91,5 @@ def policy_record(decider: Decider, target: Target) -> dict[str, Any]:
 
 def shown(name: str) -> str:
     """A name without the folders of this machine; a hub id stays whole."""
-    return Path(name).name if name.startswith(("/", ".", "~")) or name.count("/") > 1 else name
+    is_local = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).is_dir()
+    return Path(name).name if is_local else name

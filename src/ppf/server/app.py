@@ -6,12 +6,13 @@ import importlib.util
 import mimetypes
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
@@ -34,6 +35,11 @@ class LivePart(Protocol):
     @property
     def costs(self) -> Costs:
         """What ratios cost on an idle machine."""
+        ...
+
+    @property
+    def max_body(self) -> int:
+        """Bytes that a prompt as long as the model's context may take."""
         ...
 
     def add_routes(self, app: FastAPI) -> None:
@@ -88,7 +94,8 @@ def create_app(service: Service, access: Access) -> Guard:
             service.live.close()
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
-    guard = Guard(app, access)
+    most = access.max_body if service.live is None else max(access.max_body, service.live.max_body)
+    guard = Guard(app, replace(access, max_body=most))
     _add_errors(app)
     _add_decisions(app, service)
     _add_state(app, service, guard.counts)
@@ -108,8 +115,19 @@ def _add_decisions(app: FastAPI, service: Service) -> None:
         return JsonResponse(study)
 
     @app.get("/api/policy")
-    async def policy_route(query: Annotated[PolicyQuery, Query()]) -> Response:
-        return JsonResponse(_policy(service, query))
+    async def policy_route(request: Request) -> Response:
+        return JsonResponse(_policy(service, _query(request)))
+
+
+def _query(request: Request) -> PolicyQuery:
+    """The query; FastAPI would silently take the last of two fields of one name."""
+    pairs = request.query_params.multi_items()
+    if len(pairs) != len(dict(pairs)):
+        raise InputError("a query must name each field once; one came twice; leave one out")
+    try:
+        return PolicyQuery.model_validate(dict(pairs))
+    except ValidationError as error:
+        raise _of_fields(error.errors()[0], 0) from error
 
 
 def _policy(service: Service, query: PolicyQuery) -> dict[str, Any]:
@@ -173,6 +191,12 @@ def _add_absent(app: FastAPI) -> None:
         raise _absent()
 
 
+def _of_fields(error: Any, skip: int) -> Refusal:
+    """What pydantic says of one field; ``skip`` parts of its place say only that it is in the body."""
+    field = ".".join(str(part) for part in error["loc"][skip:])[:80] or "the body"
+    return Refusal(400, f"{field} must be valid; {error['msg']}; see the documentation of this route", "invalid_value")
+
+
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(PPFError)
     async def of_library(_: Request, error: PPFError) -> Response:
@@ -185,9 +209,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_fields(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"][1:])[:80] or "the body"
-        return refused(400, f"{field} must be valid; {first['msg']}; see the documentation of this route", "invalid_value")
+        refusal = _of_fields(error.errors()[0], 1)
+        return refused(refusal.status, refusal.message, refusal.code)
 
     @app.exception_handler(HTTPException)
     async def of_path(_: Request, error: HTTPException) -> Response:

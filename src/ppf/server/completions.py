@@ -56,7 +56,8 @@ class Exchange:
             raise Refusal(404, f"the model must be {model}; {body.model!r} came; see /v1/models", "model_not_found")
         chat = isinstance(body, ChatBody)
         prompt = _prompt(live, body)
-        asked = body.max_completion_tokens or body.max_tokens if isinstance(body, ChatBody) else body.max_tokens or _DEFAULT_TOKENS
+        default = None if isinstance(body, ChatBody) else min(_DEFAULT_TOKENS, max_tokens)
+        asked = (body.max_completion_tokens if isinstance(body, ChatBody) else None) or body.max_tokens or default
         room = live.context - len(prompt)
         if not prompt or room < (asked or 1):
             raise Refusal(

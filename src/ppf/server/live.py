@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ppf.config import Target
 from ppf.decide import Decider, Decision
-from ppf.llm.elastic import ElasticModel, View
+from ppf.llm.elastic import ElasticModel
 from ppf.llm.generate import Piece, Sampling, generate
 from ppf.llm.perplexity import is_memory
+from ppf.llm.prefix import View
 from ppf.llm.timing import step_seconds
 from ppf.server.answers import largest_ratio
 from ppf.server.controller import Costs, Load
@@ -49,6 +50,7 @@ class Job:
         switches: Where the size changed: at which new token, to which ratio, and what became of the KV cache.
         cached: Tokens in its KV cache.
         view: At which the cache is.
+        asked: When it came, by the monotonic clock.
         cancelled: Nobody waits for it any more.
     """
 
@@ -58,6 +60,7 @@ class Job:
     switches: list[dict[str, Any]] = field(default_factory=list)
     cached: int = 0
     view: View | None = None
+    asked: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -178,9 +181,9 @@ class Live:
 
     def _work(self, job: Job, give: Callable[[Piece | Exception | None], None]) -> None:
         start, alone = time.monotonic(), 1.0
-        pieces = generate(self.elastic, self.tokenizer, job.prompt, job.sampling, lambda: (job.size or self.size).view)
-        self.meter.counts["prompt_tokens"] += len(job.prompt)
         try:
+            self.meter.counts["prompt_tokens"] += len(job.prompt)
+            pieces = generate(self.elastic, self.tokenizer, job.prompt, job.sampling, lambda: (job.size or self.size).view)
             while not job.cancelled.is_set() and time.monotonic() - start < _SECONDS:
                 piece = next(pieces, None)
                 if piece is None:
@@ -188,7 +191,7 @@ class Live:
                 if piece.view is not job.view:
                     alone = self._note_view(job, piece)
                 if piece.carried is None:
-                    self.meter.note_first(time.monotonic() - start)
+                    self.meter.note_first(time.monotonic() - job.asked)
                 elif piece.carried != "rebuild":
                     self.meter.note_step(piece.seconds, piece.seconds / alone)
                 job.cached = len(job.prompt) + piece.tokens - 1

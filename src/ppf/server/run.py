@@ -23,9 +23,14 @@ _CONNECTIONS = 200
 
 
 class _Server(uvicorn.Server):
-    """Stopping it by a signal is no failure."""
+    """Says where it serves once a signal can stop it, and stopping it by one is no failure."""
 
     should_exit: bool
+    announcement = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self.announcement, end="", flush=True)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.force_exit, self.should_exit = bool(self.should_exit), True
@@ -70,11 +75,11 @@ def serve(config: ServeConfig, open_live: Callable[[ServeConfig, Decider], LiveP
         access = access_of(config, listener.getsockname()[1])
         live = None if open_live is None else open_live(config, decider)
         server = server_of(create_app(Service(decider, live, config.nested), access))
-        print(f"serving http://{_shown(config.host)}:{access.port}", flush=True)
+        server.announcement = f"serving http://{_shown(config.host)}:{access.port}\n"
         server.run([listener])
 
 
-def server_of(app: Guard) -> uvicorn.Server:
+def server_of(app: Guard) -> _Server:
     """A server that keeps to its limits; ``run`` it with a socket that listens."""
     return _Server(
         uvicorn.Config(
@@ -86,6 +91,7 @@ def server_of(app: Guard) -> uvicorn.Server:
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             limit_concurrency=_CONNECTIONS,
             h11_max_incomplete_event_size=HEADER_BYTES,
             timeout_graceful_shutdown=_STOP_SECONDS,
@@ -121,7 +127,7 @@ def listen(config: ServeConfig) -> socket.socket:
         ResourceError: The system refuses it.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    # The protocol by its number: asyncio turns Nagle off, which costs 40 ms an answer, only where it sees it.
+    # Named as TCP, or asyncio leaves Nagle's algorithm on: each answer would wait 40 ms for the client's acknowledgement.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -7,6 +7,7 @@ from collections import deque
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from ppf.config import ServeConfig
@@ -24,6 +25,7 @@ from ppf.server.wire import JsonResponse, Refusal
 from ppf.space.budget import parse_size
 
 _LOOK_SECONDS = 0.5
+_BYTES_PER_TOKEN = 16
 _log = logging.getLogger("ppf.server")
 
 
@@ -45,10 +47,17 @@ class Served:
 
     @property
     def costs(self) -> Costs:
-        """See ``LivePart``; so do the others."""
+        """See ``LivePart``."""
         return self.live.costs
 
+    @property
+    def max_body(self) -> int:
+        """See ``LivePart``."""
+        return _BYTES_PER_TOKEN * self.live.context
+
     def add_routes(self, app: FastAPI) -> None:
+        """See ``LivePart``."""
+
         @app.get("/v1/models")
         async def models_route() -> Response:
             return JsonResponse({"object": "list", "data": [self._model()]})
@@ -68,6 +77,7 @@ class Served:
             return await self._answer(body, request)
 
     def state(self) -> dict[str, Any]:
+        """See ``LivePart``."""
         goal = self.goal
         controller: dict[str, Any] = {"on": goal is not None}
         if goal is not None:
@@ -79,11 +89,13 @@ class Served:
         return {**self.live.state(), "max_tokens": self.max_tokens, "controller": controller}
 
     def set_ratio(self, ratio: float) -> None:
+        """See ``LivePart``."""
         if self.goal is not None:
             raise Refusal(409, "a ratio is set by hand only without a controller; it is on; start without targets", "controlled")
         self.live.set_ratio(ratio)
 
     async def watch(self) -> None:
+        """See ``LivePart``."""
         while self.goal is not None:
             self.look(self.goal)
             await asyncio.sleep(_LOOK_SECONDS)
@@ -98,10 +110,11 @@ class Served:
             _log.warning("ratio %.3f -> %.3f: %s", before, self._at.ratio, reason)
 
     def close(self) -> None:
+        """See ``LivePart``."""
         self.live.close()
 
     async def _answer(self, body: CompletionBody | ChatBody, request: Request) -> Response:
-        exchange = Exchange.of(self.live, body, self.name, self.max_tokens)
+        exchange = await run_in_threadpool(Exchange.of, self.live, body, self.name, self.max_tokens)
         return exchange.stream() if body.stream else await exchange.whole(request)
 
     def _model(self) -> dict[str, Any]:

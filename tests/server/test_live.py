@@ -1,0 +1,182 @@
+import asyncio
+import json
+import time
+
+import numpy as np
+import pytest
+
+from builders import refuses
+from http_client import request, strict
+from ppf.decide import Decider
+from ppf.errors import InputError
+from ppf.llm.generate import Sampling
+from ppf.progress import Progress
+from ppf.recipes.live import elastic_for
+from ppf.server.controller import Goal
+from ppf.server.live import Job, Live
+from ppf.server.served import Served
+from server_runs import running
+
+PROMPT = [5, 9, 40, 7]
+
+
+def opened(study, ratio=0.0, nested=True):
+    decider = Decider(study)
+    elastic, tokenizer = elastic_for(decider, None, "cpu", "auto", Progress(quiet=True))
+    return Live(decider, elastic, tokenizer, ratio, nested, timing_seconds=0.0)
+
+
+@pytest.fixture(scope="module")
+def model(study):
+    live = opened(study)
+    yield live
+    live.close()
+
+
+def collect(live, *jobs, then=lambda piece: None):
+    """All pieces of jobs that run side by side; ``then`` sees each piece of the first."""
+
+    async def one(job, see):
+        found = []
+        async for piece in live.pieces(job):
+            see(piece)
+            found.append(piece)
+        return found
+
+    async def all_of_them():
+        return await asyncio.gather(*(one(job, then if job is jobs[0] else lambda _: None) for job in jobs))
+
+    return asyncio.run(all_of_them())
+
+
+def greedy(count, **options):
+    return Job(PROMPT, Sampling(count, temperature=0), **options)
+
+
+def text(pieces):
+    return "".join(piece.text for piece in pieces)
+
+
+def slowed(live, monkeypatch, seconds=0.02):
+    """Lets every token take a while."""
+    at = live.elastic.at
+
+    def slow(*view):
+        time.sleep(seconds)
+        return at(*view)
+
+    monkeypatch.setattr(live.elastic, "at", slow)
+
+
+def test_requests_of_different_ratios_side_by_side(model):
+    sizes = [model.size_for(ratio) for ratio in (0, 0.2, 0.4, 0.6)]
+    alone = [text(collect(model, greedy(6, size=size))[0]) for size in sizes]
+    together = collect(model, *(greedy(6, size=size) for size in sizes * 2))
+    assert [text(pieces) for pieces in together] == alone * 2
+    assert len(set(alone)) > 1
+
+
+def test_a_request_without_a_ratio_follows_the_live_one_and_tells_what_became_of_its_cache(model, monkeypatch):
+    slowed(model, monkeypatch)
+    job, turns = greedy(30), {5: 0.6, 15: 0.0}
+    try:
+        collect(model, job, then=lambda piece: piece.tokens in turns and model.set_ratio(turns[piece.tokens]))
+    finally:
+        model.set_ratio(0.0)
+    assert [switch["cache"] for switch in job.switches] == ["narrowed", "rebuilt"]
+    assert job.switches[0]["ratio"] >= 0.6 and job.switches[1]["ratio"] == 0 and 5 < job.switches[0]["token"] < 15
+
+
+def test_a_request_with_a_ratio_does_not_follow(model, monkeypatch):
+    slowed(model, monkeypatch)
+    job = greedy(10, size=model.size_for(0.2))
+    expected = text(collect(model, greedy(10, size=model.size_for(0.2)))[0])
+    try:
+        (pieces,) = collect(model, job, then=lambda piece: piece.tokens == 2 and model.set_ratio(0.6))
+    finally:
+        model.set_ratio(0.0)
+    assert text(pieces) == expected and job.switches == []
+
+
+def test_what_runs_is_told(model, monkeypatch):
+    slowed(model, monkeypatch)
+    seen = []
+    done = model.meter.counts["done"]
+    collect(model, *(greedy(6) for _ in range(6)), then=lambda _: seen.append((model.state(), model.load())))
+    state, load = seen[-1]
+    assert state["requests"]["running"] + state["requests"]["waiting"] > 0 and load.cached_tokens >= 4
+    assert state["memory"]["kv_cache"] >= 4 * 3 * 4 * 2 * 8 * 4  # tokens, layers, groups, key and value, width, bytes
+    assert state["latency_ms"] >= 20 and load.slowdown > 1 and 0 < state["tokens_per_second"] < 1000
+    idle = model.state()
+    assert idle["memory"]["kv_cache"] == idle["requests"]["running"] == 0 and idle["requests"]["done"] == done + 6
+    json.dumps(idle, allow_nan=False)
+
+
+def test_costs_fall_with_the_ratio(model):
+    costs = model.costs
+    assert costs.ratios[0] == 0 and (np.diff(costs.ratios) > 0).all() and costs.ratios[-1] >= 0.6
+    assert (np.diff(costs.weights) < 0).all() and (np.diff(costs.latency_ms) <= 0).all() and (costs.latency_ms > 0).all()
+    assert costs.weights[0] == 4 * model.decider.layout.total
+
+
+def test_a_request_whose_time_is_up_ends(model, monkeypatch):
+    monkeypatch.setattr("ppf.server.live._SECONDS", 0.1)
+    slowed(model, monkeypatch)
+    (pieces,) = collect(model, greedy(30))
+    assert 0 < len(pieces) < 15 and pieces[-1].finish is None
+
+
+def test_closing_ends_what_runs(study, monkeypatch):
+    live = opened(study)
+    slowed(live, monkeypatch)
+    (pieces,) = collect(live, greedy(30), then=lambda piece: piece.tokens == 3 and live.close())
+    assert 3 <= len(pieces) < 10
+    with pytest.raises(RuntimeError):
+        collect(live, greedy(3))
+
+
+def test_a_ratio_beyond_the_floors_is_refused(study):
+    with refuses(InputError):
+        opened(study, ratio=0.999)
+
+
+# --- the controller over the model ---
+
+
+def test_the_controller_changes_the_ratio_and_tells_why(study, caplog):
+    live = opened(study)
+    goal = Goal(None, int(live.costs.weights[0] * 0.8), 0.0, 0.6)
+    served = Served(live, "tiny", 8, goal)
+    served.look(goal)
+    state = served.state()
+    assert state["memory"]["weights"] <= goal.memory and state["ratio"] == live.size.decision.asked > 0.1
+    assert state["controller"]["on"] and state["controller"]["target"] == {"latency_ms": None, "memory": goal.memory}
+    (decision,) = state["controller"]["decisions"]
+    assert decision["from"] == 0 and decision["to"] == state["ratio"] and "missed" in decision["reason"]
+    assert "ratio 0.000 -> " in caplog.text
+    served.look(goal)
+    assert len(served.state()["controller"]["decisions"]) == 1
+    live.close()
+
+
+def test_under_load_a_server_with_a_goal_shrinks_its_model_within_its_limits(study, monkeypatch):
+    with running(study, target_latency_ms=1e6, max_ratio=0.5, min_ratio=0.1, max_tokens=40) as (port, served):
+        assert served.live.size.decision.asked == 0.1
+        status, _, body = request(port, "POST", "/api/ratio", b'{"ratio": 0.3}')
+        assert (status, strict(body)["error"]["code"]) == (409, "controlled")
+        slowed(served.live, monkeypatch, 0.05)
+        served.goal = Goal(served.live.costs.latency_ms[0] * 1.5, None, 0.1, 0.5)
+        ask = json.dumps({"model": "tiny", "prompt": "w5", "max_tokens": 40, "temperature": 0, "stop": ["never"]}).encode()
+        assert request(port, "POST", "/v1/completions", ask)[0] == 200
+        end = time.monotonic() + 5
+        while served.live.size.decision.asked < 0.5 and time.monotonic() < end:
+            time.sleep(0.05)
+        state = strict(request(port, "GET", "/api/state")[2])
+        assert state["ratio"] == 0.5 and state["controller"]["limits"] == {"min_ratio": 0.1, "max_ratio": 0.5}
+        assert state["controller"]["decisions"][-1]["to"] == 0.5
+
+
+def test_limits_beyond_the_model_are_refused(study):
+    for limits in ({"max_ratio": 0.999}, {"min_ratio": 0.99, "target_latency_ms": 5.0}):
+        with refuses(InputError), running(study, **limits):
+            pass

@@ -1,0 +1,254 @@
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from builders import refuses
+from http_client import answer, exchange, request, strict
+from ppf.cli import main
+from ppf.config import ServeConfig
+from ppf.errors import InputError
+from ppf.server import guard, run
+from ppf.server.run import access_of
+from server_runs import running
+
+SERVES = [sys.executable, "-W", "error", "-m", "ppf", "serve"]
+ANYWHERE = ".".join("0000")
+LONG = "0123456789abcdefghijklmnop"
+
+
+@contextlib.contextmanager
+def process(study, *options):
+    """A server process; yields it and its port."""
+    with subprocess.Popen(
+        [*SERVES, str(study), "--port", "0", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
+        try:
+            line = started.stdout.readline()
+            assert line.startswith("serving http://127.0.0.1:"), started.stderr.read()
+            yield started, int(line.rsplit(":", 1)[1])
+        finally:
+            if started.poll() is None:
+                started.kill()
+
+
+def refused_start(capsys, *arguments):
+    code = main(["serve", *arguments])
+    error = capsys.readouterr().err.strip()
+    error = error.removeprefix("loading ...\n")
+    assert error.startswith("error: ") and "\n" not in error
+    return code, error
+
+
+# --- where it listens ---
+
+
+def test_it_listens_at_loopback_alone(decisions):
+    assert request(decisions, "GET", "/api/state")[0] == 200
+    addresses = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
+    for address in addresses - {"127.0.0.1"}:
+        if not address.startswith("127."):
+            with pytest.raises(OSError, match="refused"):
+                socket.create_connection((address, decisions), timeout=2)
+
+
+@pytest.mark.parametrize("host", [ANYWHERE, "::", "10.0.0.1", "box.example"])
+def test_beyond_loopback_it_does_not_start_without_a_token(study, capsys, monkeypatch, host):
+    monkeypatch.delenv("PPF_TOKEN", raising=False)
+    code, error = refused_start(capsys, str(study), "--host", host, "--port", "0", "--no-model")
+    assert code == 2 and "token" in error
+
+
+def test_the_token_may_come_from_the_environment(study, monkeypatch):
+    monkeypatch.setenv("PPF_TOKEN", "short")
+    with refuses(InputError):
+        run._with_token(ServeConfig(str(study)))
+    monkeypatch.setenv("PPF_TOKEN", LONG)
+    assert run._with_token(ServeConfig(str(study), host=ANYWHERE)).token == LONG
+    given = ServeConfig(str(study), token=LONG[::-1])
+    assert run._with_token(given) == given
+
+
+def test_who_may_ask_depends_on_where_it_listens():
+    assert not access_of(ServeConfig("s"), 8000).any_address
+    access = access_of(ServeConfig("s", host="127.0.0.2"), 8000)
+    assert access.knows("127.0.0.2:8000") and not access.knows("10.0.0.1:8000")
+    beyond = access_of(ServeConfig("s", host=ANYWHERE, token=LONG), 8000)
+    assert beyond.knows("10.0.0.1:8000") and beyond.token and not beyond.knows("evil.com:8000")
+
+
+# --- starting ---
+
+
+def test_what_keeps_it_from_starting_is_one_line(study, tmp_path, capsys, decisions):
+    assert refused_start(capsys, str(tmp_path / "none"), "--no-model")[0] == 2
+    assert refused_start(capsys, str(study), "--no-model", "--port", str(decisions))[0] == 6
+    assert refused_start(capsys, str(study), "--no-model", "--host", "999.1.1.1", "--token", "x" * 30)[0] == 2
+    damaged = shutil.copytree(study, tmp_path / "damaged")
+    (damaged / "agent.safetensors").write_bytes(b"x" * 100)
+    assert refused_start(capsys, str(damaged), "--no-model", "--port", "0")[0] == 4
+    unfitted = shutil.copytree(study, tmp_path / "unfitted")
+    (unfitted / "report.json").unlink()
+    assert refused_start(capsys, str(unfitted), "--no-model", "--port", "0")[0] == 2
+    assert refused_start(capsys, str(study), "--port", "0", "--model", str(tmp_path))[0] == 2
+
+
+def test_a_missing_package_is_named(study, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ppf.server.run", None)
+    code, error = refused_start(capsys, str(study), "--no-model")
+    assert code == 5 and "pip install 'ppf[serve]'" in error
+
+
+def test_decisions_alone_need_no_torch_and_stop_when_told(study):
+    start = time.monotonic()
+    with process(study, "--no-model") as (server, port):
+        took = time.monotonic() - start
+        assert request(port, "GET", "/api/policy?ratio=0.3")[0] == 200
+        with open(f"/proc/{server.pid}/maps", encoding="utf-8") as maps:
+            assert "libtorch" not in maps.read()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=10) == 0 and server.stderr.read() == ""
+    assert took < 15  # 3 s on a machine of its own
+
+
+def test_a_stop_lets_a_request_under_way_end(study):
+    with process(study, "--max-tokens", "50") as (server, port):
+        body = b'{"model":"tiny","prompt":"w5","max_tokens":50,"stream":true,"temperature":0}'
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            got = connection.recv(65536)
+            server.send_signal(signal.SIGTERM)
+            while chunk := connection.recv(65536):
+                got += chunk
+        assert b"[DONE]" in got
+        start = time.monotonic()
+        assert server.wait(timeout=20) == 0 and time.monotonic() - start < 15  # 5 s on a machine of its own
+        assert "Traceback" not in server.stderr.read()
+
+
+def test_ctrl_c_is_no_failure_either(study):
+    with process(study, "--no-model") as (server, _):
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=10) == 0 and server.stderr.read() == ""
+
+
+# --- slow and many clients ---
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(run, "_SILENT_SECONDS", 0.3)
+
+
+def left(connections):
+    """How many the server has not closed yet."""
+    open_ones = 0
+    for connection in connections:
+        connection.settimeout(0.0)
+        try:
+            while connection.recv(65536):
+                pass
+        except BlockingIOError:
+            open_ones += 1
+        except OSError:
+            pass
+    return open_ones
+
+
+@pytest.mark.parametrize("part", ["", "GET /api", "GET / HTTP/1.1\r\nHost: x\r\n", "body"])
+def test_clients_that_send_half_are_closed_in_time(study, hasty, caplog, part):
+    with running(study, no_model=True) as (port, _), contextlib.ExitStack() as stack:
+        if part == "body":
+            head = f"POST /api/ratio HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: application/json\r\n"
+            part = f"{head}Content-Length: 100\r\n\r\n{{"
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(60)]
+        for connection in slow:
+            connection.sendall(part.encode())
+        start = time.monotonic()
+        assert request(port, "GET", "/api/state")[0] == 200
+        end = time.monotonic() + 6
+        while left(slow) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not left(slow) and time.monotonic() - start < 6
+    assert "Traceback" not in caplog.text and len(caplog.records) <= 60
+
+
+def test_half_a_second_request_is_closed_too(study, hasty):
+    with running(study, no_model=True) as (port, _), socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        whole = f"GET /api/state HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n"
+        connection.sendall(whole.encode())
+        assert answer(connection)[2] == b'{"live":false}'
+        connection.sendall(whole[:20].encode())
+        assert connection.recv(65536) == b""
+
+
+def test_clients_that_leave_in_mid_body_leave_no_trace(study, caplog):
+    with running(study, no_model=True) as (port, _):
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                head = f"POST /api/ratio HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: application/json\r\n"
+                connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        time.sleep(0.1)
+        assert request(port, "GET", "/api/state")[0] == 200
+    assert not caplog.records
+
+
+def test_more_connections_than_it_takes_are_turned_away(study, monkeypatch):
+    monkeypatch.setattr(run, "_CONNECTIONS", 10)
+    with running(study, no_model=True) as (port, _), contextlib.ExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        time.sleep(0.1)
+        status, _, body = exchange(port, f"GET /api/study HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n".encode())
+        assert status == 503 and b"prunable" not in body
+        stack.close()
+        time.sleep(0.1)
+        assert request(port, "GET", "/api/state")[0] == 200
+
+
+# --- load ---
+
+
+def test_eight_connections_at_once_are_answered_at_speed_and_without_growing(study):
+    with process(study, "--no-model") as (server, port):
+        before = resident(server.pid)
+        wrong, times = [], []
+
+        def ask(number):
+            head = f" HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n"
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+                for index in range(60):
+                    ratio = (number * 60 + index) / 1000
+                    start = time.perf_counter()
+                    connection.sendall(f"GET /api/policy?ratio={ratio}{head}".encode())
+                    got = b""
+                    while b"\r\n\r\n" not in got or not got.endswith(b"}"):
+                        got += connection.recv(65536)
+                    times.append(time.perf_counter() - start)
+                    record = strict(got.partition(b"\r\n\r\n")[2])
+                    if record["ratio"]["asked"] != ratio or record["ratio"]["met"] < ratio:
+                        wrong.append(record)
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong and len(times) == 480
+        assert sorted(times)[int(0.99 * len(times))] < 1.0  # 50 ms on a machine of its own, see benchmarks/live.py
+        assert resident(server.pid) - before < 30e6
+
+
+def resident(pid):
+    """Bytes of memory."""
+    with open(f"/proc/{pid}/statm", encoding="utf-8") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
