@@ -23,6 +23,14 @@ def test_a_study_that_is_not_fitted_is_refused(changed):
         Facts(changed)
 
 
+@pytest.mark.parametrize("change", [{"tokens": None}, {"heldout": {}}, {"predictor": "other"}, {"seconds": 3}])
+def test_a_report_that_is_not_whole_is_refused(changed, change):
+    report = json.loads((changed / "report.json").read_text())
+    (changed / "report.json").write_text(json.dumps({**report, **change}))
+    with refuses(DamagedError):
+        Facts(changed)
+
+
 def test_ratios_lie_within_the_range(facts):
     assert facts.shown_ratios == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     assert facts.fine[0][0] == 0 and facts.fine[0][-1] == facts.max_ratio == 0.6

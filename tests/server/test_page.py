@@ -1,9 +1,10 @@
 """The page in a real browser: Chromium, and no network but the server."""
 
 import re
-import shutil
 
 import pytest
+
+from chromium import chromium
 
 pytestmark = pytest.mark.browser
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -25,13 +26,8 @@ async (value) => {
 
 @pytest.fixture(scope="module")
 def browser():
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("chromium is not installed")
-    with sync_api.sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with chromium() as made:
         yield made
-        made.close()
 
 
 @pytest.fixture

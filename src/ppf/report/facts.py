@@ -21,6 +21,10 @@ from ppf.samples import Sample, kept_matrix
 from ppf.space.layout import Layout
 from ppf.study import StudyFolder
 
+_NEEDED = {
+    "predictor": str, "importance": dict, "heldout": dict, "samples": dict, "failed": int, "tokens": dict, "seconds": dict,
+    "measuring_seconds": (int, float),
+}  # fmt: skip
 SHOWN_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _FINE = 121
 
@@ -83,7 +87,7 @@ class Facts:
         self.decider = Decider(folder)
         self.study: StudyFolder = self.decider.study
         self.layout: Layout = self.decider.layout
-        self.report: dict[str, Any] = read_json(self.study.folder / "report.json")
+        self.report: dict[str, Any] = _checked(self.study.folder / "report.json")
         store = self.study.store()
         try:
             self._samples = store.all()
@@ -182,6 +186,16 @@ def table_of(path: str | Path) -> Table:
         return Table(*facts, tuple(map(int, result["seeds"])), rows)
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{path} must be a file that ppf bench wrote; {error!r} came; give another --bench") from error
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    for name, kind in _NEEDED.items():
+        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+            raise DamagedError(f"{path} must be the report of a fit; it lacks {name!r}; fit again with the same command")
+    if not {record["predictor"], "additive"} <= set(record["heldout"]):
+        raise DamagedError(f"{path} must have the figures of its predictors; it has not; fit again with the same command")
+    return record
 
 
 def last_part(name: Any) -> str:
