@@ -21,7 +21,7 @@ from ppf.samples import Sample, kept_matrix
 from ppf.space.layout import Layout
 from ppf.study import StudyFolder
 
-_NEEDED = {
+_NEEDED: dict[str, type | tuple[type, ...]] = {
     "predictor": str, "importance": dict, "heldout": dict, "samples": dict, "failed": int, "tokens": dict, "seconds": dict,
     "measuring_seconds": (int, float),
 }  # fmt: skip
