@@ -169,6 +169,17 @@ def test_the_live_model_follows_the_slider_if_it_should(visit, live):
     assert page.evaluate(state)["ratio"] == pytest.approx(float(page.input_value("#ratio")))
 
 
+def test_of_many_moves_the_live_model_takes_the_last(visit, live):
+    page = ready(visit(live[0]))
+    page.focus("#ratio")
+    for _ in range(30):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(2000)
+    assert page.evaluate("async () => (await fetch('/api/state')).json()")["ratio"] == pytest.approx(
+        float(page.input_value("#ratio"))
+    )
+
+
 def test_text_comes_dense_and_pruned(visit, live):
     page = ready(visit(live[0]))
     move(page, "0.5")

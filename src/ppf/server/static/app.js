@@ -149,16 +149,21 @@ class Page {
     this.tiles.set("decided in", `${policy.milliseconds.toFixed(1)} ms`, "on the server");
   }
 
-  /** Sets the live model to the slider. */
+  /** Sets the live model to the slider; one request at a time, or an earlier one could be the last to arrive. */
   async follow() {
-    if (!this.study.live || this.controlled || !get("follow").checked) return;
+    if (!this.study.live || this.controlled || this.setting || !get("follow").checked) return;
+    const ratio = this.ratio;
+    this.setting = true;
     try {
-      await askJson("/api/ratio", { ratio: this.ratio });
+      await askJson("/api/ratio", { ratio });
       complain(null);
       this.poll();
     } catch (error) {
       complain(error);
+    } finally {
+      this.setting = false;
     }
+    if (this.ratio !== ratio) this.follow();
   }
 
   /** Asks what runs, again and again while the page is seen. */
