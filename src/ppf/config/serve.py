@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from ppf.config.checks import DtypeName, check_choice, check_count, check_words
 from ppf.errors import InputError
@@ -29,7 +29,7 @@ class ServeConfig:
     """What clients must send as Authorization: Bearer TOKEN; by default what PPF_TOKEN holds, or none is asked for."""
     model: Annotated[str | None, arg(metavar="MODEL")] = None
     """Where the dense model lies now; by default where it was when the study was fitted."""
-    no_model: bool = False
+    no_model: Annotated[bool, FlagCreatePairsOff] = False
     """Serve decisions alone; no model is loaded."""
     ratio: Annotated[float, arg(metavar="R")] = 0.0
     """Pruning ratio to start with."""
