@@ -19,7 +19,7 @@ from ppf.decide import Decider
 from ppf.llm.engines.bench import InProcessEngine
 from ppf.llm.load import LoadedModel, load_model
 from ppf.llm.text import Text, take_blocks, whole_text
-from ppf.recipes.bench import current_cells
+from ppf.recipes.cells import current_cells
 from ppf.recipes.summary import summarise
 from ppf.space.allocation import Allocation
 from ppf.space.mask import Mask, select

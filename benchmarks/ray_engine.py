@@ -24,7 +24,7 @@ from ppf.llm.engines.ray_cluster import Cluster, RayEngine, import_ray
 from ppf.llm.load import LoadedModel, load_model
 from ppf.llm.scores import score_units
 from ppf.llm.text import TextSizes, load_text
-from ppf.recipes.lab import tokens_per_batch
+from ppf.recipes.choices import tokens_per_batch
 from ppf.space.allocation import allocate
 from ppf.space.budget import Budget
 from ppf.space.mask import Mask, select

@@ -1,4 +1,5 @@
 import io
+import re
 import sys
 import time
 
@@ -47,8 +48,9 @@ def test_lines_come_where_there_is_no_terminal(capfd, monkeypatch):
     assert out == "" and "\x1b" not in err
     lines = err.splitlines()
     assert lines[:2] == ["study [done]", "measuring ..."]
-    assert [line.split(", about")[0] for line in lines[2:]] == [f"measuring: {index} of 3" for index in (1, 2, 3)]
-    assert [line.split(" s left ")[1] for line in lines[2:]] == ["best [1] 0", "best [1] 1", "best [1] 2"]
+    assert [line.split(", ")[0] for line in lines[2:5]] == [f"measuring: {index} of 3" for index in (1, 2, 3)]
+    assert [line.split(" s left  ")[1] for line in lines[2:5]] == ["best [1] 0", "best [1] 1", "best [1] 2"]
+    assert lines[5:] == ["measuring: done in 0 s  best [1] 2"]
 
 
 def test_a_long_line_is_one_line(capfd):
@@ -62,21 +64,79 @@ def test_lines_are_few(capfd):
 
 
 def test_the_time_left_follows_from_the_items_done(capfd, monkeypatch):
-    clock = iter([0.0, 20.0, 25.0, 60.0, 61.0])
+    clock = iter([0.0, 20.0, 25.0, 60.0, 61.0, 61.0])
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
     progress = Progress()
     with progress.stage("measuring", 4) as advance:
         for _ in range(3):
             advance()
-    expected = ["measuring ...", "measuring: 1 of 4, about 60 s left", "measuring: 3 of 4, about 20 s left"]
-    assert capfd.readouterr().err.splitlines() == expected
+    assert capfd.readouterr().err.splitlines() == [
+        "measuring ...",
+        "measuring: 1 of 4, 3.0/min, about 60 s left",
+        "measuring: 3 of 4, 3.0/min, about 20 s left",
+        "measuring: done in 61 s",
+    ]
     assert progress.seconds == {"measuring": 61.0}
 
 
-def test_without_a_total_only_the_start_is_said(capfd, monkeypatch):
-    monkeypatch.setattr(module, "_LINE_EVERY", 0.0)
+def test_without_a_total_only_the_start_is_said(capfd):
     work(Progress(), total=None)
     assert capfd.readouterr().err.splitlines() == ["measuring ..."]
+
+
+def test_what_was_at_hand_does_not_count_for_long(capfd, monkeypatch):
+    monkeypatch.setattr(module, "_RECENT", 5)
+    clock = iter([0.0] * 101 + [20.0, 40.0, 60.0, 80.0, 80.0, 80.0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    with Progress().stage("measuring", 110) as advance:
+        for _ in range(104):
+            advance()
+    assert "measuring: 104 of 110, 3.0/min, about 120 s left" in capfd.readouterr().err
+
+
+def test_a_planned_stage_says_where_it_stands(capfd):
+    progress = Progress()
+    progress.plan(["text", "measuring", "agent"])
+    for name in ("measuring", "something else", "agent"):
+        work(progress, name)
+    assert capfd.readouterr().err.splitlines() == ["[2/3] measuring ...", "something else ...", "[3/3] agent ..."]
+    assert set(progress.seconds) == {"measuring", "something else", "agent"}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_stage_may_lie_within_another(monkeypatch, terminal):
+    screen = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    progress = Progress()
+    with progress.stage("bench", 2) as advance:
+        work(progress, "search")
+        advance("best of all")
+        work(progress, "search")
+    work(progress, "after")
+    assert "search" in screen.getvalue() and "after" in screen.getvalue()
+    assert set(progress.seconds) == {"bench", "search", "after"} and progress.seconds["bench"] >= progress.seconds["search"]
+    assert progress._bars is None
+
+
+@pytest.mark.parametrize("width", [80, 130])
+def test_on_a_narrow_terminal_only_the_note_gives_way(monkeypatch, width):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", str(width))
+    progress = Progress()
+    progress.plan(["x"] * 17 + ["measuring round 5"])
+    with progress.stage("measuring round 5", 3) as advance:
+        for _ in range(3):
+            time.sleep(0.02)
+            advance("best " + "of all " * 20)
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).rstrip("\n").splitlines()[-1].split("\r")[-1]
+    assert "[18/18] measuring round 5" in last and "3/3" in last and "/s" in last and "0:00:00" in last and "best of" in last
+    assert len(last) <= width and last.rstrip().endswith("…")
+
+
+@pytest.mark.parametrize(("speed", "words"), [(12.34, "12.3/s"), (1.0, "1.0/s"), (0.5, "30.0/min"), (0.01, "0.6/min")])
+def test_a_rate_is_of_a_second_or_a_minute(speed, words):
+    assert module._rate(speed) == words
 
 
 @pytest.mark.parametrize("total", [3, None])

@@ -12,10 +12,10 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import get_args
 
 import ppf
 from ppf import cli
+from ppf.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 COPIED = {"contributing.md": "CONTRIBUTING.md", "security.md": "SECURITY.md", "changelog.md": "CHANGELOG.md"}
@@ -30,7 +30,7 @@ def pages() -> dict[str, str]:
 
 def command_names() -> list[str]:
     """Of all commands, in the order of `ppf --help`."""
-    return [get_args(command)[1].name for command in get_args(cli.Command)]
+    return list(COMMANDS)
 
 
 def commands_page() -> str:

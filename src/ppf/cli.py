@@ -15,7 +15,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, subcommand
 
 from ppf.commands import COMMANDS
-from ppf.config import PolicyConfig, ServeConfig
+from ppf.config import PolicyConfig, ReportConfig, ServeConfig
 from ppf.errors import InputError, PPFError
 
 _Command: Any = Union[tuple(Annotated[config, subcommand(name)] for name, (config, _) in COMMANDS.items())]  # noqa: UP007
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: Any, debug: bool) -> None:
-    if not isinstance(command, PolicyConfig | ServeConfig) and not debug:
+    if not isinstance(command, PolicyConfig | ReportConfig | ServeConfig) and not debug:
         from ppf.llm.load import quiet_transformers
 
         quiet_transformers()

@@ -14,6 +14,7 @@ from ppf.config import (
     PolicyConfig,
     PruneConfig,
     RecoverConfig,
+    ReportConfig,
     ServeConfig,
 )
 from ppf.errors import InputError
@@ -182,6 +183,13 @@ def _bench(config: BenchConfig) -> None:
     print(f"written to {config.out}")
 
 
+def _report(config: ReportConfig) -> None:
+    from ppf.report import write_report
+
+    out = write_report(config)
+    print(f"written to {out}  ({human_size(out.stat().st_size)}, opens in any browser, offline)")
+
+
 def _serve(config: ServeConfig) -> None:
     try:
         from ppf.server.run import serve
@@ -239,6 +247,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "export": (ExportConfig, _export),
     "eval": (EvalConfig, _eval),
     "bench": (BenchConfig, _bench),
+    "report": (ReportConfig, _report),
     "serve": (ServeConfig, _serve),
     "demo": (DemoConfig, _demo),
     "models": (ModelsConfig, _models),

@@ -117,3 +117,22 @@ def test_which_sites_went_counts_by_itself_where_it_has_a_weight(weights, counts
     elsewhere = replace(new, gone=1 - new.gone)
     for one, other in zip(process.mean_and_std(new), process.mean_and_std(elsewhere), strict=True):
         assert (one != other).any() == counts
+
+
+# --- the first few ---
+
+
+@pytest.mark.parametrize("count", [1, 5, 36])
+def test_the_first_few_are_what_a_process_of_them_alone_is(case, count):
+    process, seen, target = case
+    few = row(seen, slice(0, count))
+    expected, found = process_of(process.hyper, process.scales, few, target[:count]), process.first(count)
+    new = points(seed=5)
+    for one, other in zip(expected.mean_and_std(new), found.mean_and_std(new), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-8)
+
+
+def test_all_of_them_are_the_process_itself(case):
+    process, seen, target = case
+    np.testing.assert_allclose(process.centred, target - process.hyper[-1], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(process.first(len(seen.sizes)).weights, process.weights, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import ppf
 import tiny_models
 from builders import refuses
-from ppf.config import FitConfig
+from ppf.config import FitConfig, ReportConfig
 from ppf.errors import DamagedError, InputError, InUseError, ResourceError
 from ppf.learn.agent import Agent
 from ppf.llm.text import Text
@@ -26,7 +27,8 @@ from ppf.lock import Holder, locked
 from ppf.progress import Progress
 from ppf.recipes import fit as recipe
 from ppf.recipes.fit import HELDOUT_RATIOS
-from ppf.recipes.lab import settings_of
+from ppf.recipes.lab import Lab, settings_of
+from ppf.report import write_report
 from ppf.study import StudyFolder
 
 
@@ -49,6 +51,30 @@ def test_the_report_has_the_figures_of_every_predictor(fitted):
     assert sum(report["samples"].values()) >= 0.9 * SETTINGS["samples"]  # two plans may want the same mask
     assert report["tokens"]["measured"] == 256 * sum(report["samples"].values())
     assert {"importance", "predictor", "agent", "measuring probes"} <= set(report["seconds"])
+
+
+def test_every_stage_is_planned_in_its_order(fitted):
+    ran, planned = list(fitted.report["seconds"]), recipe._stages(FitConfig("", "s", rounds=SETTINGS["rounds"]))
+    assert [name for name in planned if name in ran] == ran and set(planned) - set(ran) == {"loading"}
+
+
+def test_the_best_so_far_is_of_one_ratio(fitted):
+    lab = SimpleNamespace(config=FitConfig("", "s"), study=StudyFolder(fitted.folder), _best=math.inf)
+    dense = lab.study.record["dense"]["search"]["log_ppl"]
+
+    def told(ratio, rise, purpose="search"):
+        return Lab._best_so_far(lab, SimpleNamespace(status="done", purpose=purpose, ratio=ratio, log_ppl=dense + rise))
+
+    assert told(0.6, 0.1) == told(0.3, 0.1, "probe") == ""
+    assert told(0.31, 0.5) == "best at 30 %: +0.5000"
+    assert told(0.3, 0.7) == told(0.1, 0.01) == "best at 30 %: +0.5000"
+    assert told(0.28, 0.2) == "best at 30 %: +0.2000"
+
+
+def test_the_study_can_be_shown(fitted, tmp_path):
+    pytest.importorskip("plotly")
+    out = write_report(ReportConfig(str(fitted.folder), str(tmp_path / "report.html")))
+    assert f"<td>ppf {ppf.__version__}, python {fitted.report['made']['machine']['python']}" in out.read_text()
 
 
 def test_held_out_masks_are_of_one_size_and_never_fitted(fitted):

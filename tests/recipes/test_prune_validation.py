@@ -45,8 +45,8 @@ def validated(monkeypatch, answer=None):
     """The masks that are measured on the validation text and what that gave, as they come."""
     seen, original = [], Lab.answers
 
-    def answers(self, masks, part, rows=None):
-        found = original(self, masks, part, rows)
+    def answers(self, masks, part, rows=None, **more):
+        found = original(self, masks, part, rows, **more)
         if part == "validation":
             found = answer(found) if answer else found
             seen.append(([tuple(mask.allocation.kept.tolist()) for mask in masks], found))
@@ -81,7 +81,7 @@ def choice(damage, fresh, search=100, validation=400):
     answers = [Measurement(1.0, kl, 0, 0.0) for kl in fresh]
     asked = []
 
-    def ask(masks, part):
+    def ask(masks, part, advance):
         asked.append((part, [tuple(mask.allocation.kept) for mask in masks]))
         return answers
 

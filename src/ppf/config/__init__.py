@@ -6,6 +6,7 @@ from ppf.config.fit import DemoConfig, FitConfig
 from ppf.config.models import ModelsConfig
 from ppf.config.prune import ExportConfig, PruneConfig
 from ppf.config.recover import RecoverConfig, TrainDtypeName
+from ppf.config.report import ReportConfig
 from ppf.config.serve import ServeConfig
 from ppf.config.target import PlanTarget, PolicyConfig, Target
 
@@ -24,6 +25,7 @@ __all__ = [
     "PruneConfig",
     "QuantName",
     "RecoverConfig",
+    "ReportConfig",
     "ScoreName",
     "ServeConfig",
     "Target",

@@ -9,7 +9,7 @@ log-perplexity measured on as many tokens. A fitted monotone link gives the log-
 process how far an allocation leans off that link.
 """
 
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -116,6 +116,15 @@ class Corrected:
         """See ``Estimator``."""
         parts = [self._estimate(kept[start : start + _BATCH]) for start in range(0, len(kept), _BATCH)] or [(np.zeros(0),) * 2]
         return np.concatenate([damage for damage, _ in parts]), np.concatenate([std for _, std in parts])
+
+    @property
+    def seen(self) -> int:
+        """Samples that it was fitted to, the dense model in front."""
+        return len(self.correction.sizes)
+
+    def first(self, count: int) -> "Corrected":
+        """What it would be had it seen only the first ``count`` of them; see ``Process.first``."""
+        return replace(self, correction=self.correction.first(count), leaning=self.leaning.first(count))
 
     def _estimate(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         points = Points.of(kept, self.curves)

@@ -11,7 +11,8 @@ The last term is a random walk along the units of each site: every unit has an e
 a few probes knows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -85,6 +86,19 @@ class Process:
         """Float[n]: by how much each fitted sample lies above what the others say of it."""
         precision = (self.inverse**2).sum(axis=0)
         return self.weights / precision
+
+    @cached_property
+    def centred(self) -> np.ndarray:
+        """Float[n]: targets of the fitted samples, less the mean."""
+        factor = np.linalg.inv(self.inverse)
+        return factor @ (factor.T @ self.weights)
+
+    def first(self, count: int) -> "Process":
+        """What it would be had it seen only the first ``count`` samples, in the order of fitting; hyperparameters stay."""
+        inverse = self.inverse[:count, :count]  # the corner of a triangle's inverse is the inverse of its corner
+        weights = inverse.T @ (inverse @ self.centred[:count])
+        rows = {name: getattr(self, name)[:count] for name in ("directions", "sizes", "gone")}
+        return replace(self, **rows, weights=weights, inverse=inverse)
 
     def _cross(self, points: Points) -> np.ndarray:
         """Float[N, n]: covariance of the points with the fitted samples."""

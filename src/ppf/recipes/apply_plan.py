@@ -15,9 +15,10 @@ from ppf.llm.perplexity import evaluate
 from ppf.llm.scores import score_units
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
+from ppf.recipes.choices import choose_device, choose_dtype, choose_seq_len, tokens_per_batch
 from ppf.recipes.compensate import added_params, compensated
 from ppf.recipes.export import check_wish, export_pruned
-from ppf.recipes.lab import choose_device, choose_dtype, choose_seq_len, load_for, tokens_per_batch
+from ppf.recipes.lab import load_for
 from ppf.recipes.prune import Pruned, check_out, dense_bytes, leaf, measured_of
 from ppf.space.allocation import allocate
 from ppf.space.mask import Mask, select

@@ -11,7 +11,6 @@ All share the study's calibration text, its exact budgets and its surgery, and, 
 its importance. Each study keeps its cells, so that a bench that was stopped goes on.
 """
 
-import hashlib
 import shutil
 import tempfile
 import time
@@ -36,6 +35,7 @@ from ppf.llm.scores import score_units
 from ppf.llm.statistics import layer_statistics
 from ppf.lock import locked
 from ppf.progress import Progress
+from ppf.recipes.cells import cell_key, taught_by
 from ppf.recipes.fit import additive_agent
 from ppf.recipes.lab import Lab, load_for, settings_of
 from ppf.recipes.prune import FINALISTS, leaf, refined
@@ -284,47 +284,27 @@ def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progres
             lab.open_study()
             found = Bench(lab, Decider(copy), loaded, config)
             names = config.methods or METHODS
-            taught = _taught(study)
-            wanted = {
-                f"{name} {ratio:g} {_terms(name, config, taught)}": (name, ratio) for ratio in config.ratios for name in names
-            }
-            for key, (name, ratio) in wanted.items():
-                if key not in cells:
-                    choice = found.choose(name, ratio)
-                    (measured,) = found.measure([choice])
-                    cells[key] = {
-                        "method": name, "ratio": ratio, "seed": found.seed, "kept": choice.mask.allocation.kept.tolist(),
-                        "tokens": choice.tokens, "shared_tokens": choice.shared, "seconds": round(choice.seconds, 3), **measured,
-                    }  # fmt: skip
-                    write_json(path, cells)
+            taught = taught_by(study)
+            wanted = {cell_key(name, ratio, config, taught): (name, ratio) for ratio in config.ratios for name in names}
+            with progress.stage(f"bench of seed {found.seed}", len(wanted)) as advance:
+                for key, (name, ratio) in wanted.items():
+                    if key not in cells:
+                        cells[key] = _cell(found, name, ratio)
+                        write_json(path, cells)
+                    advance(_best_so_far(ratio, [cells[other] for other in wanted if other in cells]))
     return [cells[key] for key in wanted]
 
 
-def _terms(name: str, config: BenchConfig, taught: dict[str, str]) -> str:
-    """What else a cell depends on."""
-    if name in SEARCHES:
-        return f"budget {config.budget or taught['budget']}"
-    if name == "static":
-        return f"candidates {config.candidates} of {taught['agent']}"
-    if name == "dynamic" or name.endswith(ON_PREDICTOR):
-        return f"of {taught['agent']}"
-    return f"of {taught['nested']}" if name == "nested" else ""
+def _cell(found: Bench, name: str, ratio: float) -> dict[str, Any]:
+    choice = found.choose(name, ratio)
+    (measured,) = found.measure([choice])
+    return {
+        "method": name, "ratio": ratio, "seed": found.seed, "kept": choice.mask.allocation.kept.tolist(),
+        "tokens": choice.tokens, "shared_tokens": choice.shared, "seconds": round(choice.seconds, 3), **measured,
+    }  # fmt: skip
 
 
-def current_cells(study: StudyFolder, config: BenchConfig) -> dict[str, dict[str, Any]]:
-    """The cells of a study that its present predictor and policies gave, by method, ratio and terms; none if it has no bench."""
-    path, taught = study.folder / "bench.json", _taught(study)
-    cells = read_json(path) if path.is_file() else {}
-    return {key: cell for key, cell in cells.items() if key == _key(cell["method"], cell["ratio"], config, taught)}
-
-
-def _key(name: str, ratio: float, config: BenchConfig, taught: dict[str, str]) -> str:
-    return f"{name} {ratio!r} {_terms(name, config, taught)}"
-
-
-def _taught(study: StudyFolder) -> dict[str, str]:
-    """Short hashes of what was fitted, and what it measured; a study that is fitted again gives other cells."""
-    files = {name: study.path(name).read_bytes() for name in ("predictor", "agent", "nested")}
-    parts = {"agent": files["predictor"] + files["agent"], "nested": files["nested"]}
-    hashes = {name: hashlib.sha256(part).hexdigest()[:8] for name, part in parts.items()}
-    return {**hashes, "budget": str(read_json(study.folder / "report.json")["tokens"]["measured"])}
+def _best_so_far(ratio: float, cells: Sequence[dict[str, Any]]) -> str:
+    """The method with the least log-perplexity at a ratio, in words."""
+    least, method = min((float(np.mean(cell["above"])), cell["method"]) for cell in cells if cell["ratio"] == ratio)
+    return f"best at {100 * ratio:g} %: {method}, {least:+.4f}"

@@ -13,8 +13,8 @@ from ppf.llm.perplexity import evaluate
 from ppf.llm.surgery import cut
 from ppf.llm.text import Text
 from ppf.progress import Progress
+from ppf.recipes.choices import tokens_per_batch
 from ppf.recipes.fit import fit
-from ppf.recipes.lab import tokens_per_batch
 from ppf.recipes.prune import prune
 from ppf.space.policy import Policy
 

@@ -8,7 +8,7 @@ from ppf.config import EvalConfig
 from ppf.llm.load import LoadedModel
 from ppf.llm.perplexity import evaluate as measure
 from ppf.llm.text import take_blocks, whole_text
-from ppf.recipes.lab import choose_device, choose_dtype, choose_seq_len, tokens_per_batch
+from ppf.recipes.choices import choose_device, choose_dtype, choose_seq_len, tokens_per_batch
 
 
 def evaluate(config: EvalConfig, loaded: LoadedModel) -> dict[str, Any]:

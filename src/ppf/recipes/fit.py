@@ -28,8 +28,10 @@ from ppf.learn.train_nested import NEST_STEPS, nest
 from ppf.llm.collect import Wanted, probes, spread, stratified_ratios
 from ppf.llm.load import LoadedModel
 from ppf.lock import locked
-from ppf.progress import Progress
-from ppf.recipes.lab import Lab, check_engine, check_study_place, choose_device, leave_no_beginning, load_for
+from ppf.progress import Advance, Progress
+from ppf.provenance import provenance
+from ppf.recipes.choices import choose_device
+from ppf.recipes.lab import Lab, check_engine, check_study_place, leave_no_beginning, load_for
 from ppf.samples import Sample, kept_matrix
 from ppf.space.allocation import allocate
 from ppf.space.budget import Budget
@@ -64,6 +66,7 @@ def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None
     folder = Path(config.study)
     check_study_place(folder)
     check_engine(config, loaded)
+    progress.plan(_stages(config))
     made = not folder.exists()
     with locked(folder) as dead:
         if dead:
@@ -87,8 +90,12 @@ def _fit_all(lab: Lab, levels: tuple[float, ...]) -> StudyFolder:
     (study.folder / "report.json").unlink(missing_ok=True)  # until it is written again, the study answers nothing
     lab.score()
     _collect(lab, levels)
-    with lab.progress.stage("predictor"):
-        predictors, ranks = {kind: refit(lab, kind) for kind in FITS}, _ranks(lab)
+    with lab.progress.stage("predictor", 2 * len(FITS)) as advance:
+        predictors = {}
+        for kind in FITS:
+            predictors[kind] = refit(lab, kind)
+            advance(kind)
+        ranks = _ranks(lab, advance)
     chosen = max(ranks, key=lambda kind: ranks[kind]) if config.predictor == "auto" else config.predictor
     agent = trained(lab, predictors[chosen], "agent")
     with lab.progress.stage("nested agent", NEST_STEPS) as advance:
@@ -99,8 +106,17 @@ def _fit_all(lab: Lab, levels: tuple[float, ...]) -> StudyFolder:
     agent.save(study.path("agent"), lab.layout)
     chain.save(study.path("nested"))
     report = {"predictor": chosen, "cross_validated_tau": ranks, **_report(lab, predictors)}
-    write_json(study.folder / "report.json", {**report, "seconds": lab.keep_seconds(), "settings": asdict(config)})
+    report |= {"seconds": lab.keep_seconds(), "settings": asdict(config), "made": provenance()}
+    write_json(study.folder / "report.json", report)
     return study
+
+
+def _stages(config: FitConfig) -> list[str]:
+    """What a fit goes through; what is at hand, or need not be done, is left out on the way."""
+    rounds = [name for r in range(1, config.rounds + 1) for name in (f"search {r}", f"measuring round {r}")]
+    importance = ["importance", *(["choosing importance"] if config.score == "auto" else [])]
+    first = ["loading", "text", "dense model", *importance, "measuring probes", "measuring spread"]
+    return [*first, *rounds, "predictor", "agent", "nested agent", "measuring heldout"]
 
 
 def _levels(layout: Layout, samples: int) -> tuple[float, ...]:
@@ -213,7 +229,7 @@ def _fit(lab: Lab, kind: str, samples: Sequence[Sample]) -> Predictor:
     return fit_predictor(kind, samples, lab.store.failed(), lab.layout, dense, lab.config.seed)
 
 
-def _ranks(lab: Lab) -> dict[str, float]:
+def _ranks(lab: Lab, advance: Advance) -> dict[str, float]:
     """Per kind Kendall's tau among masks of nearly one size that it had not seen, by two-fold cross-validation."""
     samples = _fitted(lab)
     rest = [sample for sample in samples if sample.purpose != "probe"]
@@ -227,6 +243,8 @@ def _ranks(lab: Lab) -> dict[str, float]:
             predictor = _fit(lab, kind, [*(sample for sample in samples if sample.purpose == "probe"), *seen])
             predicted_kl[fold == part] = predictor.predict(kept[fold == part]).damage
         found[kind] = tau_near(predicted_kl, np.array([sample.kl for sample in rest]), ratios)
+        best = max(found, key=lambda kind: found[kind])
+        advance(f"best order: {best}, tau {found[best]:.3f}")
     return found
 
 

@@ -1,7 +1,7 @@
 """What measuring needs, opened once: the model, its text, the study folder, the store and the engine."""
 
 import contextlib
-import os
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,70 +21,19 @@ from ppf.llm.perplexity import Evaluation, evaluate
 from ppf.llm.scores import score_units
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
-from ppf.provenance import cores
+from ppf.recipes.choices import TOKENS_PER_BATCH, choose_device, choose_dtype, choose_seq_len, choose_workers, tokens_per_batch
 from ppf.samples import Measurement, Sample
 from ppf.space.allocation import Allocation
 from ppf.space.importance import Importance
 from ppf.space.mask import Mask, select
 from ppf.study import StudyFolder, context_of
 
-_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16_384, "mps": 4096}
+_WATCHED_RATIO, _WATCHED_WIDTH = 0.3, 0.03
 _TRIED_SCORES = ("taylor", "wanda_sp", "flap")
 _DECISIVE = (
     "text", "test_text", "score", "seq_len", "calibration_tokens", "search_tokens", "validation_tokens", "test_tokens", "dtype",
     "seed", "samples", "rounds", "max_ratio",
 )  # fmt: skip
-
-
-def tokens_per_batch(device: torch.device) -> int:
-    """How many tokens go through a model at once."""
-    return _TOKENS_PER_BATCH[device.type]
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the first accelerator, or the CPU.
-
-    Raises:
-        InputError: No such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device must be one that is here; {name!r} came; use auto or cpu") from error
-    if device.type not in _TOKENS_PER_BATCH:
-        raise InputError(f"--device must be a CPU, a CUDA or an MPS device; {name!r} came; use auto or cpu")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
-    """``auto`` is float32 on a CPU and the checkpoint's own elsewhere."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else checkpoint
-    return getattr(torch, name)
-
-
-def choose_seq_len(asked: int | None, context: int) -> int:
-    """Tokens a block: what is asked for, or half of what the model was made for, 2,048 at most.
-
-    Raises:
-        InputError: More than the model was made for.
-    """
-    if asked is not None and asked > context:
-        raise InputError(f"--seq-len must be at most the model's context of {context} tokens; {asked} came; lower it")
-    return asked or max(8, min(2048, context // 2))
-
-
-def choose_workers(asked: int | None, model_bytes: int) -> int:
-    """Measuring processes: what is asked for, or one a core as far as the free memory holds copies of the model."""
-    if asked is not None:
-        return asked
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if (meminfo := Path("/proc/meminfo")).is_file():
-        lines = dict(line.split(":") for line in meminfo.read_text().splitlines() if ":" in line)
-        free = int(lines.get("MemAvailable", f"{free // 1024} kB").split()[0]) * 1024
-    return max(1, min(cores(), int(free / (2 * model_bytes + 5e8))))
 
 
 class Lab:
@@ -106,6 +55,7 @@ class Lab:
         self.model = loaded.on(self.device, self.dtype)
         self.batch = tokens_per_batch(self.device)
         self.reference_tokens = 0
+        self._best = math.inf
         self._engine: Engine | None = None
         self._stack = contextlib.ExitStack()
 
@@ -143,10 +93,12 @@ class Lab:
         """Importance, unless it is there."""
         if self.study.path("importance").is_file():
             return
-        with self.progress.stage("importance"):
-            names = _TRIED_SCORES if self.config.score == "auto" else (self.config.score,)
-            text, source, seed = self.text.calibration, self.config.text, self.config.seed
-            orders = [score_units(self.model, self.layout, text, name, source, seed) for name in names]
+        names = _TRIED_SCORES if self.config.score == "auto" else (self.config.score,)
+        text, source, seed, orders = self.text.calibration, self.config.text, self.config.seed, []
+        with self.progress.stage("importance", len(names)) as advance:
+            for name in names:
+                orders.append(score_units(self.model, self.layout, text, name, source, seed))
+                advance(name)
         best = self._best_of_each_site(orders) if len(orders) > 1 else orders[0]
         best.save(self.study.path("importance"), self.layout)
         self.keep_seconds()
@@ -156,8 +108,9 @@ class Lab:
         layout = self.layout
         halves = np.tile(layout.units, (len(layout.sites), 1))
         np.fill_diagonal(halves, np.maximum(layout.floors, layout.units // 2))
-        with self.progress.stage("choosing importance"):
-            answers = self.answers([select(Allocation(kept), order, layout) for order in orders for kept in halves], "search")
+        masks = [select(Allocation(kept), order, layout) for order in orders for kept in halves]
+        with self.progress.stage("choosing importance", len(masks)) as advance:
+            answers = self.answers(masks, "search", advance=advance)
         damage: np.ndarray = np.reshape([answer.kl if np.isfinite(answer.kl) else np.inf for answer in answers], (len(orders), -1))
         chosen = [orders[index] for index in damage.argmin(axis=0)]
         self.study.keep_plan("importance", {"by_site": [order.method for order in chosen], "masks": len(answers)})
@@ -183,19 +136,35 @@ class Lab:
     def run(self, name: str, wanted: Sequence[Wanted], round: int) -> list[Sample]:
         """Measures masks, those at hand taken from the store."""
         with self.progress.stage(f"measuring {name}", len(wanted)) as advance:
-            return list(
-                collect(self._measuring, self.store, wanted, self.study.importance, self.layout, round, lambda sample: advance())
-            )
 
-    def answers(self, masks: Sequence[Mask], part: str, rows: Sequence[int] | None = None) -> list[Measurement]:
+            def count(sample: Sample) -> None:
+                advance(self._best_so_far(sample))
+
+            return list(collect(self._measuring, self.store, wanted, self.study.importance, self.layout, round, count))
+
+    def _best_so_far(self, sample: Sample) -> str:
+        """The least rise in log-perplexity near one ratio, in words; across ratios no sample is better than another."""
+        ratio = min(_WATCHED_RATIO, round(self.config.max_ratio / 2, 2))
+        if sample.status == "done" and sample.purpose != "probe" and abs(sample.ratio - ratio) <= _WATCHED_WIDTH:
+            self._best = min(self._best, sample.log_ppl - self.study.record["dense"]["search"]["log_ppl"])
+        return f"best at {100 * ratio:.0f} %: {self._best:+.4f}" if math.isfinite(self._best) else ""
+
+    def answers(
+        self, masks: Sequence[Mask], part: str, rows: Sequence[int] | None = None, advance: Callable[[], None] = lambda: None
+    ) -> list[Measurement]:
         """Measures masks and keeps nothing.
 
         Args:
             masks: Which units stay.
             part: ``"search"``, ``"validation"`` or ``"test"``.
             rows: Only these blocks of it.
+            advance: Told of each that is measured, for progress.
         """
-        return [result for _, result in sorted(self._measuring().measure(masks, part, rows), key=lambda pair: pair[0])]
+        found = {}
+        for place, result in self._measuring().measure(masks, part, rows):
+            found[place] = result
+            advance()
+        return [found[place] for place in range(len(masks))]
 
     def keep_seconds(self) -> dict[str, float]:
         """Keeps the wall time of each stage, summed over all starts of the fit."""
@@ -228,7 +197,7 @@ class Lab:
         gpus, workers = config.gpus_per_worker or 0.0, config.workers
         if config.ray_address is None and not gpus:  # all on this machine, where memory bounds them too
             workers = choose_workers(workers, self.layout.total * self.dtype.itemsize)
-        batch = _TOKENS_PER_BATCH["cuda" if gpus else "cpu"]
+        batch = TOKENS_PER_BATCH["cuda" if gpus else "cpu"]
         text, cluster = self.study.path("text"), Cluster(config.ray_address, workers, gpus)
         engine = RayEngine(_address(loaded), loaded.digest, text, self.layout, _name(self.dtype), batch, cluster)
         self.progress.say(engine.where)

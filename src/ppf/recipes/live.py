@@ -10,7 +10,8 @@ from ppf.errors import DamagedError
 from ppf.llm.elastic import ElasticModel
 from ppf.llm.load import LoadedModel, adopt_model
 from ppf.progress import Progress
-from ppf.recipes.lab import choose_device, choose_dtype, load_for
+from ppf.recipes.choices import choose_device, choose_dtype
+from ppf.recipes.lab import load_for
 from ppf.space.allocation import Allocation
 
 

@@ -25,9 +25,10 @@ from ppf.llm.perplexity import Evaluation, evaluate
 from ppf.llm.text import Text
 from ppf.lock import locked
 from ppf.progress import Progress
+from ppf.recipes.choices import choose_device, tokens_per_batch
 from ppf.recipes.compensate import added_params, compensated, with_room
 from ppf.recipes.fit import incumbents, refit
-from ppf.recipes.lab import Lab, choose_device, settings_of, tokens_per_batch
+from ppf.recipes.lab import Lab, settings_of
 from ppf.samples import kept_matrix
 from ppf.space.allocation import Allocation
 from ppf.space.budget import Budget, unit_steps
@@ -172,8 +173,8 @@ def _winner(lab: Lab, kept: np.ndarray, damage: np.ndarray) -> np.ndarray:
     if not len(lab.text.validation) or len(kept) == 1:
         return kept[int(damage.argmin())]
     masks = [select(Allocation(row), lab.study.importance, lab.layout) for row in kept]
-    with lab.progress.stage("validating"):
-        answers = lab.answers(masks, "validation")
+    with lab.progress.stage("validating", len(masks)) as advance:
+        answers = lab.answers(masks, "validation", advance=advance)
     fresh = np.array([answer.kl if np.isfinite(answer.kl) else np.inf for answer in answers])
     total = damage * lab.text.search.size + fresh * lab.text.validation.size
     return kept[int(total.argmin())]

@@ -18,7 +18,8 @@ from ppf.llm.recover import recover as train
 from ppf.llm.surgery import savable_generation_config
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
-from ppf.recipes.lab import choose_device, choose_dtype, choose_seq_len, load_for, tokens_per_batch
+from ppf.recipes.choices import choose_device, choose_dtype, choose_seq_len, tokens_per_batch
+from ppf.recipes.lab import load_for
 from ppf.recipes.prune import Pruned, check_out, leaf
 from ppf.recipes.teacher import check_teacher, find_teacher, plan_of
 

@@ -6,7 +6,8 @@ from ppf.config import EvalConfig
 from ppf.llm.load import LoadedModel
 from ppf.llm.zeroshot import check_harness, task_manager, task_names, zeroshot
 from ppf.progress import Progress
-from ppf.recipes.lab import choose_device, choose_dtype, load_for, tokens_per_batch
+from ppf.recipes.choices import choose_device, choose_dtype, tokens_per_batch
+from ppf.recipes.lab import load_for
 from ppf.recipes.prune import leaf
 
 _TOKENS_A_SEQUENCE = 128

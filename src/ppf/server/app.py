@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import importlib.util
 import mimetypes
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -225,9 +224,6 @@ def _add_errors(app: FastAPI) -> None:
 def _add_page(app: FastAPI) -> None:
     """The page's files are read once and looked up by name, so that no path is ever opened for a request."""
     files = {path.name: path for path in _STATIC.iterdir() if path.is_file()}
-    if (spec := importlib.util.find_spec("plotly")) and spec.origin:
-        bundle = Path(spec.origin).parent / "package_data" / "plotly.min.js"
-        files |= {bundle.name: bundle} if bundle.is_file() else {}
     answers = {name: Response(path.read_bytes(), media_type=mimetypes.guess_type(name)[0]) for name, path in files.items()}
 
     @app.get("/")

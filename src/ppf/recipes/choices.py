@@ -1,0 +1,62 @@
+"""What measuring takes where a config leaves the choice: device, precision, length of a block, processes."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from ppf.errors import InputError
+from ppf.provenance import cores
+
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16_384, "mps": 4096}
+
+
+def tokens_per_batch(device: torch.device) -> int:
+    """How many tokens go through a model at once."""
+    return TOKENS_PER_BATCH[device.type]
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the first accelerator, or the CPU.
+
+    Raises:
+        InputError: No such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device must be one that is here; {name!r} came; use auto or cpu") from error
+    if device.type not in TOKENS_PER_BATCH:
+        raise InputError(f"--device must be a CPU, a CUDA or an MPS device; {name!r} came; use auto or cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+    """``auto`` is float32 on a CPU and the checkpoint's own elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else checkpoint
+    return getattr(torch, name)
+
+
+def choose_seq_len(asked: int | None, context: int) -> int:
+    """Tokens a block: what is asked for, or half of what the model was made for, 2,048 at most.
+
+    Raises:
+        InputError: More than the model was made for.
+    """
+    if asked is not None and asked > context:
+        raise InputError(f"--seq-len must be at most the model's context of {context} tokens; {asked} came; lower it")
+    return asked or max(8, min(2048, context // 2))
+
+
+def choose_workers(asked: int | None, model_bytes: int) -> int:
+    """Measuring processes: what is asked for, or one a core as far as the free memory holds copies of the model."""
+    if asked is not None:
+        return asked
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (meminfo := Path("/proc/meminfo")).is_file():
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines() if ":" in line)
+        free = int(lines.get("MemAvailable", f"{free // 1024} kB").split()[0]) * 1024
+    return max(1, min(cores(), int(free / (2 * model_bytes + 5e8))))

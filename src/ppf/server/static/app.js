@@ -1,0 +1,249 @@
+// The page: a slider whose moves are answered at once, and what the server says of the model that runs.
+
+import { Refused, askJson, keepToken, recallToken } from "/static/api.js";
+import { Bars, element } from "/static/bars.js";
+import { Chart } from "/static/chart.js";
+import { Writer } from "/static/generate.js";
+
+const get = (id) => document.getElementById(id);
+const CURVE_STEPS = 26;
+const POLL_MS = 1000;
+
+const percent = (share) => `${(100 * share).toFixed(1)} %`;
+const count = (value) => Math.round(value).toLocaleString("en");
+
+function bytes(value) {
+  const [unit, name] = [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"]].find(([size]) => value >= size) || [1, "B"];
+  return `${(value / unit).toFixed(unit === 1 ? 0 : 2)} ${name}`;
+}
+
+function complain(error) {
+  get("alert").textContent = error ? error.message : "";
+  get("alert").hidden = !error;
+}
+
+/** Tiles by name; made once, then only their texts change. */
+class Tiles {
+  constructor(place) {
+    this.place = place;
+    this.values = new Map();
+  }
+
+  set(name, value, more) {
+    if (!this.values.has(name)) {
+      const [box, dd] = [element("div"), element("dd")];
+      const [main, small] = [element("span"), element("small")];
+      dd.append(main, small);
+      box.append(element("dt", "", name), dd);
+      this.place.append(box);
+      this.values.set(name, [main, small]);
+    }
+    const [main, small] = this.values.get(name);
+    main.textContent = value;
+    small.textContent = more;
+  }
+}
+
+class Page {
+  constructor(study) {
+    this.study = study;
+    this.policies = new Map();
+    this.slider = get("ratio");
+    this.maxRatio = Math.min(study.ratios.max, study.ratios.floor);
+    this.slider.max = String(Math.floor(this.maxRatio * 200) / 200);
+    this.slider.value = String(Math.min(0.3, this.slider.max));
+    this.tiles = new Tiles(get("tiles"));
+    const measured = study.points.filter((point) => point.kind !== "probe");
+    this.chart = new Chart(get("chart"), measured, study.dense.log_ppl, this.maxRatio);
+    this.controlled = false;
+    this.slider.addEventListener("input", () => this.show());
+    this.slider.addEventListener("change", () => this.follow());
+    get("follow").addEventListener("change", () => this.follow());
+    get("table-box").addEventListener("toggle", () => this.bars.drawTable(this.shown.kept));
+    if (study.live) new Writer(() => this.ratio);
+    this.describe();
+  }
+
+  get ratio() {
+    return Number(this.slider.value);
+  }
+
+  describe() {
+    const { model, predictor, protocol, dense, live } = this.study;
+    document.title = `${model.name}: ppf`;
+    get("title").textContent = model.name;
+    get("lead").textContent = `${model.type}, ${model.layers} layers, ${count(model.params)} parameters, ${percent(model.prunable / model.params)} of them prunable.`;
+    const tau = predictor.heldout?.tau_mean;
+    get("chart-lead").textContent = `On ${count(protocol.tokens)} tokens of ${protocol.text}; dense perplexity ${dense.ppl.toFixed(2)}.` + (tau === undefined ? "" : ` The predictor orders masks of one size with Kendall's tau ${tau.toFixed(2)}.`);
+    get("foot").textContent = live ? "A live model answers at /v1, in the words of OpenAI's clients." : "Decisions alone: this server runs no model.";
+    for (const id of ["write", "state", "follow-row"]) get(id).hidden = !live;
+  }
+
+  async start() {
+    const first = await this.policy(this.ratio);
+    this.bars = new Bars(get("bars"), get("table"), first.kept);
+    get("main").hidden = false;
+    this.show();
+    await this.drawCurve();
+    await this.learnAll();
+  }
+
+  /** Asks for every place of the slider in advance, so that its moves are answered from here. */
+  async learnAll() {
+    const [step, most] = [Number(this.slider.step), Number(this.slider.max)];
+    for (let place = 0; place * step <= most + 1e-9; place += 1) await this.policy(place * step);
+    document.body.dataset.ready = "all";
+  }
+
+  /** The decision at a ratio, asked for once. */
+  async policy(ratio) {
+    const key = ratio.toFixed(4);
+    if (!this.policies.has(key)) this.policies.set(key, await askJson(`/api/policy?ratio=${key}`));
+    return this.policies.get(key);
+  }
+
+  async drawCurve() {
+    const curve = [];
+    for (let step = 0; step <= CURVE_STEPS; step += 1) {
+      const ratio = Math.round((Number(this.slider.max) * step * 200) / CURVE_STEPS) / 200;
+      const { ratio: found, predicted } = await this.policy(ratio);
+      curve.push({ ratio: found.met, ...predicted });
+    }
+    this.chart.setCurve(curve);
+  }
+
+  /** Shows what the slider says; of many moves only the last is asked for. */
+  async show() {
+    const ratio = this.ratio;
+    get("ratio-shown").textContent = percent(ratio);
+    this.slider.setAttribute("aria-valuetext", percent(ratio));
+    const known = this.policies.get(ratio.toFixed(4));
+    if (known) return this.draw(known);
+    if (this.asking) return;
+    this.asking = true;
+    try {
+      this.draw(await this.policy(ratio));
+      complain(null);
+    } catch (error) {
+      complain(error);
+    } finally {
+      this.asking = false;
+    }
+    if (this.ratio !== ratio) this.show();
+  }
+
+  draw(policy) {
+    this.shown = policy;
+    const { predicted, params, ratio } = policy;
+    const { dense, model } = this.study;
+    this.bars.draw(policy.kept);
+    this.chart.mark(ratio.met, predicted.log_ppl);
+    get("beyond").hidden = policy.in_range;
+    const spread = predicted.ppl * predicted.std;
+    this.tiles.set("predicted perplexity", predicted.ppl.toFixed(2), `± ${spread.toFixed(2)}; dense ${dense.ppl.toFixed(2)}`);
+    this.tiles.set("parameters", count(params.after), `${percent(1 - params.after / params.before)} of all gone`);
+    this.tiles.set("weights on disk", bytes(policy.memory), `dense ${bytes(params.before * model.bytes_per_param)}`);
+    this.tiles.set("KV cache", bytes(policy.kv_bytes_per_token), "a token");
+    const speed = policy.tokens_per_second;
+    if (speed) this.tiles.set("tokens/s", speed.toFixed(0), "one request, idle machine");
+    this.tiles.set("decided in", `${policy.milliseconds.toFixed(1)} ms`, "on the server");
+  }
+
+  /** Sets the live model to the slider; one request at a time, or an earlier one could be the last to arrive. */
+  async follow() {
+    if (!this.study.live || this.controlled || this.setting || !get("follow").checked) return;
+    const ratio = this.ratio;
+    this.setting = true;
+    try {
+      await askJson("/api/ratio", { ratio });
+      complain(null);
+      this.poll();
+    } catch (error) {
+      complain(error);
+    } finally {
+      this.setting = false;
+    }
+    if (this.ratio !== ratio) this.follow();
+  }
+
+  /** Asks what runs, again and again while the page is seen. */
+  watch() {
+    const look = async () => {
+      if (!document.hidden) await this.poll();
+      setTimeout(look, POLL_MS);
+    };
+    look();
+  }
+
+  async poll() {
+    try {
+      this.drawState(await askJson("/api/state"));
+    } catch (error) {
+      this.lost = true;
+      complain(error);
+      return;
+    }
+    if (this.lost) complain(null);
+    this.lost = false;
+  }
+
+  drawState(state) {
+    const { controller, memory, requests } = state;
+    this.controlled = controller.on;
+    get("follow-row").hidden = controller.on;
+    const speed = state.latency_ms === null ? "idle" : `${state.tokens_per_second.toFixed(0)} tokens/s, ${state.latency_ms.toFixed(1)} ms a token`;
+    const facts = {
+      ratio: `${percent(state.met)}${state.nested ? ", nested" : ""}`,
+      speed,
+      memory: `${bytes(memory.weights)} of weights in use, ${bytes(memory.kv_cache)} of KV cache`,
+      requests: `${requests.running} running, ${requests.waiting} waiting, ${requests.done} done`,
+      controller: this.wordsOf(controller),
+    };
+    const nodes = Object.entries(facts).flatMap(([name, value]) => [element("dt", "", name), element("dd", "", value)]);
+    get("facts").replaceChildren(...nodes);
+    const decisions = (controller.decisions || []).slice(-5).reverse();
+    get("decisions").replaceChildren(...decisions.map((one) => {
+      const time = new Date(1e3 * one.time).toLocaleTimeString();
+      return element("li", "", `${time}: ${percent(one.from)} to ${percent(one.to)}; ${one.reason}`);
+    }));
+  }
+
+  wordsOf(controller) {
+    if (!controller.on) return "off: the ratio is set by hand";
+    const { latency_ms: latency, memory } = controller.target;
+    const goals = [latency === null ? "" : `${latency} ms a token`, memory === null ? "" : bytes(memory)].filter(Boolean);
+    const { min_ratio: low, max_ratio: high } = controller.limits;
+    return `on: at most ${goals.join(" and ")}, between ${percent(low)} and ${percent(high)}`;
+  }
+}
+
+async function begin() {
+  let study;
+  try {
+    study = await askJson("/api/study");
+  } catch (error) {
+    const locked = error instanceof Refused && error.status === 401;
+    get("token-form").hidden = !locked;
+    get("lead").textContent = locked ? "Locked." : "";
+    if (locked) get("token").focus();
+    else complain(error);
+    return;
+  }
+  get("token-form").hidden = true;
+  complain(null);
+  try {
+    const page = new Page(study);
+    if (study.live) page.watch();
+    await page.start();
+  } catch (error) {
+    complain(error);
+  }
+}
+
+get("token-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  keepToken(get("token").value.trim());
+  begin();
+});
+recallToken();
+begin();

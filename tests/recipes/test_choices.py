@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from builders import refuses
+from ppf.errors import InputError
+from ppf.recipes.choices import TOKENS_PER_BATCH, choose_device, choose_dtype, choose_seq_len, choose_workers, tokens_per_batch
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", ["abacus", "cuda:99", "meta", "cpu:"])
+def test_a_device_that_is_not_here_is_refused(name):
+    with refuses(InputError):
+        choose_device(name)
+
+
+def test_auto_is_a_device_that_batches_are_known_for():
+    assert tokens_per_batch(choose_device("auto")) in TOKENS_PER_BATCH.values() and choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "expected"),
+    [("auto", CPU, torch.float32), ("auto", CUDA, torch.float16), ("bfloat16", CPU, torch.bfloat16)],
+)
+def test_the_precision_is_asked_for_or_suits_the_device(name, device, expected):
+    assert choose_dtype(name, device, torch.float16) == expected
+
+
+@pytest.mark.parametrize(("asked", "context", "expected"), [(None, 512, 256), (None, 8, 8), (None, 10**6, 2048), (64, 64, 64)])
+def test_a_block_is_asked_for_or_half_the_context(asked, context, expected):
+    assert choose_seq_len(asked, context) == expected
+
+
+def test_a_block_beyond_the_context_is_refused():
+    with refuses(InputError):
+        choose_seq_len(65, 64)
+
+
+def test_workers_are_at_least_one_however_large_the_model():
+    assert choose_workers(3, 1) == 3 and choose_workers(None, 10**15) == 1 <= choose_workers(None, 1)

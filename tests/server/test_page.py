@@ -1,0 +1,238 @@
+"""The page in a real browser: Chromium, and no network but the server."""
+
+import re
+
+import pytest
+
+from chromium import chromium
+
+pytestmark = pytest.mark.browser
+sync_api = pytest.importorskip("playwright.sync_api")
+
+LIVELY = """
+async (value) => {
+  const slider = document.getElementById("ratio");
+  const shown = () => document.getElementById("tiles").textContent;
+  const before = shown();
+  const start = performance.now();
+  slider.value = value;
+  slider.dispatchEvent(new Event("input"));
+  while (shown() === before) await new Promise((done) => setTimeout(done, 0));
+  await new Promise(requestAnimationFrame);
+  return performance.now() - start;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as made:
+        yield made
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens a page of a width; says at the end whether anything was complained of or asked of others."""
+    contexts, said = [], []
+
+    def open_page(port, width=1280, path="/", quiet=True, **options):
+        context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        if quiet:
+            page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+            page.on("pageerror", lambda error: said.append(str(error)))
+        asked = f"http://127.0.0.1:{port}/"
+        page.on("request", lambda one: said.append(one.url) if not one.url.startswith((asked, "data:", "blob:")) else None)
+        page.goto(f"http://127.0.0.1:{port}{path}")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+def ready(page):
+    """The page when all is drawn; it goes on asking for what the slider may show."""
+    page.wait_for_selector("#main:not([hidden])")
+    page.wait_for_selector("#chart .line", state="attached")
+    return page
+
+
+def told(page, place, words):
+    """Waits for words; what playwright calls waiting for a function would need eval, which the page forbids."""
+    sync_api.expect(page.locator(place)).to_contain_text(words, timeout=20_000)
+
+
+def heights(page):
+    return page.eval_on_selector_all(".fill", "fills => fills.map((fill) => fill.style.height)")
+
+
+def tiles(page):
+    names, values = page.locator("#tiles dt").all_inner_texts(), page.locator("#tiles dd > span").all_inner_texts()
+    return dict(zip(names, values, strict=True))
+
+
+def move(page, value):
+    page.evaluate(LIVELY, value)
+
+
+def test_the_slider_moves_bars_numbers_and_marker(visit, decisions):
+    page = ready(visit(decisions))
+    move(page, "0.1")
+    before, bars, at = tiles(page), heights(page), page.get_attribute("#chart svg g", "transform")
+    move(page, "0.5")
+    after = tiles(page)
+    assert page.inner_text("#ratio-shown") == "50.0 %"
+    for name in ("predicted perplexity", "parameters", "weights on disk"):
+        assert float(re.sub(r"[^\d.]", "", after[name])) != float(re.sub(r"[^\d.]", "", before[name])), name
+    assert int(after["parameters"].replace(",", "")) < int(before["parameters"].replace(",", ""))
+    assert heights(page) != bars and page.get_attribute("#chart svg g", "transform") != at
+
+
+def test_what_is_shown_is_what_the_server_decides(visit, decisions):
+    page = ready(visit(decisions))
+    move(page, "0.25")
+    record = page.evaluate("async () => (await fetch('/api/policy?ratio=0.25')).json()")
+    assert tiles(page)["parameters"] == f"{record['params']['after']:,}"
+    assert tiles(page)["predicted perplexity"] == f"{record['predicted']['ppl']:.2f}"
+    shown = [float(height.rstrip("%")) for height in heights(page)]
+    kinds = list(dict.fromkeys(site["kind"] for site in record["kept"]))
+    expected = [100 * site["kept"] / site["of"] for kind in kinds for site in record["kept"] if site["kind"] == kind]
+    assert shown == pytest.approx(expected, abs=0.01)
+    page.click("summary")
+    cells = page.locator("#table td").all_inner_texts()
+    assert f"{record['kept'][0]['kept']} of {record['kept'][0]['of']}" in cells
+
+
+def test_it_is_redrawn_at_once(visit, decisions):
+    page = ready(visit(decisions))
+    page.wait_for_selector("body[data-ready=all]")
+    times = sorted(page.evaluate(LIVELY, str(value)) for value in [0.015 + 0.01 * place for place in range(30)])
+    print(f"event to redraw: median {times[15]:.1f} ms, worst {times[-1]:.1f} ms")
+    assert times[15] <= 50
+
+
+def test_of_many_moves_only_the_last_counts(visit, decisions):
+    page = ready(visit(decisions))
+    page.evaluate("""() => {
+      const slider = document.getElementById("ratio");
+      for (let place = 0; place < 80; place += 1) {
+        slider.value = String(0.1 + 0.005 * place);
+        slider.dispatchEvent(new Event("input"));
+      }
+    }""")
+    page.wait_for_timeout(300)
+    last = page.evaluate("async () => (await fetch(`/api/policy?ratio=${document.getElementById('ratio').value}`)).json()")
+    assert tiles(page)["parameters"] == f"{last['params']['after']:,}"
+
+
+def test_keys_are_enough(visit, live):
+    page = ready(visit(live[0]))
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "ratio"
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+    before = page.inner_text("#ratio-shown")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#ratio-shown") != before
+    assert page.get_attribute("#ratio", "aria-valuetext") == page.inner_text("#ratio-shown")
+    reached = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    places = ["follow", "SUMMARY", "prompt", "count", "manner", "go"]
+    assert [name for name in reached if name in places][: len(places)] == places
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_all_of_it(visit, live, scheme):
+    page = ready(visit(live[0], width=390, color_scheme=scheme))
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (max(map(int, re.findall(r"\d+", background))) < 60) == (scheme == "dark")
+
+
+def test_the_live_model_follows_the_slider_if_it_should(visit, live):
+    page = ready(visit(live[0]))
+    state = "async () => (await fetch('/api/state')).json()"
+    page.focus("#ratio")
+    page.keyboard.press("Home")
+    told(page, "#facts", "ratio0.0 %")
+    page.uncheck("#follow")
+    page.keyboard.press("End")
+    page.wait_for_timeout(200)
+    assert page.evaluate(state)["ratio"] == 0
+    with page.expect_response(lambda one: one.url.endswith("/api/ratio")):
+        page.check("#follow")
+    assert page.evaluate(state)["ratio"] == pytest.approx(float(page.input_value("#ratio")))
+
+
+def test_of_many_moves_the_live_model_takes_the_last(visit, live):
+    page = ready(visit(live[0]))
+    page.focus("#ratio")
+    for _ in range(30):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(2000)
+    assert page.evaluate("async () => (await fetch('/api/state')).json()")["ratio"] == pytest.approx(
+        float(page.input_value("#ratio"))
+    )
+
+
+def test_text_comes_dense_and_pruned(visit, live):
+    page = ready(visit(live[0]))
+    move(page, "0.5")
+    bodies = []
+    page.on("request", lambda one: bodies.append(one.post_data_json) if one.url.endswith("/v1/completions") else None)
+    page.fill("#prompt", "w5 w6 w7")
+    page.fill("#count", "12")
+    page.click("#go")
+    told(page, "#write-state", "Done.")
+    assert [body["prune_ratio"] for body in bodies] == [0, 0.5]
+    dense, pruned = page.inner_text("#dense-text"), page.inner_text("#pruned-text")
+    assert dense.strip() and pruned.strip()
+    assert "50.0 %" in page.inner_text("#pruned-head") and page.is_enabled("#go") and page.is_disabled("#stop")
+
+
+def test_a_refusal_is_told_in_the_server_s_words(visit, live):
+    page = ready(visit(live[0], quiet=False))
+    page.fill("#prompt", "w5 " * 1000)
+    page.click("#go")
+    told(page, "#write-state", "tokens")
+    assert page.is_enabled("#go")
+
+
+def test_without_a_model_there_is_nothing_to_write_with(visit, decisions):
+    page = ready(visit(decisions))
+    assert not page.is_visible("#write") and not page.is_visible("#state") and not page.is_visible("#follow-row")
+    assert "Decisions alone" in page.inner_text("#foot")
+
+
+def test_a_token_opens_the_page(visit, guarded_port):
+    port, token = guarded_port
+    page = visit(port, quiet=False)
+    page.wait_for_selector("#token-form:not([hidden])")
+    assert not page.is_visible("#main") and page.evaluate("document.activeElement.id") == "token"
+    page.fill("#token", token)
+    page.keyboard.press("Enter")
+    ready(page)
+    assert not page.is_visible("#token-form")
+    page = ready(visit(port, path=f"/#token={token}"))
+    assert token not in page.url
+
+
+def test_names_are_text(visit, decisions, browser):
+    page = browser.new_page()
+    nasty = "<img src=x onerror=document.title='ran'>"
+
+    def answer(route):
+        record = route.fetch().json()
+        record["model"]["name"] = record["model"]["type"] = record["protocol"]["text"] = nasty
+        route.fulfill(json=record)
+
+    page.route("**/api/study", answer)
+    page.goto(f"http://127.0.0.1:{decisions}/")
+    ready(page)
+    assert page.inner_text("#title") == nasty and page.locator("img").count() == 0 and page.title() != "ran"
+    page.close()
