@@ -1,0 +1,118 @@
+"""The sections of docs/results.md on what holds and how fast it runs: families, the live model, the page, engines, kills."""
+
+from typing import Any
+
+from page import load, section, table
+
+
+def families() -> list[str]:
+    """What each family's exports differ by from the model in memory."""
+    record = load("families")
+    if record is None:
+        return []
+    rows = [
+        [
+            row["model"], row["family"], f"{row['masked']:.0e}", f"{row['reload']:.0e}", f"{row['without_ppf']:.0e}",
+            str(row["cache"]), f"{row['gguf']:.0e}" if row["gguf"] is not None else "-", str(row["params"]),
+        ]
+        for row in record["result"]["rows"]
+    ]  # fmt: skip
+    words = """Tiny random models, pruned to layers that differ. Largest differences of logits: masked from cut, reloaded with
+        ppf and without it from the model in memory, GGUF in llama.cpp from transformers (- : llama.cpp has no architecture for
+        it); tokens that generation with a cache chose otherwise than without; parameters that were counted wrongly."""
+    header = ["model", "family", "masked", "reload", "reload without ppf", "cache", "GGUF", "parameters"]
+    return [section("Every family", "families", record, words, table(header, rows))]
+
+
+def live() -> list[str]:
+    """The live model beside the cut one, and its API."""
+    record = load("live")
+    if record is None:
+        return []
+    result = record["result"]
+    parts = []
+    models = {f"ref-a, {dtype}": found for dtype, found in result["ref-a"].items()}
+    models |= {f"random, {result['1B']['parameters'] / 1e9:.1f} B": result["1B"]} if "1B" in result else {}
+    for name, found in models.items():
+        switching = found["switching"]
+        times = [
+            f"{switching[kind]['median']:.2f} ({switching[kind]['p99']:.1f})" for kind in ("views_ms", "decision_and_views_ms")
+        ]
+        for ratio, jobs in found["beside_cut"].items():
+            beside = [_beside(jobs[job], clock) for job in ("generation", "prompt") for clock in ("wall", "processor")]
+            parts.append([name, f"{100 * float(ratio):.0f} %", *times, *beside])
+    words = """Milliseconds of a change of the ratio, views alone and with the decision, median (p99). Then the speed of the
+        elastic model over that of the checkpoint cut at the same ratio, run in turns, median (quartiles), by the clock on the
+        wall and by the processor's: other work shared the cores."""
+    header = ["model", "ratio", "switch", "with decision", "generation, wall", "processor", "prompt, wall", "processor"]
+    api = [
+        [
+            where,
+            load,
+            f"{found['requests_per_second']:.0f}",
+            f"{found['milliseconds']['median']:.1f}",
+            f"{found['milliseconds']['p99']:.0f}",
+        ]
+        for where in ("decisions alone", "with a model")
+        for load, found in result["api"][where].items()
+        if isinstance(found, dict)
+    ]
+    heads = ["server", "load", "policies/s", "median, ms", "p99, ms"]
+    return [section("The live model and its API", "live", record, words, table(header, parts), table(heads, api))]
+
+
+def _beside(found: dict[str, Any], clock: str) -> str:
+    ratio = found[clock]["elastic_over_cut"]
+    return f"{ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f})"
+
+
+def slider() -> list[str]:
+    """How fast the page redraws."""
+    record = load("slider")
+    if record is None:
+        return []
+    layouts = {name: found for name, found in record["result"].items() if isinstance(found, dict)}
+    rows = [
+        [
+            name,
+            str(found["bars"]),
+            *(f"{found[kind]['median']:.1f} ({found[kind]['p99']:.0f})" for kind in ("known_ms", "asked_ms")),
+        ]
+        for name, found in layouts.items()
+    ]
+    words = f"""{record["result"]["browser"]}, headless. Milliseconds from a move of the slider to the redrawn page, median (p99):
+        where the page has asked for that ratio before, as it does in advance, and where it asks the server first."""
+    return [section("The page's slider", "slider", record, words, table(["layout", "bars", "known", "asked"], rows))]
+
+
+def engines() -> list[str]:
+    """Measuring on this machine and on a Ray cluster."""
+    record = load("ray_engine")
+    if record is None:
+        return []
+    result = record["result"]
+    rows = []
+    for name, found in result["engines"].items():
+        each = found["samples_per_second"]
+        masks = f"{found['median']:.2f} ({min(each):.2f} to {max(each):.2f})"
+        rows.append([name, f"{found['start_seconds']:.0f}", masks, f"{found['share_lost']:.1%}"])
+    words = f"""{result["masks"]} masks of {result["search_tokens"]:,} tokens on ref-a, {result["rounds"]} rounds in turns.
+        Masks a second, median and range; lost: the share of the workers' time in which none of them measured."""
+    header = ["engine, workers", "seconds to start", "masks/s", "lost"]
+    return [section("Engines: this machine, and a Ray cluster on it", "ray_engine", record, words, table(header, rows))]
+
+
+def kills() -> list[str]:
+    """What a hundred kills cost."""
+    record = load("kills")
+    if record is None:
+        return []
+    fits, writers = record["result"]["fits"], record["result"]["writers"]
+    words = f"""A fit of {fits["samples_of_a_fit"]} masks was killed {fits["kills"]} times at random moments and started again: of
+        {fits["acknowledged"]} masks that it had said to be measured {fits["lost"]} were lost, {fits["altered"]} altered and
+        {fits["measured_twice"]} measured twice. {fits["finished"]} fits ended in spite of all, {fits["unlike"]} of them unlike one
+        that nobody killed.
+        Processes that write to one store, two at a time, were killed {writers["killed"]} times: of {writers["acknowledged"]:,}
+        acknowledged samples {writers["lost"]} were lost, {writers["twice"]} were there twice, {writers["damaged"]} damaged;
+        SQLite's own check says {writers["integrity"]!r}."""
+    return [section("Kills", "kills", record, words)]
