@@ -48,9 +48,9 @@ def test_lines_come_where_there_is_no_terminal(capfd, monkeypatch):
     assert out == "" and "\x1b" not in err
     lines = err.splitlines()
     assert lines[:2] == ["study [done]", "measuring ..."]
-    assert [line.split(", ")[0] for line in lines[2:5]] == [f"measuring: {index} of 3" for index in (1, 2, 3)]
-    assert [line.split(" s left  ")[1] for line in lines[2:5]] == ["best [1] 0", "best [1] 1", "best [1] 2"]
-    assert lines[5:] == ["measuring: done in 0 s  best [1] 2"]
+    assert [line.split(", ")[0] for line in lines[2:4]] == [f"measuring: {index} of 3" for index in (1, 2)]
+    assert [line.split(" s left  ")[1] for line in lines[2:4]] == ["best [1] 0", "best [1] 1"]
+    assert lines[4:] == ["measuring: done in 0 s  best [1] 2"]
 
 
 def test_a_long_line_is_one_line(capfd):

@@ -137,7 +137,7 @@ class _Lines:
         now = time.perf_counter()
         self._count, self._note = self._count + 1, note
         self._times.append(now)
-        if now - self._last < _LINE_EVERY or not self._total:
+        if now - self._last < _LINE_EVERY or not self._total or self._count >= self._total:
             return
         self._last = now
         rate = (len(self._times) - 1) / max(now - self._times[0], 1e-9)
