@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
 @pytest.fixture(scope="module")
 def nodes():
     """A head that measures nothing, and two nodes with a CPU each."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
@@ -100,10 +100,10 @@ def test_a_poison_mask_is_named_and_the_rest_is_measured(engine, real, monkeypat
     poison, send, tries = to_question(wanted[7], "search", None), ray_cluster._Actor.send, []
 
     def deadly(worker, question):
-        send(worker, question)
         if question == poison:
             tries.append(worker)
             worker._ray.kill(worker._actor)
+        send(worker, question)
 
     monkeypatch.setattr(ray_cluster._Actor, "send", deadly)
     found = dict(engine.measure(wanted))
