@@ -6,9 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from ppf.config import PlanTarget, PruneConfig
-from ppf.progress import Progress
-from ppf.recipes.apply_plan import prune_by_plan
+import ppf
 
 
 def main(model: str = "ref-a", layers: int = 12, out: str = "runs/apply_a_plan") -> dict[str, Any]:
@@ -24,8 +22,10 @@ def main(model: str = "ref-a", layers: int = 12, out: str = "runs/apply_a_plan")
             table.writerow([layer, 0.2 * inside, 0.4 * inside])
 
     # The same as: ppf prune MODEL --plan ratios.csv --out smaller --force
-    config = PruneConfig(model, str(folder / "smaller"), PlanTarget(), plan=str(folder / "ratios.csv"), force=True)
-    record = prune_by_plan(config, Progress(quiet=True))
+    pruned = ppf.apply_plan(model, folder / "ratios.csv")
+    pruned.save_pretrained(folder / "smaller", force=True)
+
+    record = pruned.plan
     print(f"met {record['ratio']['met']:.3f}, {record['params']['before']:,} -> {record['params']['after']:,} parameters")
     layers_of_it = AutoConfig.from_pretrained(folder / "smaller").per_layer_config
     print("channels a layer:", [own.intermediate_size for own in layers_of_it])

@@ -28,15 +28,10 @@ def pages() -> dict[str, str]:
     return made | {name: copied(source) for name, source in COPIED.items()}
 
 
-def command_names() -> list[str]:
-    """Of all commands, in the order of `ppf --help`."""
-    return list(COMMANDS)
-
-
 def commands_page() -> str:
     """What every command prints of itself."""
     parts = ["# Commands\n\nMade from the code: each section is what `--help` prints. A default stands in brackets.\n"]
-    for name in command_names():
+    for name in COMMANDS:
         parts.append(f"## ppf {name}\n\n```text\n{help_of(name)}\n```\n")
     codes = re.sub(r"\s+", " ", str(cli.__doc__).split("\n\n")[1])
     return "\n".join([*parts, f"## Exit codes\n\n{codes.removeprefix('Exit codes: ').strip()}\n"])

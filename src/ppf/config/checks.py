@@ -30,11 +30,13 @@ def check_choice(flag: str, value: str, choices: Any) -> None:
 
 
 def check_share(flag: str, value: float | None) -> None:
+    """Refuses what is no number in [0, 1]; None is no value at all."""
     if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1):
         raise InputError(f"{flag} must be a number in [0, 1]; {value!r} came; give one")
 
 
 def check_address(flag: str, value: str | None) -> None:
+    """Refuses what is no ``HOST:PORT``; None is no value at all."""
     if value is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):\d{1,5}", str(value)):
         raise InputError(f"{flag} must be HOST:PORT; {value!r} came; ray status prints it")
 
