@@ -13,6 +13,10 @@ BOLD = """Bold: the least, and what cannot be told from it: the 95 % interval of
     the seeds where there are three or more, else over the blocks."""
 
 
+SEARCHES = {"searches": "True searches, one ratio at a time", "long": "How much room is left: a long true search"}
+"""By the beginning of a results file's name."""
+
+
 def benches() -> list[str]:
     """Methods on each model: those that serve all seeds, then the true searches."""
     parts = []
@@ -21,8 +25,9 @@ def benches() -> list[str]:
         if record:
             parts.append(_bench(f"bench-{model}", record))
             plot_bench(f"bench-{model}", record, load(f"searches-{model}"))
-        if record := load(f"searches-{model}"):
-            parts.append(_searches(f"searches-{model}", record))
+        for name, title in SEARCHES.items():
+            if record := load(f"{name}-{model}"):
+                parts.append(_searches(f"{name}-{model}", title, record))
     return parts
 
 
@@ -76,7 +81,7 @@ def _cell(row: dict[str, Any]) -> str:
     return value if told_apart else f"**{value}**"
 
 
-def _searches(name: str, record: dict[str, Any]) -> str:
+def _searches(name: str, title: str, record: dict[str, Any]) -> str:
     result, (ratios, methods) = record["result"], _cells(record)
     rows = [[method, _cost(found), *(_paired(found.get(ratio)) for ratio in ratios)] for method, found in methods.items()]
     again = min(row["tokens"] for row in methods["static"].values()) / 1e6
@@ -84,7 +89,7 @@ def _searches(name: str, record: dict[str, Any]) -> str:
         {again:.2f} M again, and the rest serves all. In brackets by how much a method is worse than static pruning on the same
         blocks, 95 % interval over blocks."""
     header = ["method", "tokens", *(f"{100 * ratio:.0f} %" for ratio in ratios)]
-    return section(f"True searches, one ratio at a time: `{result['model']}`", name, record, words, table(header, rows))
+    return section(f"{title}: `{result['model']}`", name, record, words, table(header, rows))
 
 
 def _paired(row: dict[str, Any] | None) -> str:
