@@ -16,7 +16,7 @@ from ppf.space.layout import Layout, Site
 from ppf.space.mask import select
 
 IDS = tiny.blocks(2, 14)
-NOT_ELASTIC = {"olmo2", "opt", "phi3"}
+NOT_ELASTIC = {"mixtral", "olmo2", "opt", "phi3", "qwen2_moe", "qwen3_moe"}
 """Families whose attention looks at how many units there are, or holds several writers in one matrix."""
 FAMILIES = [name for name, config in tiny.TINY.items() if config().model_type not in NOT_ELASTIC]
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ppf.config.checks import check_choice, check_count, check_words
+from ppf.config.checks import check_choice, check_count, check_words, optional
 from ppf.errors import InputError
 
 TrainDtypeName = Literal["auto", "float32", "bfloat16"]
@@ -18,25 +18,25 @@ class RecoverConfig:
 
     model: Annotated[Positional[str], arg(metavar="DIR")]
     """A pruned folder, or any other model; it stays as it is."""
-    out: Annotated[str | None, arg(metavar="DIR")] = None
+    out: Annotated[str | None, optional("DIR")] = None
     """The new folder; by default the name of the old one with -recovered behind it."""
     text: Annotated[str, arg(metavar="TEXT")] = "pydocs"
     """Text to train on, as in fit; what fit tests on is left out."""
-    test_text: Annotated[str | None, arg(metavar="TEXT")] = None
+    test_text: Annotated[str | None, optional("TEXT")] = None
     """Another text for the figures before and after; by default the part of TEXT that is left out."""
     tokens: int = 200_000
     """Tokens to train on; a shorter text is read more than once."""
-    teacher: Annotated[str | None, arg(metavar="MODEL")] = None
+    teacher: Annotated[str | None, optional("MODEL")] = None
     """The model to learn from; by default the dense one that ppf.json names; none learns from the text alone."""
-    lora_rank: Annotated[int | None, arg(metavar="R")] = None
+    lora_rank: Annotated[int | None, optional("R")] = None
     """Rank of the LoRA adapters, which are merged at the end; by default 16."""
     full: bool = False
     """Train all weights in place of adapters."""
-    lr: Annotated[float | None, arg(metavar="RATE")] = None
+    lr: Annotated[float | None, optional("RATE")] = None
     """The highest learning rate; by default by the width of the model."""
-    batch: Annotated[int | None, arg(metavar="N")] = None
+    batch: Annotated[int | None, optional("N")] = None
     """Tokens a step; by default so many that there are about 200 steps, 16,384 at most."""
-    seq_len: Annotated[int | None, arg(metavar="N")] = None
+    seq_len: Annotated[int | None, optional("N")] = None
     """Tokens a block; by default half of the model's context, 2048 at most."""
     test_tokens: int = 32_768
     """Tokens for the figures before and after."""

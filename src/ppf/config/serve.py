@@ -5,9 +5,9 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
 
-from ppf.config.checks import DtypeName, check_choice, check_count, check_words
+from ppf.config.checks import DtypeName, check_choice, check_count, check_words, optional
 from ppf.errors import InputError
 from ppf.space.budget import parse_size
 
@@ -25,23 +25,23 @@ class ServeConfig:
     """Address to listen at; any but this machine's own loopback needs a token."""
     port: int = 8000
     """Port to listen at; 0 takes a free one."""
-    token: str | None = None
+    token: Annotated[str | None, optional("TOKEN")] = None
     """What clients must send as Authorization: Bearer TOKEN; by default what PPF_TOKEN holds, or none is asked for."""
-    model: Annotated[str | None, arg(metavar="MODEL")] = None
+    model: Annotated[str | None, optional("MODEL")] = None
     """Where the dense model lies now; by default where it was when the study was fitted."""
-    no_model: Annotated[bool, FlagCreatePairsOff] = False
+    no_model: bool = False
     """Serve decisions alone; no model is loaded."""
     ratio: Annotated[float, arg(metavar="R")] = 0.0
     """Pruning ratio to start with."""
     nested: bool = False
     """Take nested policies, so that a ratio that rises in mid-generation always leaves the KV cache usable."""
-    target_latency_ms: Annotated[float | None, arg(metavar="MS")] = None
+    target_latency_ms: Annotated[float | None, optional("MS")] = None
     """Let the ratio follow the load so that a token takes at most so long."""
-    target_memory: Annotated[str | None, arg(metavar="SIZE")] = None
+    target_memory: Annotated[str | None, optional("SIZE")] = None
     """Let the ratio follow the load so that weights in use and KV caches take at most so much, such as 500MiB."""
     min_ratio: Annotated[float, arg(metavar="R")] = 0.0
     """The smallest ratio that the controller may choose."""
-    max_ratio: Annotated[float | None, arg(metavar="R")] = None
+    max_ratio: Annotated[float | None, optional("R")] = None
     """The largest one; by default the largest that the agent was trained on."""
     max_tokens: int = 512
     """The most tokens that one request may ask for."""
