@@ -178,6 +178,7 @@ def test_a_learning_rate_is_more_than_nothing(lr):
     [
         {"port": 65536}, {"ratio": 1.0}, {"ratio": -0.1}, {"ratio": math.nan}, {"min_ratio": 1.0}, {"max_ratio": math.inf},
         {"min_ratio": 0.4, "max_ratio": 0.3}, {"target_latency_ms": 0.0}, {"target_latency_ms": math.nan}, {"target_memory": "3M"},
+        {"no_model": True, "ratio": 0.3}, {"no_model": True, "device": "cpu"}, {"min_ratio": 0.2}, {"max_ratio": 0.3},
         {"no_model": True, "target_latency_ms": 5.0}, {"no_model": True, "target_memory": "1GB"}, {"token": "short"},
         {"token": "x" * 22 + "\n"}, {"token": "é" * 22}, {"dtype": "int8"}, {"host": 5},
     ],

@@ -131,3 +131,19 @@ def test_a_full_disk_is_no_reason_not_to_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(json, "dumps", lambda *_: "")  # nothing gets onto it
     with locked(tmp_path), refuses(InUseError), locked(tmp_path):
         pytest.fail("two writers")
+
+
+def test_a_lock_file_that_its_holder_removed_is_not_what_is_locked(tmp_path, monkeypatch):
+    """Else one process would hold the removed file and another one a new one."""
+    flock, removed = fcntl.flock, []
+
+    def remove_first(handle, operation):
+        if not removed:
+            (tmp_path / "lock").unlink()
+            removed.append(True)
+        return flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with locked(tmp_path), refuses(InUseError), locked(tmp_path):
+        pass
+    assert removed

@@ -33,6 +33,9 @@ needed = [
     "models/ref-a/model.safetensors",
     "models/ref-a/tokenizer.json",
     "llm/pruned_model.py",
+    "server/static/index.html",
+    "report/report.css",
+    "report/report.js",
     *(f"../ppf-{ppf.__version__}.dist-info/licenses/{name}" for name in ("LICENSE", "NOTICE")),
 ]
 missing = [name for name in needed if not (package / name).is_file()]

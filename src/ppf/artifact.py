@@ -173,7 +173,7 @@ def check_room(path: Path, needed: int) -> None:
     Raises:
         ResourceError: Fewer are free.
     """
-    above = next(folder for folder in Path(os.path.abspath(path)).parents if folder.exists())
+    above = next(folder for folder in _upwards(path) if folder.exists())
     free = shutil.disk_usage(above).free
     if free < needed:
         raise ResourceError(f"{path} must have room for {needed:,} bytes; {free:,} are free; free the disk or choose another place")
@@ -221,7 +221,7 @@ def check_writable(place: Path) -> None:
         ResourceError: Nothing can be written there.
     """
     try:
-        above = next(folder for folder in Path(os.path.abspath(place)).parents if folder.exists())
+        above = next(folder for folder in _upwards(place) if folder.exists())
         if not above.is_dir():
             raise InputError(f"{place} must lie in a folder; {above} is a file; choose another place")
         os.rmdir(tempfile.mkdtemp(prefix=".ppf.", dir=above))
@@ -229,11 +229,20 @@ def check_writable(place: Path) -> None:
         raise ResourceError(f"{place} must lie in a folder that can be written; {error.strerror}; choose another place") from error
 
 
+def _upwards(place: Path) -> list[Path]:
+    """The folders above a place, from the nearest up; of the root itself the root."""
+    whole = Path(os.path.abspath(place))
+    return list(whole.parents) or [whole]
+
+
 def _workplace(path: Path) -> tuple[Path, int]:
     """A folder beside another to fill, and the handle that tells others, as long as it is open, that it is in use."""
     while True:
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}{_UNFINISHED}", dir=path.parent))
-        handle = os.open(work, os.O_RDONLY)
+        try:
+            handle = os.open(work, os.O_RDONLY)
+        except FileNotFoundError:  # someone took it for a dead one already
+            continue
         with contextlib.suppress(OSError):  # a disk without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         if work.exists():
@@ -245,7 +254,10 @@ def _remove_dead(path: Path) -> None:
     """Removes the workplaces of processes that were killed: those that nobody holds."""
     for work in path.parent.glob(glob.escape(f".{path.name}{_UNFINISHED}") + "????????"):
         if work.is_dir() and not work.is_symlink():
-            handle = os.open(work, os.O_RDONLY)
+            try:
+                handle = os.open(work, os.O_RDONLY)
+            except FileNotFoundError:  # its owner has ended meanwhile
+                continue
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(work, ignore_errors=True)

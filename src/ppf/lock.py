@@ -59,16 +59,7 @@ def locked(folder: Path) -> Iterator[Holder | None]:
         InUseError: Another process holds it.
         ResourceError: The folder cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise ResourceError(f"{folder} must be a writable folder; {error.strerror}; choose another place") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise _in_use(folder, _read(handle)) from error
+    with _held(folder) as handle:
         before = _read(handle)
         if before is not None and before.is_alive:  # some network disks grant every lock to everyone
             raise _in_use(folder, before)
@@ -77,6 +68,27 @@ def locked(folder: Path) -> Iterator[Holder | None]:
             yield before
         finally:
             _write(handle, "")
+
+
+def _held(folder: Path) -> TextIO:
+    """The folder's lock file, locked."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed by the caller)
+        except OSError as error:
+            raise ResourceError(f"{folder} must be a writable folder; {error.strerror}; choose another place") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            with handle:
+                raise _in_use(folder, _read(handle)) from error
+        try:
+            if os.fstat(handle.fileno()).st_ino == os.stat(folder / "lock").st_ino:
+                return handle
+        except FileNotFoundError:
+            pass
+        handle.close()  # whoever held it before has removed the file, and others would lock a new one
 
 
 def _in_use(folder: Path, holder: Holder | None) -> InUseError:

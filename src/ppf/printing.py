@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from ppf.config import Target
+from ppf.space.layout import role_of
 
 
 def print_gguf(record: dict[str, Any] | None, quiet: bool) -> None:
@@ -61,7 +62,7 @@ def print_policy(record: dict[str, Any]) -> None:
     ratio, predicted, params = record["ratio"], record["predicted"], record["params"]
     cells: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for entry in record["kept"]:  # the experts of a layer share a cell
-        cells.setdefault((entry["layer"], entry["kind"].rstrip("0123456789")), []).append(entry)
+        cells.setdefault((entry["layer"], role_of(entry["kind"])), []).append(entry)
     kinds, layers = list(dict.fromkeys(kind for _, kind in cells)), sorted({layer for layer, _ in cells})
     rows = [[str(layer), *(_kept(cells.get((layer, kind), [])) for kind in kinds)] for layer in layers]
     print_table("what stays", ["layer", *kinds], rows)

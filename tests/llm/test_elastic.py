@@ -6,10 +6,11 @@ import torch
 from transformers import DynamicCache
 
 import tiny_models as tiny
-from builders import importance, refuses
+from builders import importance, random_mask, refuses
 from ppf.errors import DamagedError, InputError, UnsupportedError
 from ppf.llm.architectures import layout_of_model
 from ppf.llm.elastic import ElasticModel
+from ppf.llm.masking import narrowed
 from ppf.llm.surgery import cut
 from ppf.space.allocation import Allocation
 from ppf.space.layout import Layout, Site
@@ -216,6 +217,15 @@ def test_a_cache_works_at_the_size_that_made_it():
 def test_an_elastic_model_has_no_layout_for_the_importance_that_ordered_it():
     with refuses(UnsupportedError), elastic().at() as model:
         layout_of_model(model)
+
+
+def test_an_elastic_model_is_neither_cut_nor_narrowed():
+    live = elastic()
+    mask = random_mask(live.layout)
+    with refuses(UnsupportedError), live.at() as model:
+        cut(model, live.layout, mask)
+    with refuses(UnsupportedError), live.at() as model, narrowed(model, live.layout, mask):
+        pass
 
 
 @pytest.mark.parametrize("name", [name for name in tiny.TINY if name not in FAMILIES])

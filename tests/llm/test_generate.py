@@ -100,6 +100,11 @@ def test_frequencies_are_those_of_the_model(elastic):
     assert abs(share - p) < 4 * (p * (1 - p) / 400) ** 0.5
 
 
+def test_the_smallest_temperature_takes_the_likeliest(elastic):
+    view = at(elastic, 1)
+    assert text(run(elastic, Sampling(6, temperature=1e-40, seed=1), view)) == text(run(elastic, Sampling(6, temperature=0), view))
+
+
 # --- where it ends ---
 
 

@@ -1,5 +1,8 @@
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +55,22 @@ def test_no_torch_is_needed(study, tmp_path):
     )
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil"),
+    [
+        ("report.json", lambda record: record["heldout"]["additive"].pop("tau_within")),
+        ("report.json", lambda record: record.update(seconds={"search": "long"})),
+        ("report.json", lambda record: record.update(made="yesterday")),
+        ("study.json", lambda record: record["dense"]["test"].pop("interval")),
+    ],
+)
+def test_a_record_that_is_not_whole_is_one_line(study, tmp_path, file, spoil):
+    folder = Path(shutil.copytree(study.folder, tmp_path / "study"))
+    record = json.loads((folder / file).read_text())
+    spoil(record)
+    (folder / file).write_text(json.dumps(record))
+    with refuses(DamagedError):
+        write_report(ReportConfig(str(folder), str(tmp_path / "r.html")))
+    assert not (tmp_path / "r.html").exists()

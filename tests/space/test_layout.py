@@ -6,7 +6,7 @@ import pytest
 
 from builders import LAYOUTS, layout, refuses
 from ppf.errors import DamagedError
-from ppf.space.layout import Layout, Rows
+from ppf.space.layout import Layout, Rows, role_of
 
 FIRST = layout().sites[0]
 SITE_CHANGES = {
@@ -112,3 +112,7 @@ def test_what_is_no_record_is_refused(record):
 def test_labels_are_short_and_distinct():
     labels = [site.label for site in LAYOUTS["llama-2-7b"].sites]
     assert labels[:2] == ["L00 attn", "L00 ffn"] and len(set(labels)) == len(labels)
+
+
+def test_the_experts_of_a_layer_have_one_role():
+    assert [role_of(kind) for kind in ("attn", "ffn", "expert0", "expert127")] == ["attn", "ffn", "expert", "expert"]

@@ -68,10 +68,22 @@ class ServeConfig:
             parse_size(self.target_memory)
         if self.no_model and self.controlled:
             raise InputError("a target must come with a live model; --no-model came too; leave one out")
+        self._check_idle()
         if self.token is not None and (len(self.token) < TOKEN_LENGTH or not self.token.isascii() or not self.token.isprintable()):
             raise InputError(
                 f"--token must be at least {TOKEN_LENGTH} printable ASCII characters; another came; draw one at random"
             )
+
+    def _check_idle(self) -> None:
+        """Refuses flags that would do nothing."""
+        of_model = {"model": None, "ratio": 0.0, "device": "auto", "dtype": "auto"}
+        of_controller = {"min_ratio": 0.0, "max_ratio": None}
+        idle = [(of_model, "a live model; --no-model came too")] if self.no_model else []
+        idle += [] if self.controlled else [(of_controller, "a target for the controller; none came")]
+        for defaults, needs in idle:
+            for name, default in defaults.items():
+                if getattr(self, name) != default:
+                    raise InputError(f"--{name.replace('_', '-')} must come with {needs}; leave it out")
 
     @property
     def controlled(self) -> bool:

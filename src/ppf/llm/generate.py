@@ -127,7 +127,7 @@ class _Draw:
     def __call__(self, logits: torch.Tensor) -> int:
         if self._sampling.temperature == 0:
             return int(logits.argmax())
-        shares, tokens = torch.softmax(logits / self._sampling.temperature, 0).sort(descending=True)
+        shares, tokens = torch.softmax((logits - logits.max()) / self._sampling.temperature, 0).sort(descending=True)
         before = shares.cumsum(0) - shares
         kept = torch.where(before < self._sampling.top_p, shares, 0.0)
         kept[0] = shares[0]  # the likeliest stays, however small top_p is

@@ -107,7 +107,12 @@ def cut_site(
         site: Where to cut.
         bits: Bool[U], the units that stay.
         mean: Float[U * columns] mean inputs, of which the dropped ones become a bias of the reader; None adds no bias.
+
+    Raises:
+        UnsupportedError: A layer that is not plain, such as one of an elastic model, whose units have changed places.
     """
+    for name in {site.reader, *(rows.module for rows in site.writers)}:
+        linear(model, name)
     keep = torch.nonzero(bits).squeeze(1)
     by_module: dict[str, list[torch.Tensor]] = {}
     for rows in (*site.writers, *site.norms):

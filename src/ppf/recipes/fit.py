@@ -70,7 +70,7 @@ def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None
     made = not folder.exists()
     with locked(folder) as dead:
         if dead:
-            progress.say(f"{dead} ended before its fit did; this one goes on")
+            progress.say(f"{dead} did not give this study back; if it still runs, end it; this fit goes on")
         remove_unfinished(folder)
         try:
             loaded = loaded or load_for(config.model, progress)

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ppf.artifact import check_room
 from ppf.config import RecoverConfig
 from ppf.errors import InputError
+from ppf.llm.export import weight_bytes
 from ppf.llm.load import EMBEDDED, LoadedModel, convert, resolve
 from ppf.llm.perplexity import Evaluation, evaluate, summarise
 from ppf.llm.recover import Training, check_adapters, usual_lr
@@ -51,6 +53,7 @@ def recover_folder(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
         check_adapters()
     choose_device(config.device)
     plan = plan_of(folder)
+    check_room(Path(out), weight_bytes(folder))
     loaded = load_for(config.model, progress)
     teacher = find_teacher(config.teacher, plan, progress)
     if teacher is not None and teacher.folder is not None:

@@ -50,6 +50,7 @@ def find_teacher(name: str | None, plan: Mapping[str, Any], progress: Progress) 
     if name is not None:
         return None if name == "none" else load_for(name, progress)
     if "model" not in plan:
+        progress.say("no dense model is named; training on the text alone")
         return None
     dense = plan["model"] if isinstance(plan["model"], dict) else {}
     named = str(dense.get("name") or "")

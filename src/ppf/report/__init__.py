@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ppf.artifact import write_bytes
 from ppf.config import ReportConfig
-from ppf.errors import InputError
+from ppf.errors import DamagedError, InputError, PPFError
 from ppf.report.facts import Facts, table_of
 from ppf.report.sections import report_page
 
@@ -30,5 +30,13 @@ def write_report(config: ReportConfig) -> Path:
     if out.is_dir():
         raise InputError(f"--out must be a file; the folder {out} came; name a file in it")
     tables = [table_of(path) for path in config.bench]
-    write_bytes(out, report_page(Facts(config.study), tables).encode())
+    facts = Facts(config.study)
+    try:
+        page = report_page(facts, tables)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, PPFError):
+            raise
+        what = f"{config.study} must hold the whole record of a fit"
+        raise DamagedError(f"{what}; {error!r} came; fit again with the same command") from error
+    write_bytes(out, page.encode())
     return out

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from ppf.report.facts import Facts, Masks
+from ppf.space.layout import Site
 
 Figure = dict[str, Any]
-KINDS = {"attn": "attention heads (KV groups)", "ffn": "FFN channels", "expert": "experts"}
+KINDS = {"attn": "attention heads (KV groups)", "ffn": "FFN channels", "expert": "channels of the experts"}
 """What people call the units of a kind of site."""
 _PURPOSES = {"spread": ("random masks", "--c3"), "search": ("near the agent's policies", "--c2"), "heldout": ("held out", "--c4")}
 _RAMP = 7
@@ -19,8 +20,8 @@ def what_stays(facts: Facts, kind: str) -> Figure:
     """Heat map, a column a layer and a row a ratio: the share of the units that stays."""
     ratios, layout = facts.shown_ratios, facts.layout
     kept = facts.kept(ratios)
-    layers = sorted({site.layer for site in layout.sites if site.kind == kind})
-    columns = [[place for place, site in enumerate(layout.sites) if site.kind == kind and site.layer == layer] for layer in layers]
+    layers = sorted({site.layer for site in layout.sites if site.role == kind})
+    columns = [[place for place, site in enumerate(layout.sites) if site.role == kind and site.layer == layer] for layer in layers]
     counts = np.array([kept[:, column].sum(axis=1) for column in columns]).T
     dense = np.array([layout.units[column].sum() for column in columns])
     shares = 100 * counts / dense
@@ -127,14 +128,14 @@ def learning(facts: Facts) -> Figure:
 
 def sensitivity(facts: Facts, kind: str) -> Figure:
     """Damage of each site alone against the share of it that is gone, a line a site, coloured from the first layer to the last."""
-    places = [place for place, site in enumerate(facts.layout.sites) if site.kind == kind and facts.probes(place)]
+    places = [place for place, site in enumerate(facts.layout.sites) if site.role == kind and facts.probes(place)]
     traces: list[Figure] = []
     for order, place in enumerate(places):
         shares, damages = zip(*facts.probes(place), strict=True)
         colour = f"--r{order * _RAMP // max(len(places), 1)}"
         traces.append({
             "type": "scatter", "mode": "lines+markers", "x": [round(100 * share, 1) for share in shares],
-            "y": [max(round(value, 6), 1e-5) for value in damages], "name": f"layer {facts.layout.sites[place].layer}",
+            "y": [max(round(value, 6), 1e-5) for value in damages], "name": _place(facts.layout.sites[place]),
             "line": {"color": colour, "width": 2}, "marker": {"size": 5, "color": colour},
             "hovertemplate": "%{fullData.name}, %{x:.0f} % gone: damage %{y:.4f}<extra></extra>",
         })  # fmt: skip
@@ -144,6 +145,10 @@ def sensitivity(facts: Facts, kind: str) -> Figure:
     for order, trace in enumerate(traces):  # enough to read the colours by
         trace["showlegend"] = order in (0, len(traces) // 2, len(traces) - 1)
     return _figure(traces, axes, height=360)
+
+
+def _place(site: Site) -> str:
+    return f"layer {site.layer}" + (f", {site.kind}" if site.kind != site.role else "")
 
 
 def seconds(stages: dict[str, float]) -> Figure:

@@ -55,10 +55,10 @@ def _glance(facts: Facts) -> list[tuple[str, str, str]]:
 
 
 def _stays(facts: Facts) -> str:
-    kinds = list(dict.fromkeys(site.kind for site in facts.layout.sites))
+    kinds = list(dict.fromkeys(site.role for site in facts.layout.sites))
     cards = []
     for kind in kinds:
-        few = max(site.units for site in facts.layout.sites if site.kind == kind) < 100
+        few = max(site.units for site in facts.layout.sites if site.role == kind) < 100
         caption = f"Numbers are {'how many' if few else 'per cent that'} stay; full colour is all of them."
         cards.append(plot(f"What stays: {plots.KINDS.get(kind, kind)}", caption, plots.what_stays(facts, kind)))
     text = "The agent's policy at several ratios of the prunable parameters: one row a ratio, one column a layer."
@@ -119,7 +119,7 @@ def _judged(facts: Facts) -> str:
 
 
 def _sensitivity(facts: Facts) -> str:
-    kinds = list(dict.fromkeys(site.kind for site in facts.layout.sites))
+    kinds = list(dict.fromkeys(site.role for site in facts.layout.sites))
     caption = "Each point is a measured probe; colours run from the first layer to the last."
     cards = [plot(f"Alone: {plots.KINDS.get(kind, kind)}", caption, plots.sensitivity(facts, kind)) for kind in kinds]
     return section("Sensitivity of each site", "The damage when one site alone shrinks and all others stay whole.", cards, two=True)

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from ppf.config import ServeConfig
+from ppf.config import ServeConfig, Target
 from ppf.decide import Decider
 from ppf.errors import InputError
 from ppf.llm.load import quiet_transformers
@@ -97,7 +97,10 @@ class Served:
     async def watch(self) -> None:
         """See ``LivePart``."""
         while self.goal is not None:
-            self.look(self.goal)
+            try:
+                self.look(self.goal)
+            except Exception:  # whatever it is, the next look may go well, and the server goes on
+                _log.exception("the controller could not decide")
             await asyncio.sleep(_LOOK_SECONDS)
 
     def look(self, goal: Goal) -> None:
@@ -137,6 +140,7 @@ def open_served(config: ServeConfig, decider: Decider) -> Served:
     memory = None if config.target_memory is None else parse_size(config.target_memory)
     goal = Goal(config.target_latency_ms, memory, min(config.min_ratio, high), high) if config.controlled else None
     ratio = config.ratio if goal is None else min(max(config.ratio, goal.low), goal.high)
+    decider.decide(Target(ratio=ratio, nested=config.nested))  # refuses before the model is loaded
     progress = Progress()
     elastic, tokenizer = elastic_for(decider, config.model, config.device, config.dtype, progress)
     with progress.stage("timing"):

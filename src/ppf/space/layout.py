@@ -69,12 +69,17 @@ class Site:
     @property
     def role(self) -> str:
         """The kind without the number of an expert."""
-        return self.kind.rstrip("0123456789")
+        return role_of(self.kind)
 
     @property
     def label(self) -> str:
         """Short name for people, such as ``"L03 attn"``."""
         return f"L{self.layer:02d} {self.kind}"
+
+
+def role_of(kind: str) -> str:
+    """A kind of site without the number of an expert."""
+    return kind.rstrip("0123456789")
 
 
 @dataclass(frozen=True)

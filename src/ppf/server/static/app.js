@@ -190,6 +190,7 @@ class Page {
   drawState(state) {
     const { controller, memory, requests } = state;
     this.controlled = controller.on;
+    get("count").max = state.max_tokens;
     get("follow-row").hidden = controller.on;
     const speed = state.latency_ms === null ? "idle" : `${state.tokens_per_second.toFixed(0)} tokens/s, ${state.latency_ms.toFixed(1)} ms a token`;
     const facts = {

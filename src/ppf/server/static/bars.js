@@ -1,6 +1,7 @@
 // Bars of what stays: one column a layer, one group a kind of unit. Made once, then only heights and numbers change.
 
-const NAMES = { attn: "Attention heads (KV groups)", ffn: "FFN channels", expert: "Experts" };
+const NAMES = { attn: "Attention heads (KV groups)", ffn: "FFN channels", expert: "Channels of the experts" };
+const roleOf = (site) => site.kind.replace(/\d+$/, ""); // the experts of a layer share a column
 const MOST_LETTERED = 24;
 
 export function element(name, className, text) {
@@ -13,23 +14,27 @@ export function element(name, className, text) {
 export class Bars {
   constructor(place, table, kept) {
     this.table = table;
-    this.kinds = [...new Set(kept.map((site) => site.kind))].map((kind) => this.group(place, kind, kept));
+    this.kinds = [...new Set(kept.map(roleOf))].map((kind) => this.group(place, kind, kept));
   }
 
   group(place, kind, kept) {
-    const places = kept.flatMap((site, index) => (site.kind === kind ? [index] : []));
+    const layers = new Map();
+    kept.forEach((site, index) => {
+      if (roleOf(site) === kind) layers.set(site.layer, [...(layers.get(site.layer) || []), index]);
+    });
+    const places = [...layers];
     const box = element("div", `kind ${kind}`);
     const head = element("div", "kind-head");
     const total = element("span");
     head.append(element("span", "", NAMES[kind] || kind), total);
     const columns = element("div", places.length > MOST_LETTERED ? "columns many" : "columns");
     columns.setAttribute("role", "img");
-    const parts = places.map((index) => {
+    const parts = places.map(([layer, indices]) => {
       const [column, count, well, fill] = [element("div", "column"), element("span"), element("div", "well"), element("div", "fill")];
       well.append(fill);
-      column.append(count, well, element("span", "", String(kept[index].layer)));
+      column.append(count, well, element("span", "", String(layer)));
       columns.append(column);
-      return { index, column, count, fill };
+      return { layer, indices, column, count, fill };
     });
     box.append(head, columns);
     place.append(box);
@@ -39,8 +44,8 @@ export class Bars {
   draw(kept) {
     for (const { name, total, columns, parts } of this.kinds) {
       let [stay, all] = [0, 0];
-      for (const { index, column, count, fill } of parts) {
-        const { layer, kept: left, of } = kept[index];
+      for (const { layer, indices, column, count, fill } of parts) {
+        const [left, of] = ["kept", "of"].map((name) => indices.reduce((sum, index) => sum + kept[index][name], 0));
         stay += left;
         all += of;
         fill.style.height = `${(100 * left) / of}%`;
@@ -61,13 +66,15 @@ export class Bars {
     for (const site of kept) {
       if (!layers.has(site.layer)) layers.set(site.layer, {});
       const cells = layers.get(site.layer);
-      cells[site.kind] = cells[site.kind] ? `${cells[site.kind]}, ${site.kept} of ${site.of}` : `${site.kept} of ${site.of}`;
+      const cell = (cells[roleOf(site)] ||= { kept: 0, of: 0 });
+      cell.kept += site.kept;
+      cell.of += site.of;
     }
     const head = element("tr");
     for (const name of ["layer", ...this.kinds.map((one) => one.name)]) head.append(element("th", "", name));
     const rows = [...layers].map(([layer, cells]) => {
       const row = element("tr");
-      for (const text of [String(layer), ...kinds.map((kind) => cells[kind] || "")]) row.append(element("td", "", text));
+      for (const text of [String(layer), ...kinds.map((kind) => (cells[kind] ? `${cells[kind].kept} of ${cells[kind].of}` : ""))]) row.append(element("td", "", text));
       return row;
     });
     this.table.replaceChildren(head, ...rows);
