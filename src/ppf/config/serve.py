@@ -3,7 +3,7 @@
 import ipaddress
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -76,8 +76,8 @@ class ServeConfig:
 
     def _check_idle(self) -> None:
         """Refuses flags that would do nothing."""
-        of_model = {"model": None, "ratio": 0.0, "device": "auto", "dtype": "auto"}
-        of_controller = {"min_ratio": 0.0, "max_ratio": None}
+        of_model: dict[str, Any] = {"model": None, "ratio": 0.0, "device": "auto", "dtype": "auto"}
+        of_controller: dict[str, Any] = {"min_ratio": 0.0, "max_ratio": None}
         idle = [(of_model, "a live model; --no-model came too")] if self.no_model else []
         idle += [] if self.controlled else [(of_controller, "a target for the controller; none came")]
         for defaults, needs in idle:

@@ -53,8 +53,8 @@ def recover_folder(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
         check_adapters()
     choose_device(config.device)
     plan = plan_of(folder)
-    check_room(Path(out), weight_bytes(folder))
     loaded = load_for(config.model, progress)
+    check_room(Path(out), weight_bytes(folder))
     teacher = find_teacher(config.teacher, plan, progress)
     if teacher is not None and teacher.folder is not None:
         check_out(out, config.force, teacher.folder)
