@@ -6,6 +6,7 @@ import pytest
 
 from ppf import cli, commands, printing
 from ppf.config import DemoConfig
+from ppf.decide import missed_by
 from ppf.errors import DamagedError, InUseError, ResourceError, UnsupportedError
 
 
@@ -195,3 +196,10 @@ def test_a_reader_that_goes_away_is_no_error():
     command = f"{sys.executable} -m ppf fit --help | head -1"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
+
+
+@pytest.mark.parametrize(("z", "told"), [(0.9, False), (7.49, True)])
+def test_a_predictor_that_promises_too_much_is_told(capsys, z, told):
+    report = {"predictor": "corrected", "heldout": {"corrected": {"z": z}, "cnn": {"z": 99.0}}}
+    printing.warn_missed(missed_by(report))
+    assert ("7.5 of its standard deviations" in capsys.readouterr().err) == told and missed_by({}) == 1.0

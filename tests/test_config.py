@@ -222,6 +222,13 @@ def test_an_engine_takes_what_is_its_own(wish, flag):
     assert flag in str(caught.value)
 
 
+def test_a_count_that_no_library_takes_is_refused():
+    assert FitConfig("ref-a", "s", seed=2**53).seed == 2**53
+    for wish in ({"seed": 2**53 + 1}, {"samples": 10**30}):
+        with refuses(InputError):
+            FitConfig("ref-a", "s", **wish)
+
+
 # --- one name, one thing ---
 
 

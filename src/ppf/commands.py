@@ -28,6 +28,7 @@ from ppf.printing import (
     print_recovered,
     print_report,
     print_table,
+    warn_missed,
     warn_nothing,
     warn_range,
 )
@@ -35,11 +36,14 @@ from ppf.printing import (
 
 def _fit(config: FitConfig) -> None:
     from ppf.artifact import read_json
+    from ppf.decide import missed_by
     from ppf.progress import Progress
     from ppf.recipes.fit import fit
 
     study = fit(config, Progress())
-    print_report(read_json(study.folder / "report.json"), config.study)
+    report = read_json(study.folder / "report.json")
+    print_report(report, config.study)
+    warn_missed(missed_by(report))
 
 
 def _prune(config: PruneConfig) -> None:
@@ -77,6 +81,7 @@ def _prune(config: PruneConfig) -> None:
     }
     warn_range(record)
     warn_nothing(config.target, record)
+    warn_missed(decider.missed_by)
     if config.json:
         print_json(record)
     else:
@@ -98,6 +103,7 @@ def _policy(config: PolicyConfig) -> None:
     record = decider.decide(config.target).to_json(decider.layout)
     warn_range(record)
     warn_nothing(config.target, record)
+    warn_missed(decider.missed_by)
     if config.json:
         print_json(record)
     else:

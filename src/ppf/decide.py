@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ppf.artifact import read_json
 from ppf.config import Target
 from ppf.errors import InputError
 from ppf.learn.agent import Agent
@@ -75,6 +76,12 @@ def params_and_kept(layout: Layout, kept: np.ndarray) -> tuple[int, list[dict[st
     return int(layout.kept_params(kept)), record
 
 
+def missed_by(report: dict[str, Any]) -> float:
+    """``Decider.missed_by`` of a fit's report."""
+    heldout = report.get("heldout", {}).get(report.get("predictor"), {})
+    return float(heldout.get("z", 1.0))
+
+
 class Decider:
     """A fitted study, ready to decide.
 
@@ -102,6 +109,11 @@ class Decider:
     def dense_log_ppl(self) -> float:
         """Of the dense model on the test text, nats/token."""
         return float(self.study.record["dense"]["test"]["log_ppl"])
+
+    @cached_property
+    def missed_by(self) -> float:
+        """How many of its standard deviations the predictor was off on held-out masks, root mean square; 1 if nobody says."""
+        return missed_by(read_json(self.study.folder / "report.json"))
 
     def budget(self, target: Target) -> Budget:
         """What must go for a wanted ratio, number of parameters, or size.

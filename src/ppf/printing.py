@@ -8,6 +8,9 @@ from typing import Any
 from ppf.config import Target
 from ppf.space.layout import role_of
 
+_DISHONEST = 3.0
+"""Standard deviations that a predictor may be off on held-out masks before a user is told."""
+
 
 def print_gguf(record: dict[str, Any] | None, quiet: bool) -> None:
     """What there is to say of a GGUF file; with ``quiet``, or without a file, only what the user must know."""
@@ -93,6 +96,13 @@ def warn_range(record: dict[str, Any]) -> None:
         print(f"warning: ratio {asked:.3g} is beyond what the agent was trained on; judge by measuring", file=sys.stderr)
 
 
+def warn_missed(missed_by: float) -> None:
+    """A predictor that is far off its own standard deviation promises too much."""
+    if missed_by > _DISHONEST:
+        what = f"the predictor missed held-out masks by {missed_by:.1f} of its standard deviations"
+        print(f"warning: {what}; judge by measuring, or fit with more --samples", file=sys.stderr)
+
+
 def warn_nothing(target: Target, record: dict[str, Any]) -> None:
     """Says that a wanted size is that of the dense model or more."""
     if target.ratio is None and record["ratio"]["asked"] == 0:
@@ -125,7 +135,7 @@ def print_pruned(record: dict[str, Any]) -> None:
 
 def print_recovered(record: dict[str, Any]) -> None:
     """Figures before and after training."""
-    found = {name: record[name] for name in ("dense", "before", "after") if record[name] is not None}
+    found = {"teacher" if name == "dense" else name: record[name] for name in ("dense", "before", "after") if record[name]}
     protocol, teacher = record["protocol"], record["teacher"]
     print_table(
         "before and after",
@@ -149,6 +159,10 @@ def print_recovered(record: dict[str, Any]) -> None:
     }
     for name, value in lines.items():
         print(f"{name:<11} {value}")
+    if record["dense"] and record["dense"]["log_ppl"] > record["before"]["log_ppl"]:
+        print("warning: the teacher was worse than the model on this text before it learnt", file=sys.stderr)
+    elif high < 0:
+        print("warning: training made the model worse on this text; lower --lr or train on more tokens", file=sys.stderr)
 
 
 def print_report(report: dict[str, Any], study: str) -> None:

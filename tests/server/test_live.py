@@ -181,3 +181,9 @@ def test_limits_beyond_the_model_are_refused(study):
     for limits in ({"max_ratio": 0.999}, {"min_ratio": 0.99, "target_latency_ms": 5.0}):
         with refuses(InputError), running(study, **limits):
             pass
+
+
+def test_a_memory_that_no_ratio_meets_is_refused(study):
+    with refuses(InputError) as caught, running(study, target_memory="1KB"):
+        pass
+    assert "--target-memory" in str(caught.value)

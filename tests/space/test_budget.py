@@ -91,6 +91,12 @@ def test_headers_count_as_bytes(name, headers):
     assert Budget.from_memory(size + headers, of, 2, headers=headers) == Budget.from_memory(size, of, 2)
 
 
+@pytest.mark.parametrize("grid", [(2**24 + 1, 1), (10**30, 1), (1, 10**30)])
+def test_steps_beyond_any_model_are_refused(grid):
+    with refuses(InputError):
+        Budget.from_ratio(0.1, layout(), *grid)
+
+
 def test_more_than_the_model_has_removes_nothing():
     of = layout()
     assert Budget.from_params(of.total + 1, of) == Budget.from_memory(of.total * 2, of, 2) == Budget(0)

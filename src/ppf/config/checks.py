@@ -15,12 +15,18 @@ EngineName = Literal["local", "ray"]
 QuantName = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
 
 
+MOST = 2**53
+"""Whole numbers up to here are exact as floats too, and are seeds that every library takes."""
+
+
 def check_count(flag: str, value: int | None, least: int) -> None:
-    """Refuses what is no whole number, or less than ``least``; None is no value at all."""
+    """Refuses what is no whole number, less than ``least`` or more than ``MOST``; None is no value at all."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
         raise InputError(f"{flag} must be a whole number; {value!r} came; give one")
     if value is not None and value < least:
         raise InputError(f"{flag} must be at least {least}; {value} came; raise it")
+    if value is not None and value > MOST:
+        raise InputError(f"{flag} must be at most {MOST}; {value} came; lower it")
 
 
 def check_choice(flag: str, value: str, choices: Any) -> None:

@@ -62,7 +62,8 @@ class Exchange:
         if not prompt or room < (asked or 1):
             raise Refusal(
                 400,
-                f"prompt and answer must be 1 to {live.context} tokens; {len(prompt)} + {asked or 1} came; shorten the prompt",
+                f"prompt and answer must be 1 to {live.context} tokens; {len(prompt)} + {asked or 1} came; "
+                "change the prompt or max_tokens",
                 "context_length_exceeded",
             )
         if (asked or 1) > max_tokens:

@@ -145,5 +145,9 @@ def open_served(config: ServeConfig, decider: Decider) -> Served:
     elastic, tokenizer = elastic_for(decider, config.model, config.device, config.dtype, progress)
     with progress.stage("timing"):
         live = Live(decider, elastic, tokenizer, ratio, config.nested)
+    if memory is not None and memory < live.costs.weights[-1]:
+        live.close()
+        least = f"{live.costs.weights[-1]:,.0f} bytes of weights at ratio {live.costs.ratios[-1]:.2f}"
+        raise InputError(f"--target-memory must hold {least}; {config.target_memory} came; raise it")
     name = shown(config.model or decider.study.record["model"]["name"])
     return Served(live, name, config.max_tokens, goal)

@@ -11,6 +11,7 @@ from ppf.errors import InputError
 from ppf.space.layout import Layout
 
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+_MOST_STEP = 2**24
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -75,7 +76,7 @@ class Budget:
             smallest = layout.total - most
             grid = " and ".join(f"--{name} {step}" for name, step in (("align", align), ("tp", tp)) if step > 1)
             raise InputError(
-                f"at most ratio {math.floor(reach * 1e4) / 1e4:g} of this model can go{' with ' if grid else ''}{grid} "
+                f"at most ratio {math.floor(reach * 1e4) / 1e4:g} of what is prunable can go{' with ' if grid else ''}{grid} "
                 f"({smallest:,} parameters stay); {wish} asks for ratio {self.ratio(layout):.4g}; "
                 f"ask for less{', or for smaller steps' if grid else ''}"
             )
@@ -114,8 +115,8 @@ def unit_steps(layout: Layout, align: int, tp: int = 1) -> np.ndarray:
 
 
 def _check_step(value: int, must: str, todo: str) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{must}; {value!r} came; {todo}")
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 1 <= value <= _MOST_STEP:
+        raise InputError(f"{must}, at most {_MOST_STEP}; {value!r} came; {todo}")
 
 
 def parse_count(text: str) -> int:
