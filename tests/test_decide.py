@@ -94,6 +94,17 @@ def test_the_agent_proposes_and_the_predictor_judges(decider, ratio):
     assert decision.log_ppl == 2.5 + expected.log_ppl[0]
 
 
+@pytest.mark.parametrize(("missed", "wider"), [(4.0, 4.0), (0.5, 1.0)])
+def test_what_held_out_masks_showed_to_be_too_narrow_is_widened(folders, tmp_path, missed, wider):
+    folder = copy_of(folders["corrected"], tmp_path / "study")
+    report = {"predictor": "corrected", "heldout": {"corrected": {"z": missed}}}
+    (folder / "report.json").write_text(json.dumps(report))
+    before, after = (Decider(where).decide(Target(ratio=0.3)) for where in (folders["corrected"], folder))
+    assert after.log_ppl == before.log_ppl and after.prediction.damage == before.prediction.damage
+    assert after.prediction.std == pytest.approx(wider * before.prediction.std)
+    assert after.prediction.log_ppl_std == pytest.approx(wider * before.prediction.log_ppl_std)
+
+
 @pytest.mark.parametrize("align", [4, 8, 16])
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_on_a_grid_a_decision_is_no_worse_than_the_agents_or_the_nested_one_rounded(decider, ratio, align):

@@ -38,7 +38,8 @@ class Decision:
         policy: What was wished.
         allocation: Units kept per site.
         mask: Which ones.
-        prediction: Of this one mask; arrays of length 1.
+        prediction: Of this one mask; arrays of length 1. Its standard deviations are as much wider than the predictor's own as
+            held-out masks showed them to be too narrow.
         log_ppl: Predicted log-perplexity on the study's test text, nats/token.
         params: Parameters of the model before and after.
         in_range: Whether the ratio is at most the largest that the agent was trained on.
@@ -179,13 +180,17 @@ class Decider:
         policy = Policy(kept / self.layout.units)
         return self._decision(target, self.budget(target), policy, Allocation(kept), time.perf_counter())
 
+    def _widened(self, prediction: Prediction) -> Prediction:
+        by = max(1.0, self.missed_by)
+        return replace(prediction, std=by * prediction.std, log_ppl_std=by * prediction.log_ppl_std)
+
     def _asked(self, target: Target, budget: Budget) -> float:
         return budget.ratio(self.layout) if target.ratio is None else float(target.ratio)
 
     def _decision(self, target: Target, budget: Budget, policy: Policy, allocation: Allocation, start: float) -> Decision:
         asked = self._asked(target, budget)
         mask = select(allocation, self.importance, self.layout)
-        prediction = self.predictor.predict(allocation.kept[None])
+        prediction = self._widened(self.predictor.predict(allocation.kept[None]))
         after = int(self.layout.kept_params(allocation.kept))
         return Decision(
             asked,

@@ -100,7 +100,7 @@ def warn_missed(missed_by: float) -> None:
     """A predictor that is far off its own standard deviation promises too much."""
     if missed_by > _DISHONEST:
         what = f"the predictor missed held-out masks by {missed_by:.1f} of its standard deviations"
-        print(f"warning: {what}; judge by measuring, or fit with more --samples", file=sys.stderr)
+        print(f"warning: {what}, by which its +- is widened; judge by measuring, or fit with more --samples", file=sys.stderr)
 
 
 def warn_nothing(target: Target, record: dict[str, Any]) -> None:
