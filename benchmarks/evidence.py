@@ -166,6 +166,24 @@ def _learnt(found: dict[str, Any]) -> str:
     return f"{sum(taus) / len(taus):.2f} ({found['mse']:.1e})"
 
 
+def many_groups() -> list[str]:
+    """Predictors on layers of many KV groups."""
+    record = load("many_groups")
+    if record is None:
+        return []
+    result = record["result"]
+    first = next(iter(result["heldout"].values()))
+    rows = [
+        [kind, f"{found['mse']:.1e}", f"{found['tau']:.3f}", within(found["tau_within"]), f"{found['z']:.2f}"]
+        for kind, found in result["heldout"].items()
+    ]
+    words = f"""A Llama of {result["num_hidden_layers"]} layers with {result["groups"]} KV groups each, {result["hidden_size"]}
+        wide, with random weights: what its damages are means nothing, only whether they can be predicted. {first["count"]} held-out
+        masks, of which none was fitted, {sum(result["samples"].values())} masks in all; the figures as in the demo above."""
+    header = ["predictor", "MSE", "tau", "tau within a ratio, damage", "error/std"]
+    return [section("Many KV groups in a layer: a random model", "many_groups", record, words, table(header, rows))]
+
+
 def agents() -> list[str]:
     """Learners for the agent."""
     record = load("agents")

@@ -3,7 +3,7 @@
 from textwrap import fill
 from typing import Any
 
-from evidence import agents, benches, learning, ranking, texts
+from evidence import agents, benches, learning, many_groups, ranking, texts
 from more_evidence import compensation, family_tasks, recovery
 from page import HERE, heading, load, table, within
 from running import engines, families, kills, live, slider
@@ -161,7 +161,7 @@ def _quartiles(found: dict[str, float], digits: int) -> str:
 
 
 def main() -> None:
-    chosen = [*benches(), *texts(), *ranking(), *learning(), *agents()]
+    chosen = [*benches(), *texts(), *ranking(), *learning(), *many_groups(), *agents()]
     after = [*compensation(), *recovery(), *families(), *family_tasks()]
     running = [speed(), *live(), *slider(), *engines(), *kills()]
     parts = [INTRO, demo(), *chosen, *after, reference(), gguf(), *running]
