@@ -6,7 +6,7 @@ import tiny_models as tiny
 from ppf import cli
 from ppf.llm.architectures import FAMILIES, layout_of_model
 from ppf.llm.families import supported
-from ppf.llm.gguf_shape import ARCHITECTURES
+from ppf.llm.gguf_archs import ARCHITECTURES
 from ppf.llm.surgery import cut
 
 FOUND = {one.family: one for one in supported()}

@@ -8,7 +8,8 @@ from builders import importance, refuses
 from ppf.errors import UnsupportedError
 from ppf.llm.architectures import layout_of_model
 from ppf.llm.compensation import Fill
-from ppf.llm.gguf_shape import ARCHITECTURES, shape_of
+from ppf.llm.gguf_archs import ARCHITECTURES
+from ppf.llm.gguf_shape import shape_of
 from ppf.llm.surgery import cut
 from ppf.space.allocation import Allocation
 from ppf.space.mask import select
