@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import tiny_models
 from builders import random_mask
 from ppf.llm.architectures import layout_of_model
+from ppf.llm.experts import separate_experts
 from ppf.llm.gguf_tokenizer import PRE_TOKENIZERS
 from ppf.llm.surgery import cut
 
@@ -102,7 +103,7 @@ def model(name: str = "llama-gqa-tied", vocab: int = VOCAB, **fields) -> PreTrai
         for parameter in made.parameters():
             base = parameter if parameter.dim() == 1 else 0
             parameter.copy_(base + 0.15 * torch.randn(parameter.shape, generator=generator))
-    return made.eval()
+    return separate_experts(made.eval())
 
 
 def pruned(dense: PreTrainedModel, seed: int = 3, fill=None) -> PreTrainedModel:

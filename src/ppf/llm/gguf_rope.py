@@ -32,7 +32,8 @@ def rope_of(model: PreTrainedModel) -> tuple[float, np.ndarray, float]:
         raise UnsupportedError(
             f"rotary frequencies must not depend on the length of the text; {kind} came; remove it from config.json"
         )
-    found = getattr(rotary, f"{prefix}inv_freq").detach().double().cpu().numpy()
+    kept = "original_" if kind == "longrope" else ""  # the others change with the last text that the model saw
+    found = getattr(rotary, f"{prefix}{kept}inv_freq").detach().double().cpu().numpy()
     scale = float(getattr(rotary, f"{prefix}attention_scaling", 1.0)) ** 2  # of queries and keys alike; one of them can carry it
     return float(rules["rope_theta"]), found, scale
 
