@@ -237,11 +237,13 @@ def test_queries_as_wide_as_the_stream_stay_so_where_llama_cpp_wants_them_so(nam
     assert "as wide as its stream" in shape.notes[0] and shape.ffn[0] == list(layers(smaller))[0].ffn[0]
 
 
-def test_multipliers_of_a_granite_become_factors_of_what_is_added_of_queries_and_of_norms():
+def test_multipliers_of_a_granite_become_factors_of_embeddings_queries_outputs_and_the_last_norm():
     made = tiny_models.model("granite-gqa-biases")
     shape = shape_of(made)
-    assert shape.reader_scale == pytest.approx(0.5 / 2.0) and shape.output_scale == pytest.approx(1 / 3.0)
-    assert shape.query_scale == pytest.approx(0.2 * 8**0.5) and shape.eps == pytest.approx(made.config.rms_norm_eps / 4)
+    assert (shape.embedding_scale, shape.reader_scale) == (2.0, 0.5) and shape.output_scale == pytest.approx(1 / 3.0)
+    assert shape.query_scale == pytest.approx(0.2 * 8**0.5)
+    tied = shape_of(builders.model("granite-gqa-biases", tie_word_embeddings=True))
+    assert tied.embedding_scale == 2.0 and tied.output_scale == pytest.approx(1 / 6.0)
 
 
 def test_a_gemma_scales_attention_by_another_number_than_its_heads_width():

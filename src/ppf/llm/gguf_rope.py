@@ -20,14 +20,14 @@ def rope_of(model: PreTrainedModel) -> tuple[float, np.ndarray, float]:
     Raises:
         UnsupportedError: Frequencies that change with the length of the text.
     """
-    rotary, rules = model.base_model.rotary_emb, model.config.rope_parameters
+    rotary: Any = model.base_model.rotary_emb
+    rules = model.config.rope_parameters
     by_kind = _FULL in rules or _SLIDING in rules
     if by_kind and (_FULL not in rules or rules.get(_SLIDING, {}).get("rope_type", "default") != "default"):
         raise UnsupportedError("layers with a window need plain rotary frequencies; others came; use the folder instead")
-    kinds, prefix = getattr(rotary, "rope_type", "default"), ""
-    kind = str(kinds[_FULL] if by_kind else kinds)
+    kind, prefix = getattr(rotary, "rope_type", "default"), ""
     if by_kind:
-        rules, prefix = rules[_FULL], f"{_FULL}_"
+        kind, rules, prefix = kind[_FULL], rules[_FULL], f"{_FULL}_"
     if kind == "dynamic":
         raise UnsupportedError(
             f"rotary frequencies must not depend on the length of the text; {kind} came; remove it from config.json"

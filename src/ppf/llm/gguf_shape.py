@@ -38,6 +38,7 @@ class Shape:
         tied: Whether the file has no output head beside the embedding.
         notes: What the user should know.
         turned: How many elements of a head the model's rotary embedding turns.
+        embedding_scale: By which embeddings are multiplied.
         reader_scale: By which what is added to the stream is multiplied.
         output_scale: By which the last norm is multiplied.
         shared: Channels of the expert that all tokens see; 0 if there is none.
@@ -57,6 +58,7 @@ class Shape:
     tied: bool
     notes: tuple[str, ...]
     turned: int
+    embedding_scale: float
     reader_scale: float
     output_scale: float
     shared: int
@@ -98,7 +100,9 @@ def shape_of(model: PreTrainedModel) -> Shape:
         widths, note = _widest(family, model, found, config.hidden_size // head_dim if arch.whole else None)
         notes.append(note)
     context, context_notes = context_of(model, arch)
-    stream = float(getattr(config, "embedding_multiplier", 1.0))  # the file's stream is smaller by it, its embedding the same
+    tied = tied and arch.head != "own"
+    embedding = float(getattr(config, "embedding_multiplier", 1.0))
+    output = float(getattr(config, "logits_scaling", 1.0)) * (embedding if tied else 1.0)  # a tied head carries it, too
     return Shape(
         arch=name,
         heads=widths.heads,
@@ -109,13 +113,14 @@ def shape_of(model: PreTrainedModel) -> Shape:
         rope_factors=divisors(base, frequencies, head_dim if arch.divisors else 2 * len(frequencies)),
         query_scale=scale * query_scale(model, name, head_dim, widths.heads[0]),
         context=context,
-        tied=tied and arch.head != "own",
+        tied=tied,
         notes=(*notes, *_uneven(widths, head_dim), *context_notes),
         turned=2 * len(frequencies),
-        reader_scale=float(getattr(config, "residual_multiplier", 1.0)) / stream,
-        output_scale=1 / float(getattr(config, "logits_scaling", 1.0)),
+        embedding_scale=embedding,
+        reader_scale=float(getattr(config, "residual_multiplier", 1.0)),
+        output_scale=1 / output,
         shared=max(widths.shared),
-        eps=float(getattr(config, "rms_norm_eps", None) or config.layer_norm_eps) / stream**2,
+        eps=float(getattr(config, "rms_norm_eps", None) or config.layer_norm_eps),
         keys={**window_keys(model, arch), **_own_keys(name, config), **_expert_keys(config, found, widths)},
     )
 

@@ -64,7 +64,7 @@ def type_of(name: str, array: np.ndarray, quant: str) -> Any:
 
 def _all(model: PreTrainedModel, shape: Shape) -> Iterator[tuple[str, np.ndarray]]:
     biased = ARCHS[shape.arch].biased
-    yield "token_embd.weight", _numpy(model.get_input_embeddings().weight)
+    yield "token_embd.weight", _numpy(model.get_input_embeddings().weight) * np.float32(shape.embedding_scale)
     yield from _named("output_norm", last_norm(model), biased, shape.output_scale)
     if not shape.tied:
         yield "output.weight", _numpy(model.get_output_embeddings().weight)
