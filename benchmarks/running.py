@@ -19,8 +19,9 @@ def families() -> list[str]:
         for row in record["result"]["rows"]
     ]  # fmt: skip
     words = """Tiny random models, pruned to layers that differ. Largest differences of logits: masked from cut, reloaded with
-        ppf and without it from the model in memory, GGUF in llama.cpp from transformers, also with layers alike (- : llama.cpp
-        has no architecture for it, or it would be as large as before); tokens that generation with a cache chose otherwise than without; parameters that were counted wrongly."""
+        ppf and without it from the model in memory, GGUF in llama.cpp from transformers, also of half of every layer (- :
+        llama.cpp has no architecture for it, or the file would be as large as the dense one); tokens that generation with a
+        cache chose otherwise than without; parameters that were counted wrongly."""
     header = ["model", "family", "masked", "reload", "reload without ppf", "cache", "GGUF", "GGUF, layers alike", "parameters"]
     return [section("Every family", "families", record, words, table(header, rows))]
 

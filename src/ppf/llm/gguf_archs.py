@@ -24,6 +24,7 @@ class Arch:
         head: Where the output head is: ``"any"``, ``"tied"`` to the embedding, or ``"own"`` even if it is the same.
         plain_every: Each layer whose number this divides has no rotary embedding; 0 where all have.
         windows: Whether some layers may see a window of the text only.
+        gelu: Whether its activation is GELU, not SiLU.
     """
 
     by_layer: bool = False
@@ -38,13 +39,14 @@ class Arch:
     head: str = "any"
     plain_every: int = 0
     windows: bool = False
+    gelu: bool = False
 
 
 ARCHS = {
     "deci": Arch(by_layer=True, pairs=True, divisors=True, biases=True),
-    "gemma2": Arch(head="tied", windows=True),
-    "gemma3": Arch(windows=True),
-    "gptneox": Arch(partial=True, biases=True, biased=True, fused=True, whole=True, head="own"),
+    "gemma2": Arch(head="tied", windows=True, gelu=True),
+    "gemma3": Arch(windows=True, gelu=True),
+    "gptneox": Arch(partial=True, biases=True, biased=True, fused=True, whole=True, head="own", gelu=True),
     "llama": Arch(pairs=True, divisors=True, biases=True),
     "olmo2": Arch(whole=True, across=True, head="own"),
     "openelm": Arch(by_layer=True, fused=True, head="tied"),
@@ -73,9 +75,8 @@ ARCHITECTURES = {
 }
 """By family, llama.cpp's architectures for layers that are alike and for layers that differ; the same one: these are padded."""
 
-_GELU = ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh")
-ACTIVATIONS = dict.fromkeys(("gemma2", "gemma3_text", "gpt_neox"), _GELU)
-"""What its architectures compute, where that is not silu. llama.cpp reads GELU off a table: its values have three digits."""
+SILU, GELU = ("silu",), ("gelu_pytorch_tanh", "gelu", "gelu_fast", "gelu_new")
+"""What a model's activation may be called. GELU is one in llama.cpp, read off a table of float16."""
 
 REQUIRED = {
     "gemma3_text": {"use_bidirectional_attention": False},

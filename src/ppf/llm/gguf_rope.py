@@ -25,7 +25,8 @@ def rope_of(model: PreTrainedModel) -> tuple[float, np.ndarray, float]:
     by_kind = _FULL in rules or _SLIDING in rules
     if by_kind and (_FULL not in rules or rules.get(_SLIDING, {}).get("rope_type", "default") != "default"):
         raise UnsupportedError("layers with a window need plain rotary frequencies; others came; use the folder instead")
-    kind, prefix = getattr(rotary, "rope_type", "default"), ""
+    kind: Any = getattr(rotary, "rope_type", "default")
+    prefix = ""
     if by_kind:
         kind, rules, prefix = kind[_FULL], rules[_FULL], f"{_FULL}_"
     if kind == "dynamic":

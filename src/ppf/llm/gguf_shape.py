@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ppf.errors import UnsupportedError
 from ppf.llm.architectures import family_of
-from ppf.llm.gguf_archs import ACTIVATIONS, ARCHITECTURES, ARCHS, REQUIRED
+from ppf.llm.gguf_archs import ARCHITECTURES, ARCHS, GELU, REQUIRED, SILU
 from ppf.llm.gguf_layers import Layer, layers
 from ppf.llm.gguf_rope import context_of, divisors, query_scale, rope_of, window_keys
 
@@ -129,7 +129,8 @@ def _check_family(family: str, config: Any) -> None:
     if family not in ARCHITECTURES:
         held = ", ".join(ARCHITECTURES)
         raise UnsupportedError(f"a GGUF file can hold {held}; {family} came, which llama.cpp lacks; use the folder instead")
-    wanted, came = ACTIVATIONS.get(family, ("silu",)), getattr(config, "hidden_act", None) or config.hidden_activation
+    wanted = GELU if ARCHS[ARCHITECTURES[family][0]].gelu else SILU
+    came = getattr(config, "hidden_act", None) or config.hidden_activation
     if came not in wanted:
         raise UnsupportedError(f"a GGUF file needs {wanted[0]} as the activation; {came} came; use the folder instead")
     for name, value in REQUIRED.get(family, {}).items():
