@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -27,12 +28,14 @@ from ppf.llm.gguf import write_gguf
 from ppf.llm.load import quiet_transformers
 from ppf.llm.masking import masked
 from ppf.llm.surgery import cut
+from ppf.space.allocation import Allocation
+from ppf.space.mask import select
 from record import write
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import tiny_models
-from builders import random_mask
+from builders import importance, random_mask
 
 LENGTH = 24
 TOKENS = 16
@@ -59,7 +62,7 @@ def row_of(name: str, ids: torch.Tensor, seed: int, folder: Path) -> dict[str, A
 
     Returns:
         Largest differences of logits, tokens that a cache changes, parameters beyond what the layout says; None for a GGUF
-        file that cannot be written or checked, with the reason in ``no_gguf``.
+        file that cannot be written or checked, with the reason in ``no_gguf``. ``gguf_alike`` is for half of every layer.
     """
     model = tiny_models.model(name, seed)
     layout = layout_of_model(model)
@@ -71,6 +74,8 @@ def row_of(name: str, ids: torch.Tensor, seed: int, folder: Path) -> dict[str, A
     again = AutoModelForCausalLM.from_pretrained(folder).eval()
     params = sum(parameter.numel() for parameter in smaller.parameters())
     gguf, reason = in_llama_cpp(smaller, folder.parent.parent / "file.gguf")
+    halves = select(Allocation(np.maximum(layout.units // 2, layout.floors)), importance(layout, seed), layout)
+    alike, reason_alike = in_llama_cpp(cut(model, layout, halves), folder.parent.parent / "file.gguf")
     return {
         "model": name,
         "family": layout.model_type,
@@ -80,6 +85,8 @@ def row_of(name: str, ids: torch.Tensor, seed: int, folder: Path) -> dict[str, A
         "cache": int((generated(again, ids, True) != generated(again, ids, False)).sum()),
         "gguf": gguf,
         "no_gguf": reason,
+        "gguf_alike": alike,
+        "no_gguf_alike": reason_alike,
         "params": params - int(layout.kept_params(mask.allocation.kept)),
     }
 
@@ -132,7 +139,7 @@ def main() -> None:
         rows = [row_of(name, ids, seed, folders / name) for name in tiny_models.TINY]
         without_ppf(rows, ids, folders, Path(place) / "answers.safetensors")
     for row in rows:
-        print({key: value for key, value in row.items() if key != "no_gguf"}, flush=True)
+        print({key: value for key, value in row.items() if not key.startswith("no_gguf")}, flush=True)
     write("families", seed, {"protocol": {"batch": len(ids), "length": LENGTH, "new_tokens": TOKENS}, "rows": rows})
 
 

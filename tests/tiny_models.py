@@ -101,6 +101,13 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_moe-sparse-tied": lambda: Qwen3MoeConfig(
         **SIZES, **MOE, num_key_value_heads=2, head_dim=16, decoder_sparse_step=2, norm_topk_prob=True, tie_word_embeddings=True
     ),
+    "qwen2_moe-experts-everywhere": lambda: Qwen2MoeConfig(
+        **SIZES, **MOE, num_key_value_heads=2, shared_expert_intermediate_size=24, tie_word_embeddings=True
+    ),
+    "qwen3_moe-experts-everywhere": lambda: Qwen3MoeConfig(**SIZES, **MOE, num_key_value_heads=2, head_dim=16, norm_topk_prob=True),
+    "smollm3-fourth-layer-plain": lambda: SmolLM3Config(
+        **{**SIZES, "num_hidden_layers": 5}, num_key_value_heads=2, pad_token_id=0, tie_word_embeddings=True
+    ),
     "smollm3-gqa-window": lambda: SmolLM3Config(
         **SIZES, num_key_value_heads=2, pad_token_id=0, no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=6
     ),

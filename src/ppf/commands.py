@@ -242,7 +242,10 @@ def _models(config: ModelsConfig) -> None:
             for one in found
         ]
         print_table("model families", ["family", "units", "GGUF", "vLLM"], rows)
-        print("GGUF: llama.cpp's architecture for layers that are alike / that differ. vLLM: its Transformers backend takes it.")
+        print(
+            "GGUF: llama.cpp's architecture for layers that are alike / that differ; the same one: they are padded to the widest."
+        )
+        print("vLLM: its Transformers backend takes it.")
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {

@@ -190,3 +190,18 @@ def test_a_model_that_no_architecture_holds_is_refused(tmp_path):
         written(tiny_models.model("qwen3-biases"), tmp_path / "a.gguf", tokenizer=tiny_models.tokenizer())
     assert names_in(tmp_path) == []
     assert gguf_check.LOGIT_BOUNDS.keys() == FILE_TYPES.keys()
+
+
+@pytest.mark.parametrize("quant", ["f32", "q8_0"])
+@pytest.mark.parametrize("name", [name for name in builders.HELD if name not in tiny_models.LLAMA_LIKE])
+def test_files_of_every_family_are_read_back(name, quant, tmp_path):
+    smaller = builders.pruned(tiny_models.model(name))
+    result = written(smaller, tmp_path / "a.gguf", quant, tiny_models.tokenizer())
+    keys, arrays = contents(tmp_path / "a.gguf")
+    assert result.check.difference is None and (result.check.tensors, result.check.keys) == (len(arrays), len(keys) - 3)
+    assert keys["general.architecture"] == result.arch and keys[f"{result.arch}.block_count"] == smaller.config.num_hidden_layers
+    eps = "layer_norm_epsilon" if name.startswith("gpt_neox") else "layer_norm_rms_epsilon"
+    assert keys[f"{result.arch}.attention.{eps}"] > 0
+    assert keys[f"{result.arch}.rope.dimension_count"] == (
+        4 if name == "gpt_neox-parallel" else keys[f"{result.arch}.attention.key_length"]
+    )

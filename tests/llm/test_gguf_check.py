@@ -3,11 +3,12 @@ import pytest
 from gguf import GGUFReader
 
 import gguf_builders as builders
+import tiny_models
 from builders import refuses
 from ppf.errors import DamagedError
 from ppf.llm import gguf_check
 from ppf.llm.gguf import _keys, _write
-from ppf.llm.gguf_check import check, distance, in_llama_cpp
+from ppf.llm.gguf_check import check, distance, in_llama_cpp, logit_bound
 from ppf.llm.gguf_shape import shape_of
 from ppf.llm.gguf_tensors import tensors
 from ppf.llm.gguf_tokenizer import vocabulary
@@ -100,3 +101,11 @@ def test_what_another_process_says_last_is_told_in_one_line(made, monkeypatch, t
     with refuses(DamagedError) as caught:
         in_llama_cpp("logits", {})
     assert "it said nothing" in str(caught.value)
+
+
+@pytest.mark.parametrize("quant", ["f32", "f16", "q8_0"])
+def test_an_activation_that_llama_cpp_rounds_is_given_as_much(quant):
+    """Measured: 1.3e-3 of the spread at 24 layers of a random Gemma 2 in float32."""
+    bounds = gguf_check.LOGIT_BOUNDS
+    assert logit_bound(quant, shape_of(tiny_models.model("gemma2-gqa"))) == max(bounds[quant], bounds["f16"])
+    assert logit_bound(quant, shape_of(tiny_models.model("llama-mha"))) == bounds[quant]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ppf.llm.architectures import FAMILIES
-from ppf.llm.gguf_shape import ARCHITECTURES
+from ppf.llm.gguf_archs import ARCHITECTURES
 from ppf.llm.pruned_model import PRUNED
 
 

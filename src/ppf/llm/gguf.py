@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppf.artifact import check_writable
 from ppf.errors import InputError, ResourceError
 from ppf.llm import gguf_check
+from ppf.llm.gguf_archs import ARCHS
 from ppf.llm.gguf_check import Check, answers, check, in_llama_cpp
 from ppf.llm.gguf_shape import Shape, shape_of
 from ppf.llm.gguf_tensors import BLOCK, tensors, type_of
@@ -133,11 +134,12 @@ def _keys(model: PreTrainedModel, shape: Shape, words: Vocabulary, quant: str, n
         "attention.head_count_kv": _per_layer(shape.kv_heads),
         "attention.key_length": shape.head_dim,
         "attention.value_length": shape.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": shape.head_dim,
+        f"attention.{'layer_norm' if ARCHS[arch].biased else 'layer_norm_rms'}_epsilon": shape.eps,
+        "rope.dimension_count": shape.head_dim if ARCHS[arch].divisors else shape.turned,
         "rope.freq_base": shape.rope_base,
+        **shape.keys,
     }
-    if shape.rope_factors is not None and not shape.interleaved:
+    if shape.rope_factors is not None and not ARCHS[arch].divisors:
         own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(shape.rope_factors[0])}
     general: dict[str, Any] = {"general.name": name, "general.file_type": FILE_TYPES[quant]}
     if quant in BLOCK:

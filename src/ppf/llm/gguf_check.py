@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.errors import DamagedError
+from ppf.llm.gguf_archs import ARCHS
 from ppf.llm.gguf_shape import Shape
 from ppf.llm.gguf_tensors import BLOCK
 from ppf.llm.load import convert
@@ -44,7 +45,7 @@ class Check:
         matrices: How many of the tensors are matrices.
         fallbacks: How many matrices are of a width that the type's blocks do not divide, and so in a finer type.
         difference: Between llama.cpp's logits and transformers', see ``LOGIT_BOUNDS``; None if llama.cpp was not there.
-        bound: What the difference must not exceed.
+        bound: What the difference must not exceed: see ``logit_bound``.
         notes: What the user should know.
     """
 
@@ -88,9 +89,9 @@ def check(
     """
     counts = _reread(file, shape.arch, keys, arrays, quant)
     if not has_llama_cpp():
-        return Check(*counts, None, LOGIT_BOUNDS[quant], ())
+        return Check(*counts, None, logit_bound(quant, shape), ())
     difference, notes = answers(file, model, tokenizer, shape, quant)
-    return Check(*counts, difference, LOGIT_BOUNDS[quant], notes)
+    return Check(*counts, difference, logit_bound(quant, shape), notes)
 
 
 def _reread(
@@ -149,12 +150,17 @@ def answers(
     with torch.inference_mode():
         ours = _exact(model)(input_ids=torch.tensor([ids])).logits[0].numpy()
     difference = max(distance(found, ours) for found in theirs)
-    if not difference <= LOGIT_BOUNDS[quant]:
-        raise _damaged(f"llama.cpp's logits are off by {difference:.1e} of their spread, more than {LOGIT_BOUNDS[quant]:g}")
+    if not difference <= (bound := logit_bound(quant, shape)):
+        raise _damaged(f"llama.cpp's logits are off by {difference:.1e} of their spread, more than {bound:g}")
     expected = [] if tokenizer is None else [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     wrong = [text for text, ours, theirs in zip(texts, expected, answer["texts"], strict=True) if ours != theirs]
     note = f"llama.cpp splits {len(wrong)} of {len(texts)} test texts into other tokens than transformers does"
     return difference, (f"{note}, the first is {wrong[0][:24]!r}",) if wrong else ()
+
+
+def logit_bound(quant: str, shape: Shape) -> float:
+    """What logits may differ by. llama.cpp rounds GELU to float16: then no file is finer than one of that type."""
+    return max(LOGIT_BOUNDS[quant], LOGIT_BOUNDS["f16"]) if ARCHS[shape.arch].gelu else LOGIT_BOUNDS[quant]
 
 
 def distance(found: np.ndarray, wanted: np.ndarray) -> float:

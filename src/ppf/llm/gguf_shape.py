@@ -1,11 +1,12 @@
 """Which llama.cpp architecture holds a model, and with which numbers; what none holds is refused here.
 
-layers alike    llama (Llama, Mistral), qwen2, qwen3: the family's own
-layers differ   deci (Llama, Mistral, Qwen2), openelm (Qwen3 with tied embeddings); both read their shapes layer by layer
-                qwen3 with every layer padded with zeros to the widest (other Qwen3: no architecture has its output head)
+layers alike    the family's own: see ``gguf_archs.ARCHITECTURES``
+layers differ   deci (Llama, Mistral, Qwen2, Phi-3, Granite), openelm (Qwen3 with tied embeddings); both read their shapes
+                layer by layer; the others' own with every layer padded with zeros to the widest
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +14,11 @@ from transformers import PreTrainedModel
 
 from ppf.errors import UnsupportedError
 from ppf.llm.architectures import family_of
+from ppf.llm.gguf_archs import ARCHITECTURES, ARCHS, GELU, REQUIRED, SILU
+from ppf.llm.gguf_layers import Layer, layers
+from ppf.llm.gguf_rope import context_of, divisors, query_scale, rope_of, window_keys
 
-ARCHITECTURES = {
-    "llama": ("llama", "deci"), "mistral": ("llama", "deci"), "qwen2": ("qwen2", "deci"), "qwen3": ("qwen3", "openelm"),
-}  # fmt: skip
-"""By family, llama.cpp's architectures for layers that are alike and for layers that differ."""
-_INTERLEAVED = {"llama", "deci"}
 _EVEN = 32
-_MOVING_ROPE = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +29,21 @@ class Shape:
         arch: llama.cpp's name of the architecture.
         heads: Query heads of each layer, as they stand in the file.
         kv_heads: Key and value heads of each layer.
-        ffn: FFN channels of each layer.
+        ffn: FFN channels of each layer, or of each of its experts.
         head_dim: Of queries, keys and values alike, in all layers.
         rope_base: The base of the rotary frequencies.
-        rope_factors: Float[head_dim / 2] by which the frequencies are divided; None where they are plain.
-        query_scale: By which queries are multiplied, for rotary embeddings that scale attention.
+        rope_factors: Float[P] by which the frequencies are divided; None where they are plain.
+        query_scale: By which queries are multiplied, where the model scales attention otherwise than llama.cpp.
         context: Tokens for which file and model answer alike.
-        tied: Whether the output head is the embedding.
+        tied: Whether the file has no output head beside the embedding.
         notes: What the user should know.
+        turned: How many elements of a head the model's rotary embedding turns.
+        embedding_scale: By which embeddings are multiplied.
+        reader_scale: By which what is added to the stream is multiplied.
+        output_scale: By which the last norm is multiplied.
+        shared: Channels of the expert that all tokens see; 0 if there is none.
+        eps: Of the norms.
+        keys: What this architecture wants beyond that.
     """
 
     arch: str
@@ -52,11 +57,28 @@ class Shape:
     context: int
     tied: bool
     notes: tuple[str, ...]
+    turned: int
+    embedding_scale: float
+    reader_scale: float
+    output_scale: float
+    shared: int
+    eps: float
+    keys: dict[str, Any] = field(default_factory=dict)
 
     @property
     def interleaved(self) -> bool:
         """Whether the architecture rotates neighbouring pairs, not halves: rows of queries and keys are then reordered."""
-        return self.arch in _INTERLEAVED
+        return ARCHS[self.arch].pairs
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """By layer: query heads, key heads, channels of the widest FFN or expert, and of the expert that all tokens see."""
+
+    heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    ffn: tuple[int, ...]
+    shared: tuple[int, ...]
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
@@ -66,109 +88,162 @@ def shape_of(model: PreTrainedModel) -> Shape:
         UnsupportedError: No architecture of llama.cpp computes what this model does.
     """
     family, config = family_of(model.config), model.config
+    _check_family(family, config)
+    found = list(layers(model))
+    widths, head_dim = _widths(found)
+    base, frequencies, scale = rope_of(model)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    name, padded = _arch(family, model, found, base, frequencies, tied)
+    arch = ARCHS[name]
+    notes: list[str] = []
+    if padded:
+        widths, note = _widest(family, model, found, config.hidden_size // head_dim if arch.whole else None)
+        notes.append(note)
+    context, context_notes = context_of(model, arch)
+    tied = tied and arch.head != "own"
+    embedding = float(getattr(config, "embedding_multiplier", 1.0))
+    output = float(getattr(config, "logits_scaling", 1.0)) * (embedding if tied else 1.0)  # a tied head carries it, too
+    return Shape(
+        arch=name,
+        heads=widths.heads,
+        kv_heads=widths.kv_heads,
+        ffn=widths.ffn,
+        head_dim=head_dim,
+        rope_base=base,
+        rope_factors=divisors(base, frequencies, head_dim if arch.divisors else 2 * len(frequencies)),
+        query_scale=scale * query_scale(model, name, head_dim, widths.heads[0]),
+        context=context,
+        tied=tied,
+        notes=(*notes, *_uneven(widths, head_dim), *context_notes),
+        turned=2 * len(frequencies),
+        embedding_scale=embedding,
+        reader_scale=float(getattr(config, "residual_multiplier", 1.0)),
+        output_scale=1 / output,
+        shared=max(widths.shared),
+        eps=float(getattr(config, "rms_norm_eps", None) or config.layer_norm_eps),
+        keys={**window_keys(model, arch), **_own_keys(name, config), **_expert_keys(config, found, widths)},
+    )
+
+
+def _check_family(family: str, config: Any) -> None:
     if family not in ARCHITECTURES:
         held = ", ".join(ARCHITECTURES)
-        raise UnsupportedError(
-            f"a GGUF file with layers that differ can hold {held}; {family} came, which llama.cpp cannot; use the folder instead"
-        )
-    if config.hidden_act != "silu":
-        raise UnsupportedError(f"a GGUF file needs silu as the activation; {config.hidden_act} came; use the folder instead")
-    heads, kv_heads, ffn, head_dim = _widths(model)
-    base, factors, scale = _rope(model, head_dim)
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    alike = all(len(set(widths)) == 1 for widths in (heads, kv_heads, ffn))
-    notes: list[str] = []
-    if family == "qwen3":
-        arch = _qwen3_arch(model, alike, tied, factors)
-        if arch == "qwen3" and not alike:
-            heads, kv_heads, ffn = _widest(heads, kv_heads, ffn)
-            notes.append(
-                "no architecture of llama.cpp holds such a Qwen3 with layers that differ; each was padded with zeros to the widest"
-            )
-    else:
-        arch = ARCHITECTURES[family][0] if alike and _fits_own(model, family, heads[0] * head_dim, factors) else "deci"
-    context, note = _context(config)
-    if uneven := sum(width % _EVEN != 0 for width in (*ffn, *(of * head_dim for of in heads))):
-        what = f"{uneven} of {2 * len(ffn)} attention and FFN widths are no multiple of {_EVEN}"
-        notes.append(f"{what}; llama.cpp may be slower at them than on the dense model; prune with --align {_EVEN}")
-    return Shape(arch, heads, kv_heads, ffn, head_dim, base, factors, scale, context, tied, (*notes, *note))
+        raise UnsupportedError(f"a GGUF file can hold {held}; {family} came, which llama.cpp lacks; use the folder instead")
+    wanted = GELU if ARCHS[ARCHITECTURES[family][0]].gelu else SILU
+    came = getattr(config, "hidden_act", None) or config.hidden_activation
+    if came not in wanted:
+        raise UnsupportedError(f"a GGUF file needs {wanted[0]} as the activation; {came} came; use the folder instead")
+    for name, value in REQUIRED.get(family, {}).items():
+        if (came := getattr(config, name, value)) != value:
+            raise UnsupportedError(f"llama.cpp needs {name} to be {value} in a {family}; {came} came; use the folder instead")
 
 
-def _widths(model: PreTrainedModel) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
-    """Heads, key heads and channels of each layer, read off the weights, and the one width of a head."""
-    layers = model.model.layers
-    head_dims = {int(layer.self_attn.head_dim) for layer in layers}
+def _widths(found: list[Layer]) -> tuple[_Widths, int]:
+    """The widths of each layer, and the one of a head."""
+    head_dims = {layer.head_dim for layer in found}
     if len(head_dims) != 1 or min(head_dims) % 2 or min(head_dims) < 2:
         raise UnsupportedError(f"heads must have one even width in all layers; {sorted(head_dims)} came; use the folder instead")
-    head_dim = head_dims.pop()
-    heads = tuple(layer.self_attn.q_proj.out_features // head_dim for layer in layers)
-    kv_heads = tuple(layer.self_attn.k_proj.out_features // head_dim for layer in layers)
-    ffn = tuple(layer.mlp.gate_proj.out_features for layer in layers)
-    for layer, (of, kv, channels) in enumerate(zip(heads, kv_heads, ffn, strict=True)):
+    for index, layer in enumerate(found):
         # llama.cpp reads its head width from layer 0 and drops the attention of a layer without channels, silently
-        if min(of, kv, channels) < 1 or of % kv:
-            came = f"{of} query heads, {kv} key heads and {channels} channels in layer {layer}"
+        if min(layer.heads, layer.kv_heads, *layer.ffn) < 1 or layer.heads % layer.kv_heads:
+            came = f"{layer.heads} query heads, {layer.kv_heads} key heads and {min(layer.ffn)} channels in layer {index}"
             raise UnsupportedError(f"every layer of a GGUF file needs a channel and whole KV groups; {came}; keep one of each")
-    return heads, kv_heads, ffn, head_dim
+    return _Widths(
+        tuple(layer.heads for layer in found),
+        tuple(layer.kv_heads for layer in found),
+        tuple(max(layer.ffn) for layer in found),
+        tuple(layer.shared for layer in found),
+    ), head_dims.pop()
 
 
-def _rope(model: PreTrainedModel, head_dim: int) -> tuple[float, np.ndarray | None, float]:
-    """Base, divisors and query scale, read off the frequencies that the model computes with, whatever rule made them."""
-    rotary = model.model.rotary_emb
-    kind = str(getattr(rotary, "rope_type", "default"))
-    if kind in _MOVING_ROPE:
-        raise UnsupportedError(
-            f"rotary frequencies must not depend on the length of the text; {kind} came; remove it from config.json"
-        )
-    base = float(model.config.rope_parameters["rope_theta"])
-    found = rotary.inv_freq.detach().double().cpu().numpy()
-    plain = base ** (-np.arange(0, head_dim, 2) / head_dim)
-    if found.shape != plain.shape:
-        came = f"{2 * len(found)} of {head_dim}"
-        raise UnsupportedError(f"rotary embeddings must turn whole heads; {came} elements turn; use the folder instead")
-    factors = plain / found
-    scale = float(getattr(rotary, "attention_scaling", 1.0)) ** 2  # of queries and keys alike; one of them can carry it
-    return base, None if np.abs(factors - 1).max() < 1e-5 else factors.astype(np.float32), scale
+def _arch(
+    family: str, model: PreTrainedModel, found: list[Layer], base: float, frequencies: np.ndarray, tied: bool
+) -> tuple[str, bool]:
+    """llama.cpp's architecture, and whether layers must be padded for it."""
+    own, other = ARCHITECTURES[family]
+    alike = len({(layer.heads, layer.kv_heads, layer.ffn, layer.shared) for layer in found}) == len(set(found[0].ffn)) == 1
+    whole = found[0].heads * found[0].head_dim == model.config.hidden_size
+    lacks = {name: _lack(name, model, found, base, frequencies, tied) for name in (own, other)}
+    for name in (own, other):
+        arch = ARCHS[name]
+        if not lacks[name] and (arch.by_layer or (alike and (whole or not arch.whole))):
+            return name, False
+    if lacks[own]:
+        raise UnsupportedError(f"llama.cpp must have an architecture for the model; {family} {lacks[own]}")
+    return own, True
 
 
-def _qwen3_arch(model: PreTrainedModel, alike: bool, tied: bool, factors: np.ndarray | None) -> str:
-    """Both architectures with query and key norms lack biases behind the readers and divisors of single frequencies."""
-    if _reader_biases(model):
-        what = "Qwen3 with biases behind attention or FFN"
-        raise UnsupportedError(
-            f"llama.cpp must have an architecture for the model; {what} has none; use the folder, or prune without compensation"
-        )
+def _lack(name: str, model: PreTrainedModel, found: list[Layer], base: float, frequencies: np.ndarray, tied: bool) -> str:
+    """What an architecture cannot compute of the model, with the way out; empty if it computes all."""
+    arch, turned = ARCHS[name], 2 * len(frequencies)
+    ffns = [part for layer in found for ffn in (*layer.ffns, layer.shared_ffn) for part in ffn.values()]
+    behind = [*ffns, *(layer.attention["attn_output"] for layer in found)]
+    if not arch.biases and any(part.bias is not None and bool(torch.any(part.bias != 0)) for part in behind):
+        return "with biases behind attention or in the FFN has none; use the folder, or prune without compensation"
+    if arch.fused and not arch.biases and any(layer.attention["attn_q"].bias is not None for layer in found):
+        return "with biases of queries has none; use the folder instead"
+    stream, width = model.config.hidden_size, found[0].head_dim
+    if arch.whole and (stream % width or max(layer.heads for layer in found) * width > stream):
+        return f"whose heads of {width} do not fit into its stream of {stream} has none; use the folder instead"
+    if not arch.divisors and not arch.partial and turned != width:
+        return f"whose rotary embeddings turn {turned} of {width} elements has none; use the folder instead"
+    factors = None if arch.divisors else divisors(base, frequencies, turned)
     if factors is not None and np.ptp(factors) > 1e-5 * factors.max():
-        raise UnsupportedError("a Qwen3 in a GGUF file needs plain or linear rotary frequencies; others came; remove rope scaling")
-    biased = any(layer.self_attn.q_proj.bias is not None for layer in model.model.layers)
-    return "openelm" if tied and not alike and not biased else "qwen3"
+        return "without plain or linear rotary frequencies has none; remove rope scaling, or use the folder"
+    if arch.head == "tied" and not tied:
+        return "with an output head of its own has none; use the folder instead"
+    turns = getattr(model.config, "no_rope_layers", None) or [1] * len(found)
+    if any(bool(turn) == (arch.plain_every > 0 and at % arch.plain_every == 0) for at, turn in enumerate(turns, 1)):
+        return f"without rotary embeddings in other layers than each {arch.plain_every}th has none; use the folder instead"
+    return ""
 
 
-def _fits_own(model: PreTrainedModel, family: str, attention: int, factors: np.ndarray | None) -> bool:
-    """llama reads all that deci reads; qwen2 knows no such bias or divisor, and its attention is as wide as the stream."""
-    plain = factors is None and not _reader_biases(model) and attention == model.config.hidden_size
-    return ARCHITECTURES[family][0] == "llama" or plain
-
-
-def _reader_biases(model: PreTrainedModel) -> bool:
-    """Whether an attention or FFN output has a bias that is not zero."""
-    readers = [reader for layer in model.model.layers for reader in (layer.self_attn.o_proj, layer.mlp.down_proj)]
-    return any(reader.bias is not None and bool(torch.any(reader.bias != 0)) for reader in readers)
-
-
-def _widest(*widths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    heads, kv_heads, _ = widths
-    if len({of // kv for of, kv in zip(heads, kv_heads, strict=True)}) != 1:
+def _widest(family: str, model: PreTrainedModel, found: list[Layer], whole: int | None) -> tuple[_Widths, str]:
+    """The widths of all layers when each is padded to the widest, or to ``whole`` query heads; and what the user should know."""
+    ratios = {layer.heads // layer.kv_heads for layer in found}
+    if len(ratios) != 1:
         raise UnsupportedError("KV groups must have as many query heads in all layers; others came; use the folder instead")
-    return tuple((max(values),) * len(values) for values in widths)
+    heads, ratio = max(whole or 0, *(layer.heads for layer in found)), ratios.pop()
+    ffn, shared, config = max(max(layer.ffn) for layer in found), max(layer.shared for layer in found), model.config
+    if heads == config.num_attention_heads and ffn == (getattr(config, "moe_intermediate_size", None) or config.intermediate_size):
+        raise UnsupportedError(
+            f"llama.cpp holds a {family} with layers alike only; these, padded to the widest, would be as large as before pruning; "
+            "use the folder, or prune with a plan of equal ratios"
+        )
+    added = 0
+    for layer in found:
+        head, channel = (sum(part.weight.numel() for part in parts) for parts in (layer.attention.values(), layer.ffns[0].values()))
+        added += (heads - layer.heads) * head // layer.heads + sum(ffn - own for own in layer.ffn) * channel // layer.ffn[0]
+        added += (shared - layer.shared) * sum(part.weight.numel() for part in layer.shared_ffn.values()) // max(layer.shared, 1)
+    share = added / (added + sum(parameter.numel() for parameter in model.parameters()))
+    why = "only with queries as wide as its stream" if heads == whole else "with layers alike only"
+    note = f"llama.cpp holds this {family} {why}; each layer was padded with zeros, {share:.0%} of the weights in the file"
+    return _Widths(*((width,) * len(found) for width in (heads, heads // ratio, ffn, shared))), note
 
 
-def _context(config: object) -> tuple[int, tuple[str, ...]]:
-    """llama.cpp attends to the whole text in all these architectures: longer than a sliding window, answers would differ."""
-    context: int = config.max_position_embeddings  # type: ignore[attr-defined]
-    window: int | None = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    slides = window is not None and (kinds is None or "sliding_attention" in kinds)
-    if window is None or not slides or window >= context:
-        return context, ()
-    return window, (f"llama.cpp has no sliding window for this model; the file's context is that window, {window} tokens",)
+def _own_keys(name: str, config: Any) -> dict[str, Any]:
+    """Keys of one architecture."""
+    if name == "gptneox":
+        return {"use_parallel_residual": bool(config.use_parallel_residual)}
+    if name == "gemma2":  # which caps at 30 and 50 where nothing is said; at a number this large the cap is the identity
+        caps = {"attn_logit_softcapping": config.attn_logit_softcapping, "final_logit_softcapping": config.final_logit_softcapping}
+        return {key: float(value or 1e6) for key, value in caps.items()}
+    if name == "gemma3" and config.final_logit_softcapping:
+        return {"final_logit_softcapping": float(config.final_logit_softcapping)}
+    return {}
+
+
+def _expert_keys(config: Any, found: list[Layer], widths: _Widths) -> dict[str, Any]:
+    if len(found[0].ffn) == 1:
+        return {}
+    keys = {"expert_count": len(found[0].ffn), "expert_used_count": int(config.num_experts_per_tok)}
+    keys["expert_feed_forward_length"] = widths.ffn[0]
+    return {**keys, "expert_shared_feed_forward_length": widths.shared[0]} if widths.shared[0] else keys
+
+
+def _uneven(widths: _Widths, head_dim: int) -> tuple[str, ...]:
+    uneven = sum(width % _EVEN != 0 for width in (*widths.ffn, *(of * head_dim for of in widths.heads)))
+    if not uneven:
+        return ()
+    what = f"{uneven} of {2 * len(widths.ffn)} attention and FFN widths are no multiple of {_EVEN}"
+    return (f"{what}; llama.cpp may be slower at them than on the dense model; prune with --align {_EVEN}",)

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ppf.errors import DamagedError, InputError
+from ppf.llm.gguf_archs import ARCHS
+from ppf.llm.gguf_layers import Layer, Part, last_norm, layers
 from ppf.llm.gguf_shape import Shape
 
 BLOCK = {"q8_0": 32, "q4_0": 32, "q4_k_m": 256}
@@ -16,6 +17,8 @@ BLOCK = {"q8_0": 32, "q4_0": 32, "q4_k_m": 256}
 
 _TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 _ENDS = ("token_embd.weight", "output.weight")
+_ROUTER = "ffn_gate_inp"
+_HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
 _FLOAT16_MAX = 65504.0
 
 
@@ -41,7 +44,7 @@ def tensors(model: PreTrainedModel, shape: Shape) -> Iterator[tuple[str, np.ndar
 def type_of(name: str, array: np.ndarray, quant: str) -> Any:
     """The ``GGMLQuantizationType`` that a tensor is stored in.
 
-    Norms and biases stay float32. Where a row is no whole number of blocks a matrix is stored as float16, as llama.cpp does.
+    Norms, biases and routers stay float32. Where a row is no whole number of blocks a matrix is float16, as llama.cpp does it.
     With ``q4_0`` the embedding and the output head are ``q8_0``, the next finer type that the gguf package can write (llama.cpp
     takes its Q6_K there).
 
@@ -50,7 +53,7 @@ def type_of(name: str, array: np.ndarray, quant: str) -> Any:
     """
     from gguf import GGMLQuantizationType
 
-    if array.ndim == 1:
+    if array.ndim == 1 or _ROUTER in name:
         return GGMLQuantizationType.F32
     wanted = "Q8_0" if quant == "q4_0" and name in _ENDS else _TYPES[quant]
     kind = "F16" if array.shape[-1] % BLOCK.get(quant, 1) else wanted
@@ -60,75 +63,101 @@ def type_of(name: str, array: np.ndarray, quant: str) -> Any:
 
 
 def _all(model: PreTrainedModel, shape: Shape) -> Iterator[tuple[str, np.ndarray]]:
-    yield "token_embd.weight", _numpy(model.model.embed_tokens.weight)
-    yield "output_norm.weight", _numpy(model.model.norm.weight)
+    biased = ARCHS[shape.arch].biased
+    yield "token_embd.weight", _numpy(model.get_input_embeddings().weight) * np.float32(shape.embedding_scale)
+    yield from _named("output_norm", last_norm(model), biased, shape.output_scale)
     if not shape.tied:
-        yield "output.weight", _numpy(model.lm_head.weight)
-    if shape.rope_factors is not None and shape.interleaved:
+        yield "output.weight", _numpy(model.get_output_embeddings().weight)
+    if shape.rope_factors is not None and ARCHS[shape.arch].divisors:
         yield "rope_freqs.weight", shape.rope_factors
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(layers(model)):
         for name, array in _layer(layer, shape, index):
             yield f"blk.{index}.{name}", array
 
 
-def _layer(layer: nn.Module, shape: Shape, index: int) -> Iterator[tuple[str, np.ndarray]]:
-    attn, mlp, ffn = layer.self_attn, layer.mlp, shape.ffn[index]
-    yield "attn_norm.weight", _numpy(layer.input_layernorm.weight)
-    yield "ffn_norm.weight", _numpy(layer.post_attention_layernorm.weight)
-    yield from _attention(attn, shape, index)
-    for name, module in (("ffn_gate", mlp.gate_proj), ("ffn_up", mlp.up_proj)):
-        for part, array in _parts(module):
-            yield f"{name}.{part}", _padded(array, ffn, 0)
-    yield from _reader("ffn_down", mlp.down_proj, ffn)
+def _layer(layer: Layer, shape: Shape, index: int) -> Iterator[tuple[str, np.ndarray]]:
+    ffn, biased = shape.ffn[index], ARCHS[shape.arch].biased
+    for name, part in layer.others.items():
+        if name not in _HEAD_NORMS:
+            yield from _named(name, part, biased and part.weight.ndim == 1)
+    yield from _attention(layer, shape, index)
+    if len(layer.ffns) == 1:
+        yield from _ffn(layer.ffns[0], ffn, shape, "")
+    else:
+        experts = [dict(_ffn(one, ffn, shape, "_exps")) for one in layer.ffns]
+        for name in list(experts[0]):
+            yield name, np.stack([expert.pop(name) for expert in experts])
+    if layer.shared_ffn:
+        yield from _ffn(layer.shared_ffn, shape.shared, shape, "_shexp")
 
 
-def _attention(attn: nn.Module, shape: Shape, index: int) -> Iterator[tuple[str, np.ndarray]]:
+def _ffn(parts: dict[str, Part], width: int, shape: Shape, suffix: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The matrices of one FFN at the width of the file."""
+    for name, part in parts.items():
+        if name == "ffn_down":
+            yield from _reader(name + suffix, part, width, shape)
+        else:
+            for kind, array in _named(name + suffix, part, ARCHS[shape.arch].biased):
+                yield kind, _padded(array, width, 0)
+
+
+def _attention(layer: Layer, shape: Shape, index: int) -> Iterator[tuple[str, np.ndarray]]:
     """Queries, keys and values, each or as one matrix, their norms, and the output."""
-    heads, kv_heads, width = shape.heads[index], shape.kv_heads[index], shape.head_dim
-    normed = hasattr(attn, "q_norm")
+    heads, kv_heads, width, arch = shape.heads[index], shape.kv_heads[index], shape.head_dim, ARCHS[shape.arch]
+    counts = {"attn_q": (layer.heads, heads), "attn_k": (layer.kv_heads, kv_heads), "attn_v": (layer.kv_heads, kv_heads)}
     found: dict[str, list[np.ndarray]] = {"weight": [], "bias": []}
-    for letter, module, count in (("q", attn.q_proj, heads), ("k", attn.k_proj, kv_heads), ("v", attn.v_proj, kv_heads)):
-        for part, array in _parts(module):
-            if letter == "q" and not normed:
-                array = array * np.float32(shape.query_scale)
+    for name, (own, count) in counts.items():
+        norm = layer.others.get(f"{name}_norm")
+        scale = shape.query_scale if name == "attn_q" else 1.0
+        spread = (count / own) ** 0.5 if norm is not None and arch.across else 1.0  # padding would make the mean square smaller
+        if norm is not None:
+            array = _numpy(norm.weight) * np.float32(scale / spread)
+            yield f"{name}_norm.weight", _padded(array, count * width, 0) if arch.across else array
+            scale = spread
+        for kind, array in _named(name, layer.attention[name], arch.biased, scale):
             array = _padded(array, count * width, 0)
-            if shape.interleaved and letter != "v":
-                array = interleaved(array, count)
-            found[part].append(array)
-            if shape.arch != "openelm":
-                yield f"attn_{letter}.{part}", array
-    if shape.arch == "openelm":
-        yield "attn_qkv.weight", np.concatenate(found["weight"])
-    if normed:
-        yield "attn_q_norm.weight", _numpy(attn.q_norm.weight) * np.float32(shape.query_scale)
-        yield "attn_k_norm.weight", _numpy(attn.k_norm.weight)
-    yield from _reader("attn_output", attn.o_proj, heads * width)
+            if shape.interleaved and name != "attn_v":
+                array = interleaved(array, count, shape.turned)
+            found[kind.rpartition(".")[2]].append(array)
+            if not arch.fused:
+                yield kind, array
+    for kind, arrays in found.items():
+        if arch.fused and arrays:
+            yield f"attn_qkv.{kind}", np.concatenate(arrays)
+    yield from _reader("attn_output", layer.attention["attn_output"], heads * width, shape)
 
 
-def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+def interleaved(rows: np.ndarray, heads: int, turned: int | None = None) -> np.ndarray:
     """Reorders the rows of each head: transformers turns row i with row i + d/2, llama.cpp here row 2i with row 2i + 1.
 
     Args:
         rows: Float[heads * d, ...].
         heads: How many there are in this layer.
+        turned: Of how many rows of each head; by default d. The others stay where they are.
     """
-    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
-    return np.swapaxes(halves, 1, 2).reshape(rows.shape)
+    by_head = rows.reshape(heads, -1, *rows.shape[1:])
+    first = by_head[:, :turned]
+    pairs = np.swapaxes(first.reshape(heads, 2, -1, *rows.shape[1:]), 1, 2).reshape(first.shape)
+    return np.concatenate([pairs, by_head[:, first.shape[1] :]], axis=1).reshape(rows.shape)
 
 
-def _reader(name: str, module: nn.Linear, columns: int) -> Iterator[tuple[str, np.ndarray]]:
+def _reader(name: str, part: Part, columns: int, shape: Shape) -> Iterator[tuple[str, np.ndarray]]:
     """A matrix that reads units; a bias of zeros, which some architectures do not know, is left out."""
-    for part, array in _parts(module):
-        if part == "weight":
-            yield f"{name}.weight", _padded(array, columns, 1)
-        elif array.any():
-            yield f"{name}.bias", array
+    biased = ARCHS[shape.arch].biased
+    for kind, array in _named(name, part, biased, shape.reader_scale):
+        if kind.endswith("weight"):
+            yield kind, _padded(array, columns, 1)
+        elif biased or array.any():
+            yield kind, array
 
 
-def _parts(module: nn.Linear) -> Iterator[tuple[str, np.ndarray]]:
-    yield "weight", _numpy(module.weight)
-    if module.bias is not None:
-        yield "bias", _numpy(module.bias)
+def _named(name: str, part: Part, biased: bool = False, scale: float = 1.0) -> Iterator[tuple[str, np.ndarray]]:
+    """Weight and bias times ``scale``; with ``biased`` a bias of zeros where there is none."""
+    yield f"{name}.weight", _numpy(part.weight) * np.float32(scale)
+    if part.bias is not None:
+        yield f"{name}.bias", _numpy(part.bias) * np.float32(scale)
+    elif biased:
+        yield f"{name}.bias", np.zeros(len(part.weight), np.float32)
 
 
 def _padded(array: np.ndarray, size: int, axis: int) -> np.ndarray:

@@ -1,0 +1,150 @@
+"""The weights of each layer under llama.cpp's names, however the family names and fuses them: read through its sites."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ppf.errors import UnsupportedError
+from ppf.llm.architectures import FAMILIES, family_of, stack_of
+from ppf.space.layout import Site
+
+_PRE = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_POST = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+_AROUND = {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm", **_POST}
+_QUERY_KEY = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_ROUTER = {"ffn_gate_inp": "mlp.gate"}
+OTHERS = {
+    "gemma2": _AROUND,
+    "gemma3_text": {**_AROUND, **_QUERY_KEY},
+    "mixtral": {**_PRE, **_ROUTER},
+    "olmo2": {**_POST, **_QUERY_KEY},
+    "qwen2_moe": {**_PRE, **_ROUTER, "ffn_gate_inp_shexp": "mlp.shared_expert_gate"},
+    "qwen3": {**_PRE, **_QUERY_KEY},
+    "qwen3_moe": {**_PRE, **_QUERY_KEY, **_ROUTER},
+}
+"""By family, the modules of a layer that lie in no site, by llama.cpp's name; two norms where it is not listed."""
+SHIFTED = {"gemma2", "gemma3_text"}
+"""Families whose norms keep their weights less one."""
+
+
+class Part(NamedTuple):
+    """A linear layer, a block of one, or a norm: weight and bias."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A decoder layer.
+
+    Attributes:
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_dim: Width of a head.
+        ffn: Channels, of each expert if there are several.
+        shared: Channels of the expert that all tokens see; 0 if there is none.
+        attention: Queries, keys, values and output: ``"attn_q"`` and so on.
+        ffns: For the FFN, or each expert: ``"ffn_up"``, ``"ffn_down"`` and, with a gate, ``"ffn_gate"``.
+        shared_ffn: The same of that expert; empty if there is none.
+        others: Norms and routers by name.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: tuple[int, ...]
+    shared: int
+    attention: dict[str, Part]
+    ffns: tuple[dict[str, Part], ...]
+    shared_ffn: dict[str, Part]
+    others: dict[str, Part]
+
+
+def layers(model: PreTrainedModel) -> Iterator[Layer]:
+    """All decoder layers in order; their parts are views of the model's weights.
+
+    Raises:
+        UnsupportedError: A layer lacks attention or an FFN.
+    """
+    family = family_of(model.config)
+    by_layer: dict[int, list[Site]] = {index: [] for index in range(len(stack_of(model)))}
+    for site in FAMILIES[family](model.config):
+        by_layer[site.layer].append(site)
+    for index, sites in by_layer.items():
+        yield _layer(model, family, index, sites)
+
+
+def _layer(model: PreTrainedModel, family: str, index: int, sites: list[Site]) -> Layer:
+    attention = [site for site in sites if site.role == "attn"]
+    shared = [site for site in sites if "shared_expert" in site.reader]
+    ffns = [site for site in sites if site not in attention and site not in shared]
+    if len(attention) != 1 or not ffns:
+        raise UnsupportedError(f"layers of a GGUF file need attention and an FFN; layer {index} lacks one; use the folder instead")
+    if "ffn_gate_inp" in OTHERS.get(family, _PRE) and ffns[0].role != "expert":
+        raise UnsupportedError(f"llama.cpp needs experts in all layers; layer {index} has none; use the folder instead")
+    module = stack_of(model)[index]
+    return Layer(
+        *_heads(attention[0]),
+        tuple(site.units for site in ffns),
+        sum(site.units for site in shared),
+        _attention(model, attention[0]),
+        tuple(_ffn(model, site) for site in ffns),
+        _ffn(model, shared[0]) if shared else {},
+        {name: _norm(module.get_submodule(path), family) for name, path in OTHERS.get(family, _PRE).items()},
+    )
+
+
+def _heads(site: Site) -> tuple[int, int, int]:
+    """Query heads, key heads and the width of a head. A matrix of queries, keys and values head by head has three a unit."""
+    head_dim = site.writers[-1].width // (3 if len(site.writers) == 1 else 1)
+    return site.units * site.columns // head_dim, site.units, head_dim
+
+
+def _attention(model: PreTrainedModel, site: Site) -> dict[str, Part]:
+    names = ("attn_q", "attn_k", "attn_v")
+    blocks = [_rows(model, site, at) for at in range(len(site.writers))]
+    if len(blocks) == 1:  # head after head, each with its query, key and value
+        blocks = [Part(*(_third(tensor, site.units, at) for tensor in blocks[0])) for at in range(3)]
+    return {**dict(zip(names, blocks, strict=True)), "attn_output": _part(model.get_submodule(site.reader))}
+
+
+def _ffn(model: PreTrainedModel, site: Site) -> dict[str, Part]:
+    names = ("ffn_gate", "ffn_up") if len(site.writers) == 2 else ("ffn_up",)
+    blocks = (_rows(model, site, at) for at in range(len(site.writers)))
+    return {**dict(zip(names, blocks, strict=True)), "ffn_down": _part(model.get_submodule(site.reader))}
+
+
+def _rows(model: PreTrainedModel, site: Site, at: int) -> Part:
+    """The rows of all units in one of a site's writers."""
+    rows = site.writers[at]
+    span = slice(rows.offset, rows.offset + site.units * rows.width)
+    weight, bias = _part(model.get_submodule(rows.module))
+    return Part(weight[span], None if bias is None else bias[span])
+
+
+def _third(tensor: torch.Tensor | None, heads: int, at: int) -> torch.Tensor | None:
+    return None if tensor is None else tensor.reshape(heads, 3, -1, *tensor.shape[1:])[:, at].flatten(0, 1)
+
+
+def _norm(module: nn.Module, family: str) -> Part:
+    """A norm, or a router, whose one row becomes a vector."""
+    weight, bias = _part(module)
+    if weight.ndim == 1 and family in SHIFTED:
+        weight = weight.float() + 1
+    return Part(weight[0] if weight.ndim == 2 and len(weight) == 1 else weight, bias)
+
+
+def last_norm(model: PreTrainedModel) -> Part:
+    """The norm before the output head."""
+    base = model.base_model
+    return _norm(base.norm if hasattr(base, "norm") else base.final_layer_norm, family_of(model.config))
+
+
+def _part(module: nn.Module) -> Part:
+    bias = getattr(module, "bias", None)
+    return Part(module.weight.detach(), None if bias is None else bias.detach())  # type: ignore[operator]
