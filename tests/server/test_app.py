@@ -70,7 +70,7 @@ def test_a_field_that_comes_twice_is_refused(decisions):
 
 
 def test_without_a_model_it_says_so(decisions):
-    assert get(decisions, "/api/state") == (200, {"live": False})
+    assert get(decisions, "/api/state") == (200, {"live": False, "fits": 1})
     assert get(decisions, "/v1/models") == (200, {"object": "list", "data": []})
     for path in ("/v1/completions", "/v1/chat/completions"):
         status, record = post(decisions, path, {"model": "tiny", "prompt": "w3"})

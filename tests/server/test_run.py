@@ -187,7 +187,7 @@ def test_half_a_second_request_is_closed_too(study, hasty):
     with running(study, no_model=True) as (port, _), socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
         whole = f"GET /api/state HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n"
         connection.sendall(whole.encode())
-        assert answer(connection)[2] == b'{"live":false}'
+        assert answer(connection)[2] == b'{"live":false,"fits":1}'
         connection.sendall(whole[:20].encode())
         assert connection.recv(65536) == b""
 
