@@ -63,7 +63,7 @@ def save_report(study, tau=0.9):
 
 
 def fit_anew(study, tilt):
-    """What a further fit does to a study: its report goes, artefacts are replaced, a report comes; odd sites lose more by a tilt."""
+    """What a further fit does: the report goes, artefacts are replaced, a report comes. Odd sites lose more by a tilt."""
     (study.folder / "report.json").unlink()
     weights = 1 + tilt * (np.arange(len(study.layout.sites)) % 2)
     save_agent(study, Agent(np.clip(1 - np.linspace(0, 1, 101)[:, None] * weights, 0, 1), np.array(0.6)))
