@@ -168,8 +168,18 @@ def large_model(seed: int, runs: int) -> dict:
     return {**timed, "beside_cut": {"0.3": beside(elastic, small, allocation, runs, 4)}}
 
 
-async def asked(port: int, connections: int, seconds: float, seed: int) -> dict:
-    """Requests a second and their times, over so many kept connections; client and server share this machine."""
+async def asked(
+    port: int,
+    connections: int,
+    seconds: float,
+    seed: int,
+    is_over: Callable[[], bool] = lambda: False,
+    answers: list[tuple[float, bytes]] | None = None,
+) -> dict:
+    """Requests a second and their times, over so many kept connections; client and server share this machine.
+
+    It ends when the seconds are up or ``is_over`` says so. ``answers`` takes up which ratio got which body.
+    """
     times: list[float] = []
     wrong = 0
 
@@ -178,12 +188,14 @@ async def asked(port: int, connections: int, seconds: float, seed: int) -> dict:
         rng = np.random.default_rng([seed, number])
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
+        while time.perf_counter() < end and not is_over():
             start, ratio = time.perf_counter(), rng.uniform(0.02, 0.6)
             writer.write(f"GET /api/policy?ratio={ratio:.6f} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
             head = await reader.readuntil(b"\r\n\r\n")
             size = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-            await reader.readexactly(size)
+            body = await reader.readexactly(size)
+            if answers is not None:
+                answers.append((round(ratio, 6), body))
             times.append(1e3 * (time.perf_counter() - start))
             wrong += not head.startswith(b"HTTP/1.1 200")
         writer.close()

@@ -34,11 +34,13 @@ def answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
     return int(first.split()[1]), headers, body
 
 
-def request(port: int, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, str], bytes]:
+def request(
+    port: int, method: str, path: str, body: bytes = b"", seconds: float = 5.0, **headers: str
+) -> tuple[int, dict[str, str], bytes]:
     """One request with ordinary headers, each of which may be replaced or, as None, left out."""
     usual: dict[str, str | None] = {"Host": f"127.0.0.1:{port}", "Connection": "close"}
     if body:
         usual |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
     given = usual | {name.replace("_", "-"): value for name, value in headers.items()}
     head = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items() if value is not None)]
-    return exchange(port, "\r\n".join([*head, "", ""]).encode("latin-1") + body)
+    return exchange(port, "\r\n".join([*head, "", ""]).encode("latin-1") + body, seconds)

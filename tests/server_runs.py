@@ -8,8 +8,8 @@ import numpy as np
 
 from builders import importance
 from learn_builders import curves_of, probes, spread, truth
+from ppf.artifact import write_json
 from ppf.config import ServeConfig
-from ppf.decide import Decider
 from ppf.learn.agent import Agent
 from ppf.learn.baselines import knapsack
 from ppf.learn.fit_predictor import fit_predictor
@@ -17,6 +17,7 @@ from ppf.learn.train_nested import chain_of
 from ppf.llm.load import load_model
 from ppf.samples import Measurement, Sample
 from ppf.server.app import Service, create_app
+from ppf.server.refit import open_whole
 from ppf.server.run import access_of, listen, server_of
 from ppf.server.served import open_served
 from ppf.space.allocation import Allocation
@@ -39,27 +40,45 @@ def study_of(folder, model):
     scores.save(study.path("importance"), loaded.layout)
     samples = probes(of) + spread(of, 12)
     fit_predictor("additive", samples, [], loaded.layout, 2.0, 0).save(study.path("predictor"), loaded.layout)
-    agent = Agent(knapsack(curves_of(of), loaded.layout), np.array(0.6))
-    agent.save(study.path("agent"), loaded.layout)
-    chain_of(agent, loaded.layout).save(study.path("nested"))
+    save_agent(study, Agent(knapsack(curves_of(of), loaded.layout), np.array(0.6)))
     store = study.store(write=True)
     for one in samples:
         mask = select(Allocation(np.array(one.kept)), scores, loaded.layout)
         store.add(Sample.of(mask, "made up", one.purpose, one.ratio, 0, Measurement(one.log_ppl, one.kl, 100, 0.1)))
     store.close()
-    (folder / "report.json").write_text('{"predictor": "additive", "heldout": {"additive": {"count": 9, "tau_mean": 0.9}}}')
+    save_report(study)
     return study
+
+
+def save_agent(study, agent):
+    """An agent and the nested policies that come from it."""
+    agent.save(study.path("agent"), study.layout)
+    chain_of(agent, study.layout).save(study.path("nested"))
+
+
+def save_report(study, tau=0.9):
+    """What a fit writes last."""
+    heldout = {"additive": {"count": 9, "tau_mean": tau}}
+    write_json(study.folder / "report.json", {"predictor": "additive", "heldout": heldout})
+
+
+def fit_anew(study, tilt):
+    """What a further fit does: the report goes, artefacts are replaced, a report comes. Odd sites lose more by a tilt."""
+    (study.folder / "report.json").unlink()
+    weights = 1 + tilt * (np.arange(len(study.layout.sites)) % 2)
+    save_agent(study, Agent(np.clip(1 - np.linspace(0, 1, 101)[:, None] * weights, 0, 1), np.array(0.6)))
+    save_report(study, 0.5)
 
 
 @contextlib.contextmanager
 def running(study, **options):
     """A server in this process; yields its port and what serves the model, or None."""
     config = ServeConfig(str(study), port=0, **options)
-    decider = Decider(study)
+    decider, mark = open_whole(study)
     with listen(config) as listener:
         port = listener.getsockname()[1]
         served = None if config.no_model else open_served(config, decider)
-        server = server_of(create_app(Service(decider, served, config.nested), access_of(config, port)))
+        server = server_of(create_app(Service(decider, served, config.nested, mark), access_of(config, port)))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         while not server.started:

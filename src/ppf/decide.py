@@ -112,9 +112,14 @@ class Decider:
         return float(self.study.record["dense"]["test"]["log_ppl"])
 
     @cached_property
+    def report(self) -> dict[str, Any]:
+        """What the fit said of itself at its end."""
+        return read_json(self.study.folder / "report.json")
+
+    @cached_property
     def missed_by(self) -> float:
         """How many of its standard deviations the predictor was off on held-out masks, root mean square; 1 if nobody says."""
-        return missed_by(read_json(self.study.folder / "report.json"))
+        return missed_by(self.report)
 
     def budget(self, target: Target) -> Budget:
         """What must go for a wanted ratio, number of parameters, or size.

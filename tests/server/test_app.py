@@ -70,7 +70,7 @@ def test_a_field_that_comes_twice_is_refused(decisions):
 
 
 def test_without_a_model_it_says_so(decisions):
-    assert get(decisions, "/api/state") == (200, {"live": False})
+    assert get(decisions, "/api/state") == (200, {"live": False, "fits": 1})
     assert get(decisions, "/v1/models") == (200, {"object": "list", "data": []})
     for path in ("/v1/completions", "/v1/chat/completions"):
         status, record = post(decisions, path, {"model": "tiny", "prompt": "w3"})
@@ -175,12 +175,17 @@ SENSIBLE = {
 }
 
 
+AMOUNTS = [60, pytest.param(1250, marks=pytest.mark.slow)]
+"""Of examples a route: what every run tries, and 5,000 in all."""
+
+
+@pytest.mark.parametrize("count", AMOUNTS)
 @pytest.mark.parametrize("path", SENSIBLE)
-def test_bodies_of_any_shape_are_answered_or_refused(live, path):
+def test_bodies_of_any_shape_are_answered_or_refused(live, path, count):
     port, served = live
 
-    @examples(60)
-    @given(st.dictionaries(NAMES, VALUES, max_size=3))
+    @examples(count)
+    @given(st.dictionaries(NAMES | st.text(max_size=8), VALUES, max_size=3))
     def check(more):
         record = {**SENSIBLE[path], **more}
         if path == "/api/ratio":
@@ -188,7 +193,8 @@ def test_bodies_of_any_shape_are_answered_or_refused(live, path):
         status, headers, body = request(port, "POST", path, json.dumps(record).encode("utf-8", "surrogatepass"))
         assert 200 <= status < 500, (record, body)
         if headers["content-type"] == "application/json":
-            strict(body)
+            error = strict(body).get("error")
+            assert (error is None) == (status == 200) and (error is None or error["message"].count("; ") >= 2), body
 
     try:
         check()
@@ -196,10 +202,14 @@ def test_bodies_of_any_shape_are_answered_or_refused(live, path):
         served.set_ratio(0.0)
 
 
-@examples(60)
-@given(
-    st.dictionaries(st.sampled_from(["ratio", "params", "memory", "align", "tp", "nested", "x"]), st.text(max_size=12), max_size=3)
-)
-def test_queries_of_any_shape_are_answered_or_refused(decisions, query):
-    status, _ = get(decisions, "/api/policy", **{name: value.encode("utf-8", "replace") for name, value in query.items()})
-    assert 200 <= status < 500
+@pytest.mark.parametrize("count", AMOUNTS)
+def test_queries_of_any_shape_are_answered_or_refused(decisions, count):
+    names = st.sampled_from(["ratio", "params", "memory", "align", "tp", "nested", "latency_ms", "x"])
+
+    @examples(count)
+    @given(st.dictionaries(names, st.text(max_size=12) | VALUES.map(str), max_size=3))
+    def check(query):
+        status, _ = get(decisions, "/api/policy", **{name: value.encode("utf-8", "replace") for name, value in query.items()})
+        assert 200 <= status < 500
+
+    check()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import pytest
 
@@ -187,7 +188,7 @@ def test_half_a_second_request_is_closed_too(study, hasty):
     with running(study, no_model=True) as (port, _), socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
         whole = f"GET /api/state HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n"
         connection.sendall(whole.encode())
-        assert answer(connection)[2] == b'{"live":false}'
+        assert answer(connection)[2] == b'{"live":false,"fits":1}'
         connection.sendall(whole[:20].encode())
         assert connection.recv(65536) == b""
 
@@ -209,11 +210,42 @@ def test_more_connections_than_it_takes_are_turned_away(study, monkeypatch):
         for _ in range(10):
             stack.enter_context(socket.create_connection(("127.0.0.1", port)))
         time.sleep(0.1)
-        status, _, body = exchange(port, f"GET /api/study HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n".encode())
-        assert status == 503 and b"prunable" not in body
+        status, headers, body = exchange(
+            port, f"GET /api/study HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n".encode()
+        )
+        assert status == 503 and strict(body)["error"]["code"] == "busy"
+        assert headers["retry-after"] == "1" and headers["connection"] == "close" and headers["x-content-type-options"] == "nosniff"
         stack.close()
         time.sleep(0.1)
         assert request(port, "GET", "/api/state")[0] == 200
+
+
+@pytest.mark.slow
+def test_three_hundred_slow_clients_hold_nobody_up(study):
+    with process(study, "--no-model") as (server, port), contextlib.ExitStack() as stack:
+        half = (
+            f"POST /api/ratio HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{{"
+        )
+        whole = f"GET /api/state HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n".encode()
+        first = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+        first.sendall(whole)
+        assert answer(first)[0] == 200
+        start, times, later = time.monotonic(), [], Counter()
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(300)]
+        for connection in slow:
+            connection.sendall(half.encode())
+        while (gone := time.monotonic() - start) < 20 and left(slow):
+            begun = time.perf_counter()
+            first.sendall(whole)  # a connection from before is answered all along
+            assert answer(first)[0] == 200
+            times.append(time.perf_counter() - begun)
+            later[request(port, "GET", "/api/state")[0]] += 1  # one that comes later is turned away until there is room
+            time.sleep(0.05)
+        worst = sorted(times)[int(0.99 * len(times))]
+        print(f"all closed after {gone:.1f} s; p99 {1e3 * worst:.1f} ms of {len(times)}; new connections: {dict(later)}")
+        assert gone <= 15 and worst <= 0.2 and set(later) <= {200, 503}
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=10) == 0 and server.stderr.read().count("\n") <= 300
 
 
 # --- load ---

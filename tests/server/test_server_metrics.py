@@ -6,7 +6,7 @@ from ppf.server import metrics
 from ppf.server.metrics import Meter, prometheus
 
 STATE = {
-    "live": True, "ratio": 0.25, "tokens_per_second": 40.0, "latency_ms": 25.0, "first_token_ms": None,
+    "live": True, "fits": 2, "ratio": 0.25, "tokens_per_second": 40.0, "latency_ms": 25.0, "first_token_ms": None,
     "memory": {"weights": 1000, "kv_cache": 10}, "tokens": {"prompt": 7, "completion": 9},
     "requests": {"running": 2, "waiting": 0, "done": 5, "failed": 0, "refused": 1, "cancelled": 0},
 }  # fmt: skip
@@ -35,6 +35,7 @@ def test_the_text_is_what_prometheus_reads():
     assert named["ppf_responses_total"] == named["ppf_memory_bytes"] == 2 and all(named.values())
     assert (
         "ppf_ratio 0.25" in lines
+        and "ppf_fits_total 2" in lines
         and "ppf_token_latency_seconds 0.025" in lines
         and 'ppf_memory_bytes{kind="weights"} 1000' in lines
     )
@@ -42,7 +43,7 @@ def test_the_text_is_what_prometheus_reads():
 
 
 def test_without_a_model_there_are_answers_alone():
-    assert "ppf_ratio" not in prometheus({"live": False}, {200: 1})
+    assert "ppf_ratio" not in prometheus({"live": False, "fits": 1}, {200: 1})
 
 
 def test_nothing_measured_yet():

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import mimetypes
 from collections import Counter
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +20,10 @@ from ppf.decide import Decider
 from ppf.errors import InputError, PPFError
 from ppf.server.answers import policy_record, study_record
 from ppf.server.controller import Costs
+from ppf.server.fields import of_field
 from ppf.server.guard import Access, Guard
 from ppf.server.metrics import prometheus
+from ppf.server.refit import Mark, follow
 from ppf.server.schemas import PolicyQuery, RatioBody
 from ppf.server.wire import JsonResponse, Refusal, as_refusal, refused
 
@@ -53,6 +55,10 @@ class LivePart(Protocol):
         """Changes what runs where a request names no ratio."""
         ...
 
+    def adopt(self, decider: Decider) -> None:
+        """Decides by another fit of the same model from now on."""
+        ...
+
     async def watch(self) -> None:
         """Lets the controller look, until cancelled."""
         ...
@@ -62,19 +68,43 @@ class LivePart(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Service:
     """What is served.
 
     Attributes:
-        decider: Of the study.
+        decider: Of the study; replaced as a whole when the study has been fitted anew.
         live: The live model; None serves decisions alone.
         nested: Whether policies are nested unless a request says otherwise.
+        mark: Of the fit; None serves this one for ever.
+        fits: How many were served so far.
+        study: What the server knows of the study.
     """
 
     decider: Decider
     live: LivePart | None = None
     nested: bool = False
+    mark: Mark | None = None
+    fits: int = field(default=1, init=False)
+    study: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.study = study_record(self.decider, self.live is not None)
+
+    def adopt(self, decider: Decider, study: dict[str, Any]) -> None:
+        """Answers by another fit from now on.
+
+        Raises:
+            InputError: The model that runs does not fit it.
+        """
+        if self.live is not None:
+            self.live.adopt(decider)
+        self.decider, self.study, self.fits = decider, study, self.fits + 1
+
+    def tasks(self) -> list[Coroutine[Any, Any, None]]:
+        """What runs beside the requests."""
+        following = [] if self.mark is None else [follow(self.decider.study.folder, self.mark, self.live is not None, self.adopt)]
+        return following if self.live is None else [*following, self.live.watch()]
 
 
 def create_app(service: Service, access: Access) -> Guard:
@@ -82,15 +112,14 @@ def create_app(service: Service, access: Access) -> Guard:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if service.live is None:
-            yield
-            return
-        watching = asyncio.create_task(service.live.watch())
+        tasks = [asyncio.create_task(task) for task in service.tasks()]
         try:
             yield
         finally:
-            watching.cancel()
-            service.live.close()
+            for task in tasks:
+                task.cancel()
+            if service.live is not None:
+                service.live.close()
 
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     most = access.max_body if service.live is None else max(access.max_body, service.live.max_body)
@@ -107,11 +136,9 @@ def create_app(service: Service, access: Access) -> Guard:
 
 
 def _add_decisions(app: FastAPI, service: Service) -> None:
-    study = study_record(service.decider, service.live is not None)
-
     @app.get("/api/study")
     async def study_route() -> Response:
-        return JsonResponse(study)
+        return JsonResponse(service.study)
 
     @app.get("/api/policy")
     async def policy_route(request: Request) -> Response:
@@ -126,7 +153,7 @@ def _query(request: Request) -> PolicyQuery:
     try:
         return PolicyQuery.model_validate(dict(pairs))
     except ValidationError as error:
-        raise _of_fields(error.errors()[0], 0) from error
+        raise of_field(error.errors()[0], dict(pairs)) from error
 
 
 def _policy(service: Service, query: PolicyQuery) -> dict[str, Any]:
@@ -158,7 +185,7 @@ def _add_state(app: FastAPI, service: Service, counts: Counter[int]) -> None:
     live = service.live
 
     def state() -> dict[str, Any]:
-        return {"live": False} if live is None else {"live": True, **live.state()}
+        return {"live": live is not None, "fits": service.fits, **({} if live is None else live.state())}
 
     @app.get("/api/state")
     async def state_route() -> Response:
@@ -190,12 +217,6 @@ def _add_absent(app: FastAPI) -> None:
         raise _absent()
 
 
-def _of_fields(error: Any, skip: int) -> Refusal:
-    """What pydantic says of one field; ``skip`` parts of its place say only that it is in the body."""
-    field = ".".join(str(part) for part in error["loc"][skip:])[:80] or "the body"
-    return Refusal(400, f"{field} must be valid; {error['msg']}; see the documentation of this route", "invalid_value")
-
-
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(PPFError)
     async def of_library(_: Request, error: PPFError) -> Response:
@@ -208,7 +229,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_fields(_: Request, error: RequestValidationError) -> Response:
-        refusal = _of_fields(error.errors()[0], 1)
+        first = error.errors()[0]
+        refusal = of_field({**first, "loc": first["loc"][1:]}, error.body)  # its place begins with "body"
         return refused(refusal.status, refusal.message, refusal.code)
 
     @app.exception_handler(HTTPException)

@@ -1,7 +1,9 @@
 """/v1/completions and /v1/chat/completions as OpenAI clients speak them, whole or as a stream of events.
 
 An extra field ``prune_ratio`` sets the size of the model for one request; without it the request follows the live ratio. The
-answer's extra field ``ppf`` says at which ratio it was made, and where that changed on the way.
+answer's extra field ``ppf`` says at which ratio it was made, where that changed on the way, and what ended it. An answer that
+the server's time limit or its end cut has the ``finish_reason`` "length", the one of OpenAI's words for what is not whole;
+``ppf.ended`` says "time" or "shutdown".
 """
 
 import time
@@ -52,7 +54,7 @@ class Exchange:
             Refusal: Another model, or more tokens than the model or the server takes.
             InputError: A ratio beyond what the floors allow.
         """
-        if body.model != model:
+        if body.model not in (None, model):  # there is but one, so that none need be named
             raise Refusal(404, f"the model must be {model}; {body.model!r} came; see /v1/models", "model_not_found")
         chat = isinstance(body, ChatBody)
         prompt = _prompt(live, body)
@@ -86,7 +88,7 @@ class Exchange:
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": _finish(last)}
         words = "".join(text)
         choice |= {"message": {"role": "assistant", "content": words, "refusal": None}} if self.chat else {"text": words}
-        return JsonResponse({**self._head(""), "choices": [choice], "usage": self._usage(last), "ppf": self._ppf()})
+        return JsonResponse({**self._head(""), "choices": [choice], "usage": self._usage(last), "ppf": self._ppf(last)})
 
     def stream(self) -> Response:
         """Events, one a token that brought text."""
@@ -111,18 +113,18 @@ class Exchange:
             if refusal is not error:
                 raise
             return
-        yield self._event({} if self.chat else "", _finish(last))
+        yield self._event({} if self.chat else "", last, True)
         if self.usage:
-            yield _line({**self._head(".chunk"), "choices": [], "usage": self._usage(last), "ppf": self._ppf()})
+            yield _line({**self._head(".chunk"), "choices": [], "usage": self._usage(last), "ppf": self._ppf(last)})
         yield b"data: [DONE]\n\n"
 
-    def _event(self, what: Any, finish: str | None = None) -> bytes:
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
+    def _event(self, what: Any, last: Piece | None = None, is_end: bool = False) -> bytes:
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": _finish(last) if is_end else None}
         if self.chat:
             choice["delta"] = {"content": what} if isinstance(what, str) else what
         else:
             choice["text"] = what
-        extra = {"ppf": self._ppf()} if finish else {}
+        extra = {"ppf": self._ppf(last)} if is_end else {}
         return _line({**self._head(".chunk"), "choices": [choice], **extra})
 
     def _head(self, part: str) -> dict[str, Any]:
@@ -133,9 +135,9 @@ class Exchange:
         prompt, new = len(self.job.prompt), last.tokens if last else 0
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
-    def _ppf(self) -> dict[str, Any]:
-        view = self.job.view or self.live.size.view
-        return {"ratio": self.live.ratio_of(view), "switches": self.job.switches}
+    def _ppf(self, last: Piece | None) -> dict[str, Any]:
+        view, ended = self.job.view or self.live.size.view, (last.finish if last else None) or self.job.ended
+        return {"ratio": self.live.ratio_of(view), "switches": self.job.switches, "ended": ended}
 
 
 def _finish(last: Piece | None) -> str:

@@ -107,6 +107,11 @@ class Guard:
             return await refused(refusal.status, refusal.message, refusal.code, headers)(scope, receive, sender)
         await self.app(scope, receive, sender)
 
+    async def turn_away(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answers on a connection that is one too many, in place of the application."""
+        message = "the server must have a connection left; all are taken; try again later"
+        await refused(503, message, "busy", {"Connection": "close"})(scope, receive, self._with_headers(send))
+
     def _check(self, scope: Message) -> None:
         access, path = self.access, scope["path"]
         hosts = _values(scope, b"host")

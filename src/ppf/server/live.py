@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ppf.config import Target
 from ppf.decide import Decider, Decision
+from ppf.errors import InputError
 from ppf.llm.elastic import ElasticModel
 from ppf.llm.generate import Piece, Sampling, generate
 from ppf.llm.perplexity import is_memory
 from ppf.llm.prefix import View
 from ppf.llm.timing import step_seconds
+from ppf.provenance import cores
 from ppf.server.answers import largest_ratio
 from ppf.server.controller import Costs, Load
 from ppf.server.metrics import Meter
@@ -50,6 +51,7 @@ class Job:
         switches: Where the size changed: at which new token, to which ratio, and what became of the KV cache.
         cached: Tokens in its KV cache.
         view: At which the cache is.
+        ended: What cut it before it was done: ``"time"`` or ``"shutdown"``.
         asked: When it came, by the monotonic clock.
         cancelled: Nobody waits for it any more.
     """
@@ -60,6 +62,7 @@ class Job:
     switches: list[dict[str, Any]] = field(default_factory=list)
     cached: int = 0
     view: View | None = None
+    ended: str | None = None
     asked: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -92,9 +95,10 @@ class Live:
         self.context = int(elastic.config.max_position_embeddings)
         self.meter = Meter()
         self.set_ratio(ratio)
-        self.costs = self._timed(timing_seconds)
+        seconds = step_seconds(self.elastic, [size.view for size in self._sizes()], timing_seconds)
+        self.costs = self._costs(1e3 * np.minimum.accumulate(seconds))
         self._jobs: set[Job] = set()
-        self._workers = max(1, min(_RUNNING, os.cpu_count() or 1))
+        self._workers = min(_RUNNING, cores())
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="ppf-live")
 
     def size_for(self, ratio: float) -> Size:
@@ -105,6 +109,23 @@ class Live:
         """
         decision = self.decider.decide(Target(ratio=ratio, nested=self.nested))
         return Size(decision, self.elastic.view(decision.allocation))
+
+    def adopt(self, decider: Decider) -> None:
+        """Decides by another fit of the same model from now on; a size that a request under way has fixed stays.
+
+        Raises:
+            InputError: Another model, or another order of its units than that in memory.
+        """
+        old, new = self.decider, decider
+        same = old.study.record["model"]["digest"] == new.study.record["model"]["digest"]
+        orders = zip(old.importance.order, new.importance.order, strict=same)
+        if not same or not all(np.array_equal(one, other) for one, other in orders):
+            raise InputError(
+                "a study fitted anew must keep its model and the order of the units; it has another; start the server again"
+            )
+        self.decider = decider
+        self.set_ratio(self.size.decision.asked)
+        self.costs = self._costs(self.costs.latency_ms)
 
     def set_ratio(self, ratio: float) -> Size:
         """Changes what runs where a request names no ratio, requests under way included."""
@@ -171,6 +192,7 @@ class Live:
     def close(self) -> None:
         """Ends what runs at its next token."""
         for job in list(self._jobs):
+            job.ended = "shutdown"
             job.cancelled.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -184,7 +206,10 @@ class Live:
         try:
             self.meter.counts["prompt_tokens"] += len(job.prompt)
             pieces = generate(self.elastic, self.tokenizer, job.prompt, job.sampling, lambda: (job.size or self.size).view)
-            while not job.cancelled.is_set() and time.monotonic() - start < _SECONDS:
+            while not job.cancelled.is_set():
+                if time.monotonic() - start >= _SECONDS:
+                    job.ended = "time"
+                    break
                 piece = next(pieces, None)
                 if piece is None:
                     break
@@ -211,11 +236,14 @@ class Live:
         job.view = piece.view
         return self.costs.latency_at(ratio) / 1e3
 
-    def _timed(self, seconds: float) -> Costs:
-        """What some ratios cost, from the whole model to the smallest that the agent was trained on."""
+    def _sizes(self) -> list[Size]:
+        """From the whole model to the smallest that the agent was trained on."""
         asked = np.linspace(0.0, min(float(self.decider.agent.max_ratio), largest_ratio(self.decider)), _TIMED)
-        sizes = [self.size_for(float(ratio)) for ratio in asked]
-        latency = 1e3 * np.minimum.accumulate(step_seconds(self.elastic, [size.view for size in sizes], seconds))
+        return [self.size_for(float(ratio)) for ratio in asked]
+
+    def _costs(self, latency: np.ndarray) -> Costs:
+        """What these sizes cost, at the times that they, or those of an earlier fit, took."""
+        sizes = self._sizes()
         kept = [size.view.allocation.kept for size in sizes]
         weights, kv = (np.array([count(one) for one in kept], dtype=float) for count in (self._weights, self._kv_bytes))
         return Costs(np.array([self.ratio_of(size.view) for size in sizes]), latency, weights, kv)

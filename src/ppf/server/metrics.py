@@ -81,6 +81,7 @@ def prometheus(state: dict[str, Any], counts: Mapping[int, int]) -> str:
             )
 
     add("responses_total", "counter", "Answers by HTTP status.", *((f'{{status="{key}"}}', counts[key]) for key in sorted(counts)))
+    add("fits_total", "counter", "Fits of the study that policies came from.", ("", state["fits"]))
     if state["live"]:
         memory, requests = state["memory"], state["requests"]
         add("ratio", "gauge", "Pruning ratio of requests that name none.", ("", float(state["ratio"])))

@@ -16,6 +16,7 @@ from ppf.decide import Decider
 from ppf.errors import InputError, InUseError, ResourceError
 from ppf.server.app import LivePart, Service, create_app
 from ppf.server.guard import HEADER_BYTES, Access, Guard
+from ppf.server.refit import open_whole
 
 _SILENT_SECONDS = 10.0
 _STOP_SECONDS = 4
@@ -37,10 +38,15 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Closes connections on which no request begins for ten seconds, whether they send nothing or half a head."""
+    """Closes connections on which no request begins for ten seconds, whether they send nothing or half a head.
+
+    Of more connections than the server takes, the last ones are turned away at their first request.
+    """
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if len(self.connections) > _CONNECTIONS:
+            self.app = self.config.loaded_app.turn_away
         self._last_cycle: Any = None
         self._look = self.loop.call_later(_SILENT_SECONDS, self._close_if_silent)
 
@@ -70,11 +76,11 @@ def serve(config: ServeConfig, open_live: Callable[[ServeConfig, Decider], LiveP
         InUseError: The port is taken.
     """
     config = _with_token(config)
-    decider = Decider(config.study)
+    decider, mark = open_whole(config.study)
     with listen(config) as listener:
         access = access_of(config, listener.getsockname()[1])
         live = None if open_live is None else open_live(config, decider)
-        server = server_of(create_app(Service(decider, live, config.nested), access))
+        server = server_of(create_app(Service(decider, live, config.nested, mark), access))
         server.announcement = f"serving http://{_shown(config.host)}:{access.port}\n"
         server.run([listener])
 
@@ -92,7 +98,6 @@ def server_of(app: Guard) -> _Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=_CONNECTIONS,
             h11_max_incomplete_event_size=HEADER_BYTES,
             timeout_graceful_shutdown=_STOP_SECONDS,
         )

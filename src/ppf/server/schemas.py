@@ -1,4 +1,7 @@
-"""What clients may send. Fields are OpenAI's; what would change an answer and is not there is refused, never ignored."""
+"""What clients may send. Fields are OpenAI's; what would change an answer and is not there is refused, never ignored.
+
+Every field says in words what it must be; a refusal says so too (fields.py).
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -7,6 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Token = Annotated[int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
+Words = Annotated[str, Field(max_length=300)]
+_ABSENT = "left out: this server has none"
+
+
+def _is(words: str, default: Any = None, **limits: Any) -> Any:
+    """A field, and what it must be."""
+    return Field(default, description=words, **limits)
 
 
 class _Strict(BaseModel):
@@ -20,51 +30,51 @@ class PolicyQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    ratio: Annotated[float | None, Field(allow_inf_nan=False)] = None
-    params: Annotated[str | None, Field(max_length=40)] = None
-    memory: Annotated[str | None, Field(max_length=40)] = None
-    latency_ms: Annotated[float | None, Field(allow_inf_nan=False, gt=0)] = None
-    align: Annotated[int, Field(ge=1, le=65536)] = 1
-    tp: Annotated[int, Field(ge=1, le=4096)] = 1
-    nested: bool | None = None
+    ratio: float | None = _is("a number from 0 to less than 1", allow_inf_nan=False)
+    params: str | None = _is("a number of parameters such as 3M", max_length=40)
+    memory: str | None = _is("a size such as 6MB", max_length=40)
+    latency_ms: float | None = _is("a number of milliseconds above 0", allow_inf_nan=False, gt=0)
+    align: int = _is("a whole number from 1 to 65536", 1, ge=1, le=65536)
+    tp: int = _is("a whole number from 1 to 4096", 1, ge=1, le=4096)
+    nested: bool | None = _is("true or false")
 
 
 class RatioBody(_Strict):
     """The body of POST /api/ratio."""
 
-    ratio: Ratio
+    ratio: Ratio = _is("a number from 0 to less than 1", ...)
 
 
 class StreamOptions(_Strict):
     """What a stream brings beside text."""
 
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
+    include_usage: bool | None = _is("true or false")
+    include_obfuscation: bool | None = _is("true or false")
 
 
 class _Request(_Strict):
     """What both kinds of completion share."""
 
-    model: Annotated[str, Field(max_length=300)]
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
-    temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = None
-    top_p: Annotated[float | None, Field(gt=0, le=1, allow_inf_nan=False)] = None
-    n: Literal[1] | None = None
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    prune_ratio: Ratio | None = None
-    user: Annotated[str | None, Field(max_length=300)] = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float] | None, Field(max_length=0)] = None
+    model: Words | None = _is("the name of the model at /v1/models, or left out")
+    max_tokens: int | None = _is("a whole number above 0", ge=1)
+    temperature: float | None = _is("a number from 0 to 2", ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = _is("a number above 0, at most 1", gt=0, le=1, allow_inf_nan=False)
+    n: Literal[1] | None = _is("1 or left out: there is one answer to a request")
+    seed: int | None = _is("a whole number of 64 bits", ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = _is("a text of 1 to 200 characters, or at most 4 of them")
+    stream: bool | None = _is("true or false")
+    stream_options: StreamOptions | None = _is('an object such as {"include_usage": true}')
+    prune_ratio: Ratio | None = _is("a number from 0 to less than 1")
+    user: Words | None = _is("a text of at most 300 characters")
+    frequency_penalty: float | None = _is("0 or left out: this server has no penalties")
+    presence_penalty: float | None = _is("0 or left out: this server has no penalties")
+    logit_bias: dict[str, float] | None = _is("empty or left out: this server has none", max_length=0)
 
     @field_validator("frequency_penalty", "presence_penalty")
     @classmethod
     def _none_at_all(cls, value: float | None) -> float | None:
         if value:
-            raise ValueError("penalties are not there; leave it out or send 0")
+            raise ValueError("penalties are not there")
         return value
 
     @property
@@ -76,26 +86,30 @@ class _Request(_Strict):
 class CompletionBody(_Request):
     """The body of POST /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] | Annotated[list[Token], Field(min_length=1)]
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
-    logprobs: None = None
-    suffix: None = None
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] | Annotated[list[Token], Field(min_length=1)] = _is(
+        "one text, or a list of one text or of token ids", ...
+    )
+    best_of: Literal[1] | None = _is("1 or left out: there is one answer to a request")
+    echo: Literal[False] | None = _is("false or left out: an answer does not repeat its prompt")
+    logprobs: None = _is(_ABSENT)
+    suffix: None = _is(_ABSENT)
 
 
 class TextPart(_Strict):
     """A part of a message."""
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text"] = _is('"text", the one kind of part that the model reads', ...)
+    text: str = _is("a text", ...)
 
 
 class ChatMessage(_Strict):
     """One message of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-    name: str | None = None
+    role: Literal["system", "developer", "user", "assistant"] = _is("system, developer, user or assistant", ...)
+    content: str | Annotated[list[TextPart], Field(min_length=1)] = _is(
+        'a text, or a list of parts such as {"type": "text", "text": "..."}', ...
+    )
+    name: str | None = _is("a text")
 
     def to_template(self) -> dict[str, Any]:
         """As a chat template takes it."""
@@ -106,10 +120,12 @@ class ChatMessage(_Strict):
 class ChatBody(_Request):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: None = None
-    response_format: None = None
-    tools: None = None
-    tool_choice: None = None
+    messages: list[ChatMessage] = _is(
+        'a list of 1 to 1000 messages such as {"role": "user", "content": "..."}', ..., min_length=1, max_length=1000
+    )
+    max_completion_tokens: int | None = _is("a whole number above 0", ge=1)
+    logprobs: Literal[False] | None = _is(_ABSENT)
+    top_logprobs: None = _is(_ABSENT)
+    response_format: None = _is(_ABSENT)
+    tools: None = _is(_ABSENT)
+    tool_choice: None = _is(_ABSENT)

@@ -94,6 +94,10 @@ class Served:
             raise Refusal(409, "a ratio is set by hand only without a controller; it is on; start without targets", "controlled")
         self.live.set_ratio(ratio)
 
+    def adopt(self, decider: Decider) -> None:
+        """See ``LivePart``."""
+        self.live.adopt(decider)
+
     async def watch(self) -> None:
         """See ``LivePart``."""
         while self.goal is not None:

@@ -69,8 +69,9 @@ def error_body(status: int, message: str, code: str) -> dict[str, Any]:
 
 
 def refused(status: int, message: str, code: str, headers: dict[str, str] | None = None) -> JsonResponse:
-    """An error as an answer."""
-    return JsonResponse(error_body(status, message, code), status, headers)
+    """An error as an answer; one that will pass says when to ask again."""
+    later = {"Retry-After": "1"} if status == 503 else {}
+    return JsonResponse(error_body(status, message, code), status, later | (headers or {}))
 
 
 def as_refusal(error: PPFError) -> Refusal:

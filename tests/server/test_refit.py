@@ -1,0 +1,196 @@
+import asyncio
+import contextlib
+import json
+import shutil
+import threading
+import time
+
+import pytest
+
+from builders import importance, refuses
+from http_client import request, strict
+from ppf.artifact import read_json, write_json
+from ppf.config import Target
+from ppf.decide import Decider
+from ppf.errors import DamagedError, InputError
+from ppf.server import refit
+from ppf.server.refit import mark_of, open_whole
+from ppf.study import StudyFolder
+from server_runs import fit_anew, running
+
+
+@pytest.fixture
+def own(study, tmp_path, monkeypatch):
+    """A copy of the study, to be fitted anew; servers look often."""
+    monkeypatch.setattr(refit, "_LOOK_SECONDS", 0.05)
+    return StudyFolder(shutil.copytree(study, tmp_path / "own"))
+
+
+def get(port, path):
+    status, _, body = request(port, "GET", path)
+    assert status == 200, body
+    return strict(body)
+
+
+def kept(record):
+    return [entry["kept"] for entry in record["kept"]]
+
+
+def library(study, ratio, nested=False):
+    return Decider(study.folder).decide(Target(ratio=ratio, nested=nested)).allocation.kept.tolist()
+
+
+def until(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def asking(port, paths, connections=4):
+    """Clients that ask without a pause; yields what came back that was not 200, and what was answered."""
+    failed, answered, stop = [], [], threading.Event()
+
+    def ask(number):
+        count = 0
+        while not stop.is_set():
+            count += 1
+            try:
+                status, _, body = request(port, "GET", paths[(number + count) % len(paths)])
+            except OSError as error:
+                failed.append(error)
+                continue
+            answered.append(strict(body))
+            if status != 200:
+                failed.append(body)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(connections)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield failed, answered
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+# --- reading a study that changes ---
+
+
+def test_a_decider_needs_nothing_of_the_folder_once_it_is_open(own):
+    decider, mark = open_whole(own.folder)
+    expected = [library(own, 0.4, nested) for nested in (False, True)]
+    fit_anew(own, 0.8)
+    for nested, wanted in zip((False, True), expected, strict=True):
+        assert decider.decide(Target(ratio=0.4, nested=nested)).allocation.kept.tolist() == wanted
+    assert library(own, 0.4, True) != expected[1] and mark_of(own.folder) != mark
+    shutil.rmtree(own.folder)
+    assert mark_of(own.folder) is None and decider.report["heldout"]["additive"]["tau_mean"] == 0.9
+
+
+def test_a_fit_that_ends_while_it_is_read_is_read_again(own, monkeypatch):
+    opened = []
+
+    def slow(folder):
+        decider = Decider(folder)
+        if not opened:
+            fit_anew(own, 0.8)
+        opened.append(decider)
+        return decider
+
+    monkeypatch.setattr(refit, "Decider", slow)
+    decider, mark = open_whole(own.folder)
+    assert len(opened) == 2 and decider is opened[1] and mark == mark_of(own.folder)
+
+
+def test_a_study_that_never_rests_is_refused(own, monkeypatch):
+    marks = iter(range(100))
+    monkeypatch.setattr(refit, "mark_of", lambda _: (next(marks), 0, 0))
+    with refuses(DamagedError):
+        open_whole(own.folder)
+
+
+# --- serving one ---
+
+
+def test_while_a_fit_runs_the_last_policies_are_served_and_then_the_new_ones(own, caplog):
+    before = [library(own, 0.4, nested) for nested in (False, True)]
+    with running(own.folder, no_model=True) as (port, _):
+        report = read_json(own.folder / "report.json")
+        (own.folder / "report.json").unlink()
+        until(lambda: "is being fitted" in caplog.text)
+        for path in ("agent", "nested", "predictor"):
+            own.path(path).write_bytes(b"half")
+        assert kept(get(port, "/api/policy?ratio=0.4")) == before[0]
+        assert kept(get(port, "/api/policy?ratio=0.4&nested=true")) == before[1]
+        assert get(port, "/api/study")["predictor"]["heldout"]["tau_mean"] == 0.9
+        write_json(own.folder / "report.json", report)  # the report is there, and yet nothing else is whole
+        until(lambda: "still served: " in caplog.text)
+        assert kept(get(port, "/api/policy?ratio=0.4")) == before[0] and get(port, "/api/state")["fits"] == 1
+    assert "Traceback" not in caplog.text and len(caplog.records) == 2
+
+
+def test_a_swap_fails_no_request_and_every_answer_is_of_one_fit(own, caplog):
+    paths = [f"/api/policy?ratio=0.4&nested={nested}" for nested in ("false", "true")] + ["/api/study"]
+    answers = [[library(own, 0.4, nested) for nested in (False, True)]]
+    with running(own.folder, no_model=True) as (port, _), asking(port, paths) as (failed, answered):
+        for fit in (2, 3, 4):
+            fit_anew(own, 0.8 if fit % 2 == 0 else 0.2)
+            answers.append([library(own, 0.4, nested) for nested in (False, True)])
+            until(lambda fit=fit: get(port, "/api/state")["fits"] == fit)
+            assert [kept(get(port, path)) for path in paths[:2]] == answers[-1]
+            assert get(port, "/api/study")["predictor"]["heldout"]["tau_mean"] == 0.5
+    known = [tuple(one) for pair in answers for one in pair]
+    assert not failed and len(answered) > 20 and len(set(known)) > 2
+    assert {tuple(kept(one)) for one in answered if "kept" in one} <= set(known)
+    assert caplog.text.count("its new policies are served from now on") == 3
+
+
+def test_the_live_model_takes_the_new_policies_and_requests_under_way_go_on(own, caplog, monkeypatch):
+    with running(own.folder, max_tokens=40, ratio=0.4) as (port, served):
+        at = served.live.elastic.at
+        monkeypatch.setattr(served.live.elastic, "at", lambda *view: time.sleep(0.05) or at(*view))
+        found = []
+        body = {"model": "tiny", "prompt": "w5", "max_tokens": 40, "temperature": 0, "stop": ["never"]}
+        following, fixed = (json.dumps({**body, **more}).encode() for more in ({}, {"prune_ratio": 0.2}))
+        ask = [threading.Thread(target=lambda one=one: found.append(request(port, "POST", "/v1/completions", one, seconds=30)))
+               for one in (following, fixed)]  # fmt: skip
+        for thread in ask:
+            thread.start()
+        until(lambda: len(served.live._jobs) == 2)
+        fit_anew(own, 0.8)
+        until(lambda: get(port, "/api/state")["fits"] == 2)
+        assert served.live.size.decision.asked == 0.4
+        assert served.live.size.view.allocation.kept.tolist() == library(own, 0.4)
+        for thread in ask:
+            thread.join()
+    records = [strict(body) for _, _, body in found]
+    assert [status for status, _, _ in found] == [200, 200]
+    assert sorted(len(record["ppf"]["switches"]) for record in records) in ([0, 0], [0, 1])
+    assert len(served.live.costs.ratios) == 6 and "Traceback" not in caplog.text
+
+
+def test_a_fit_that_the_model_in_memory_cannot_run_is_not_taken(own, caplog):
+    with running(own.folder, max_tokens=8) as (port, served):
+        before = served.live.size.view.allocation.kept.tolist()
+        importance(own.layout, 7).save(own.path("importance"), own.layout)
+        fit_anew(own, 0.8)
+        until(lambda: "start the server again" in caplog.text)
+        assert get(port, "/api/state")["fits"] == 1 and served.live.size.view.allocation.kept.tolist() == before
+        with refuses(InputError):
+            served.adopt(Decider(own.folder))
+
+
+def test_a_failure_of_ours_does_not_end_the_watch(own, monkeypatch, caplog):
+    adopted, marks = [], iter([(1, 0, 0), (2, 0, 0), (2, 0, 0)])
+    monkeypatch.setattr(refit, "mark_of", lambda _: next(marks, (2, 0, 0)))
+    monkeypatch.setattr(refit, "_opened", lambda *_: (1 / 0) if not caplog.records else ("decider", {}, (2, 0, 0)))
+
+    async def watched():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(refit.follow(own.folder, (0, 0, 0), False, lambda *given: adopted.append(given)), 1)
+
+    asyncio.run(watched())
+    assert adopted == [("decider", {})] and "could not be opened" in caplog.text
