@@ -7,6 +7,7 @@ Everything runs in one process set up as a measuring one: one thread, large buff
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -202,6 +203,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):  # glibc reads its own before main
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
+        sys.exit(subprocess.run([sys.executable, *sys.argv], env={**os.environ, **ENVIRONMENT}).returncode)
     torch.set_num_threads(1)
     main()
