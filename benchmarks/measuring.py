@@ -152,7 +152,7 @@ def measured(model: PreTrainedModel, layout: Layout, batches: int, rounds: int, 
         "layers": layout.layers, "parameters": layout.total, "vocabulary": model.config.vocab_size, "tokens": tokens,
         "ways": beside(timed(jobs, rounds), "plain loop", tokens),
         "probes": len(each),
-        "sharing": beside(timed(pairs, max(2, rounds // 4)), "every layer", tokens * len(each)),
+        "sharing": beside(timed(pairs, max(2, rounds // 6)), "every layer", tokens * len(each)),
     }  # fmt: skip
 
 
