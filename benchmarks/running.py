@@ -1,4 +1,4 @@
-"""The sections of docs/results.md on what holds and how fast it runs: families, the live model, the page, engines, kills."""
+"""The sections of docs/results.md on what holds and how fast it runs: families, the live model, the page, measuring, kills."""
 
 from typing import Any
 
@@ -102,6 +102,58 @@ def engines() -> list[str]:
         Masks a second, median and range; lost: the share of the workers' time in which none of them measured."""
     header = ["engine, workers", "seconds to start", "masks/s", "lost"]
     return [section("Engines: this machine, and a Ray cluster on it", "ray_engine", record, words, table(header, rows))]
+
+
+def measuring() -> list[str]:
+    """Masks measured beside a plain loop, and what sharing adds."""
+    record = load("measuring")
+    if record is None:
+        return []
+    parts = []
+    for name, found in record["result"]["models"].items():
+        shape = f"{name}: {found['layers']} layers, {found['parameters'] / 1e6:.1f} M"
+        for clock in ("wall", "processor"):
+            plain, *ways = found["ways"].values()
+            speeds = [_times(way[clock]["speed_beside"]) for way in (*ways, found["sharing"]["shared"])]
+            parts.append([shape, clock, f"{plain[clock]['tokens_per_second']['median']:,.0f}", *speeds])
+    words = """One thread, random tokens, all ways in turns: a plain loop over `model(...)` that sums the loss, in tokens/s; then
+        masks as a fit measures them, with the divergence from the dense model as well, in speeds of that loop, medians
+        (quartiles). One channel gone in the first layer: all the work and nothing to share. 30 % gone: with the weights of the
+        narrower model, as on a CPU, and with zeros in the place of what is removed, as on an accelerator. Probes: each site of
+        the model halved alone, starting above the layers that it leaves alone, in speeds of the same without sharing."""
+    header = ["model", "clock", "loop, tokens/s", "one channel gone", "30 % gone", "30 %, zeros", "probes, shared"]
+    tables = [table(header, parts)]
+    if "study" in record["result"]:
+        shares = [[name, str(one["masks"]), f"{one['left_out']:.1%}"] for name, one in record["result"]["study"].items()]
+        tables.append("What the masks of one fit share: how many layers need not be computed, by purpose.")
+        tables.append(table(["masks for", "number", "layers left out"], shares))
+    return [section("Measuring beside a plain loop", "measuring", record, words, *tables)]
+
+
+def _times(found: dict[str, float]) -> str:
+    return f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+
+
+def growth() -> list[str]:
+    """What a fit takes as models, texts and budgets grow."""
+    record = load("growth")
+    if record is None:
+        return []
+    result = record["result"]
+    rows = [
+        [
+            *(f"{row[name]:,}" for name in ("layers", "tokens", "samples")),
+            *(f"{row['groups'][name]:.1f}" for name in ("importance", "measuring", "learning")),
+            f"{1000 * row['measuring_seconds'] / (row['measured_tokens'] / row['tokens']):.0f}", f"{row['left_out']:.0%}",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    words = f"""Whole fits of random Llamas, {result["hidden_size"]} wide, one worker; from {result["base"]["layers"]} layers,
+        {result["base"]["tokens"]:,} tokens and {result["base"]["samples"]} samples one thing grows at a time. Seconds: importance,
+        with the choice among criteria; measuring; learning, that is predictors, agents and their search. Then milliseconds of
+        a mask, and the layers that sharing left out. In models so narrow the output layer outweighs several others."""
+    header = ["layers", "tokens", "samples", "importance, s", "measuring, s", "learning, s", "a mask, ms", "left out"]
+    return [section("How the cost of a fit grows", "growth", record, words, table(header, rows))]
 
 
 def kills() -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 from evidence import agents, benches, learning, many_groups, ranking, texts
 from more_evidence import compensation, family_tasks, recovery
 from page import HERE, heading, load, table, within
-from running import engines, families, kills, live, slider
+from running import engines, families, growth, kills, live, measuring, slider
 
 INTRO = """# Results
 
@@ -163,7 +163,7 @@ def _quartiles(found: dict[str, float], digits: int) -> str:
 def main() -> None:
     chosen = [*benches(), *texts(), *ranking(), *learning(), *many_groups(), *agents()]
     after = [*compensation(), *recovery(), *families(), *family_tasks()]
-    running = [speed(), *live(), *slider(), *engines(), *kills()]
+    running = [speed(), *live(), *slider(), *measuring(), *growth(), *engines(), *kills()]
     parts = [INTRO, demo(), *chosen, *after, reference(), gguf(), *running]
     (HERE.parent / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")
 

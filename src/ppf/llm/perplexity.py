@@ -137,16 +137,16 @@ def _losses(
     with enough_memory():
         for rows in _batches(blocks, tokens_per_batch):
             for ids, row in zip(rows, _logits(model, rows), strict=True):
-                logits = row[:-1].float()
-                targets = torch.from_numpy(np.ascontiguousarray(ids[1:])).to(logits.device, torch.long)
-                losses.append(functional.cross_entropy(logits, targets).item())
-                divergences.append(0.0 if reference is None else _divergence(logits, reference, len(losses) - 1))
+                log_probs = row[:-1].float().log_softmax(-1)
+                targets = torch.from_numpy(np.ascontiguousarray(ids[1:])).to(log_probs.device, torch.long)
+                losses.append(functional.nll_loss(log_probs, targets).item())
+                divergences.append(0.0 if reference is None else _divergence(log_probs, reference, len(losses) - 1))
     return np.array(losses), np.array(divergences)
 
 
-def _divergence(logits: torch.Tensor, reference: Reference, block: int) -> float:
+def _divergence(log_probs: torch.Tensor, reference: Reference, block: int) -> float:
     dense = reference.log_probs[block]
-    values = logits.gather(-1, reference.tokens[block]) - logits.logsumexp(-1, keepdim=True)
+    values = log_probs.gather(-1, reference.tokens[block])
     other = torch.cat([values, _rest(values)], dim=-1)
     return (dense.exp() * (dense - other)).sum(-1).mean().item()
 

@@ -8,6 +8,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from ppf.llm.engines.bench import InProcessEngine
 from ppf.llm.engines.local import LocalEngine
 from ppf.llm.load import convert, load_model
 from ppf.llm.text import Text
+from ppf.space.mask import Mask
 
 LAYOUT = layout(layers=1, ffn=40)
 BLOCKS = tiny.blocks(6, 12)
@@ -70,6 +72,16 @@ def masks(count=12, of=LAYOUT):
     """Masks that differ."""
     found = {mask.digest: mask for mask in (random_mask(of, seed) for seed in range(3 * count))}
     return list(found.values())[:count]
+
+
+def upper(of):
+    """Two masks that leave all layers but the last alone."""
+    found = []
+    for site in (-2, -1):
+        bits = [np.ones(units, dtype=bool) for units in of.units]
+        bits[site][1:] = False
+        found.append(Mask(tuple(bits)))
+    return found
 
 
 def tell(folder, what, mask=None):
@@ -252,7 +264,7 @@ def test_closing_leaves_no_process(stand_ins, moment):
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_processes_give_the_results_of_this_one_even_if_one_is_killed(real, dtype):
     folder, text, of = real
-    wanted, before = masks(10, of), children()
+    wanted, before = [*masks(8, of), *upper(of)], children()
     here = convert(load_model(str(folder)).model, torch.device("cpu"), getattr(torch, dtype))
     engine = InProcessEngine(here, of, Text.load(text, of.fingerprint), 4096)
     expected, some = dict(engine.measure(wanted)), dict(engine.measure(wanted[:2], "test", [2, 0]))

@@ -1,5 +1,6 @@
 """What every engine promises, a dense model on the bench, and the engine that measures in this process."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from ppf.errors import ResourceError
 from ppf.llm.masking import masked, narrowed
 from ppf.llm.perplexity import Reference, measure, reference_of
+from ppf.llm.shared_layers import SharedLayers
 from ppf.llm.text import Text
 from ppf.samples import Measurement
 from ppf.space.layout import Layout
@@ -52,13 +54,16 @@ class Bench:
     def __init__(self, model: PreTrainedModel, layout: Layout, text: Text, tokens_per_batch: int) -> None:
         self._model, self._layout, self._text, self._batch = model, layout, text, tokens_per_batch
         self._references: dict[str, Reference] = {}
+        self._shared = SharedLayers(model, layout, text.search.size)
         # Arithmetic is what a CPU is short of, memory what an accelerator is.
         self._pruned = narrowed if model.device.type == "cpu" else masked
 
     def prepare(self, part: str) -> Reference:
         """The dense model's answers on a part."""
         if part not in self._references:
-            self._references[part] = reference_of(self._model, getattr(self._text, part), self._batch)
+            # Only the search text is measured with masks that leave whole layers alone.
+            with self._shared.kept() if part == "search" else contextlib.nullcontext():
+                self._references[part] = reference_of(self._model, getattr(self._text, part), self._batch)
         return self._references[part]
 
     def measure(self, mask: Mask, part: str, rows: Sequence[int] | None) -> Measurement:
@@ -69,7 +74,7 @@ class Bench:
             reference = self.prepare(part)
             if rows is not None:
                 blocks, reference = blocks[list(rows)], reference.of(rows)
-            with self._pruned(self._model, self._layout, mask):
+            with self._pruned(self._model, self._layout, mask), self._shared.skipped(mask):
                 losses, divergences = measure(self._model, blocks, reference, self._batch)
         except ResourceError as error:
             return Measurement(math.nan, math.nan, 0, time.perf_counter() - start, str(error))
