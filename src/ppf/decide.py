@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ppf.artifact import read_json
 from ppf.config import Target
 from ppf.errors import InputError
 from ppf.learn.agent import Agent
@@ -113,7 +112,7 @@ class Decider:
     @cached_property
     def missed_by(self) -> float:
         """How many of its standard deviations the predictor was off on held-out masks, root mean square; 1 if nobody says."""
-        return missed_by(read_json(self.study.folder / "report.json"))
+        return missed_by(self.study.report)
 
     def budget(self, target: Target) -> Budget:
         """What must go for a wanted ratio, number of parameters, or size.

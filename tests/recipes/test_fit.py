@@ -29,7 +29,7 @@ from ppf.recipes import fit as recipe
 from ppf.recipes.fit import HELDOUT_RATIOS
 from ppf.recipes.lab import Lab, settings_of
 from ppf.report import write_report
-from ppf.study import StudyFolder
+from ppf.study import StudyFolder, read_sealed, write_sealed
 
 
 def again(study, **changes):
@@ -234,7 +234,7 @@ def test_readers_are_answered_while_another_process_writes(fitted, tmp_path):
 import sys
 from pathlib import Path
 from ppf.lock import locked
-from ppf.study import StudyFolder
+from ppf.study import StudyFolder, read_sealed, write_sealed
 with locked(Path({str(tmp_path / "copy")!r})):
     store = StudyFolder({str(tmp_path / "copy")!r}).store(write=True)
     samples = store.all()
@@ -259,9 +259,9 @@ with locked(Path({str(tmp_path / "copy")!r})):
 
 def test_what_is_measured_later_is_measured_here_wherever_the_fit_was(fitted, tmp_path):
     shutil.copytree(fitted.folder, tmp_path / "copy")
-    record = json.loads((tmp_path / "copy" / "study.json").read_text())
+    record = read_sealed(tmp_path / "copy" / "study.json")
     record["settings"] |= {"engine": "ray", "ray_address": "10.0.0.1:6379", "gpus_per_worker": 1.0}
-    (tmp_path / "copy" / "study.json").write_text(json.dumps(record))
+    write_sealed(tmp_path / "copy" / "study.json", record)
     found = settings_of(StudyFolder(tmp_path / "copy"), study="s", workers=1)
     assert (found.engine, found.ray_address, found.gpus_per_worker, found.workers) == ("local", None, None, 1)
     assert found.search_tokens == SETTINGS["search_tokens"]

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from ppf.artifact import read_json
 from ppf.config import Target
 from ppf.decide import Decider
 from ppf.samples import kept_matrix
@@ -22,7 +21,7 @@ def study_record(decider: Decider, live: bool) -> dict[str, Any]:
         live: Whether a model is served too.
     """
     study, layout = decider.study, decider.layout
-    report = read_json(study.folder / "report.json")
+    report = study.report
     heldout, dense = report.get("heldout", {}), decider.dense_log_ppl
     settings = study.record["settings"]
     return {
