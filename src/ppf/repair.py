@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ppf.artifact import load_artifact, remove_unfinished
-from ppf.errors import DamagedError, InputError
+from ppf.errors import DamagedError, InputError, PPFError, ResourceError
 from ppf.learn.agent import Agent
 from ppf.learn.nested import Chain
 from ppf.learn.predictor import Predictor
@@ -23,7 +23,6 @@ from ppf.lock import locked
 from ppf.salvage import salvage
 from ppf.samples import SampleStore
 from ppf.space.importance import Importance
-from ppf.space.layout import Layout
 from ppf.study import StudyFolder, check_version, read_sealed
 
 _STORE, _ASIDE = "samples.sqlite", ".damaged"
@@ -65,18 +64,21 @@ def repair(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: There is no study, nor the samples of one.
         InUseError: Another process writes.
+        ResourceError: The folder cannot be written; what was read is still there.
         DamagedError: A study of another version; nothing is changed.
     """
     if not (folder / "study.json").exists() and not _stores(folder):
         raise InputError(f"{folder} must be a study folder; it holds neither study.json nor samples; check the name")
     with locked(folder):
         remove_unfinished(folder)
+        study, why = _open(folder)
         try:
-            study, lost = _open(folder), ""
-        except (InputError, DamagedError) as error:
-            study, lost = None, _reason(error)
-        aside = set_aside_damaged(study) if study else _set_aside_all(folder, lost)
-        found, samples = _mend_store(folder)
+            aside = set_aside_damaged(study) if study else _set_aside_all(folder, why)
+            found, samples = _mend_store(folder)
+        except OSError as error:
+            if isinstance(error, PPFError):
+                raise
+            raise ResourceError(f"{folder} must be writable; {error.strerror}; free the disk, then repair it again") from error
         return {"aside": [vars(one) for one in (*aside, *found)], "samples": samples}
 
 
@@ -108,23 +110,26 @@ def _check_json(path: Path, needed: tuple[str, ...]) -> None:
         raise DamagedError(f"{path} must hold {missing[0]!r}; it does not; fit again")
 
 
-def _open(folder: Path) -> StudyFolder:
-    """The study; one whose layout is not whole is none."""
-    if (folder / "study.json").exists():
-        record = read_sealed(folder / "study.json")
-        if isinstance(record.get("layout"), dict):  # else it is no record at all, of whatever version
-            _check_other_version(record, folder)
-    study = StudyFolder(folder)
-    Layout.from_json(study.record["layout"])
-    return study
+def _open(folder: Path) -> tuple[StudyFolder | None, str]:
+    """The study, or None and what is wrong with its record.
 
-
-def _check_other_version(record: dict[str, Any], folder: Path) -> None:
-    """A study that another ppf made is whole, and is not ours to take apart."""
+    Raises:
+        DamagedError: It is whole and of another version, which is not ours to take apart.
+    """
+    path = folder / "study.json"
+    if not path.exists():
+        return None, "study.json is missing"
     try:
-        check_version(record, folder)
+        record = read_sealed(path)
     except DamagedError as error:
-        raise InputError(str(error)) from error
+        return None, _reason(error)
+    check_version(record, folder)
+    try:
+        study = StudyFolder(folder)
+        _ = study.layout
+    except DamagedError as error:
+        return None, _reason(error)
+    return study, ""
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from ppf.artifact import MAX_HEADER
 from ppf.errors import DamagedError, InputError, PPFError, ResourceError, UnsupportedError
 from ppf.llm.architectures import family_of, layout_of_model, skeleton
 from ppf.llm.auto import register
@@ -167,13 +169,19 @@ def read_config(folder: Path) -> Any:
     Raises:
         InputError: No config.json.
         DamagedError: One that is not valid.
-        UnsupportedError: Another family, or quantised weights.
+        UnsupportedError: Another family, quantised weights, or an adapter alone.
     """
     path = folder / "config.json"
+    if not path.is_file() and (folder / "adapter_config.json").is_file():
+        raise UnsupportedError(
+            f"a model must be a whole one; {folder} holds an adapter alone; merge it into its model and save that"
+        )
     if not path.is_file():
         raise InputError(f"a model folder must hold config.json; {folder} does not; give the folder of a Hugging Face model")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_HEADER:
+            raise ValueError(f"more than {MAX_HEADER:,} bytes")
+        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
         kind, layers = raw["model_type"], raw.get("num_hidden_layers")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path} must be a model's JSON config; {first_line(error)}; restore it") from error
@@ -187,6 +195,13 @@ def read_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the errors of a config's many checks share no base
         raise DamagedError(f"{path} must be a valid {kind} config; {first_line(error)}; restore it") from error
+
+
+def _finite(text: str) -> float:
+    """A number of JSON; no model has an infinite one, or NaN."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
