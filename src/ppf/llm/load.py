@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
@@ -19,6 +18,7 @@ from ppf.errors import DamagedError, InputError, PPFError, ResourceError, Unsupp
 from ppf.llm.architectures import family_of, layout_of_model, skeleton
 from ppf.llm.auto import register
 from ppf.llm.experts import separate_experts
+from ppf.llm.hub import fetch
 from ppf.llm.weights import check_weights, first_line, readable
 from ppf.space.layout import Layout
 
@@ -26,7 +26,6 @@ EMBEDDED = {"ref-a": Path(__file__).parent.parent / "models" / "ref-a"}
 _MAX_LAYERS = 1000
 _SAMPLE = 4096
 _INCIDENTAL = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "auto_map"}
-_FETCHED = ["*.json", "model*.safetensors", "merges.txt", "tokenizer.model", "*.jinja"]
 
 
 def quiet_transformers() -> None:
@@ -135,6 +134,7 @@ def resolve(name: str) -> Path:
 
     Raises:
         InputError: Neither a folder nor a hub id.
+        DamagedError: What was fetched is not what the hub has.
         UnsupportedError: A model on the hub of a family that ppf does not know; found before its weights are fetched.
         ResourceError: The hub cannot be reached, or the folder cannot be looked at.
     """
@@ -152,8 +152,7 @@ def resolve(name: str) -> Path:
     if local:
         raise InputError(f"a model must be a folder, a hub id or ref-a; {name!r} is none; check the spelling")
     try:
-        read_config(Path(snapshot_download(name, allow_patterns=["config.json"])))
-        return Path(snapshot_download(name, allow_patterns=_FETCHED))
+        return fetch(name, read_config)
     except PPFError:
         raise
     except Exception as error:  # the hub's HTTP layer raises what it will
@@ -251,6 +250,14 @@ def model_digest(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of how a tokenizer splits text, whatever it was asked to pad or to cut."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    record = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
+    how = {name: value for name, value in record.items() if name not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)

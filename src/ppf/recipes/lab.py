@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ppf.llm.scores import score_units
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
 from ppf.recipes.choices import TOKENS_PER_BATCH, choose_device, choose_dtype, choose_seq_len, choose_workers, tokens_per_batch
+from ppf.recipes.protocol import check_protocol, protocol_of
 from ppf.samples import Measurement, Sample
 from ppf.space.allocation import Allocation
 from ppf.space.importance import Importance
@@ -79,6 +81,7 @@ class Lab:
             self._check_same()
             path, whole = self.study.path("text"), self.study.path("text").exists()
             self.text = Text.load(path, self.layout.fingerprint) if whole else self._new_text(self.study.record["seq_len"])
+            check_protocol(self.study, protocol_of(self.loaded, self.text, self.dtype))
             if self._context() != self.study.context:
                 raise DamagedError(
                     f"{folder} must measure as it began; its text or its precision changed; fit again in a new folder"
@@ -214,6 +217,8 @@ class Lab:
         self.text = self._new_text(length)
         with self.progress.stage("dense model"):
             dense = {part: _record(self.evaluate_dense(self.text, part)) for part in ("search", "test")}
+        if dense["search"]["log_ppl"] >= math.log(self.loaded.model.config.vocab_size):
+            self.progress.say("warning: the dense model is no better than guessing tokens; are text and tokenizer its own?")
         self.text.save(folder / "text.safetensors", self.layout.fingerprint)
         loaded = self.loaded
         model: dict[str, Any] = {
@@ -230,6 +235,8 @@ class Lab:
             "context": self._context(),
             "seq_len": length,
             "dtype": _name(self.dtype),
+            "protocol": protocol_of(self.loaded, self.text, self.dtype),
+            "made_by": {"ppf": version("ppf")},
         }
         return StudyFolder.create(folder, record)
 
