@@ -159,8 +159,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
     record = read_json(path)
     if not isinstance(record, dict):
         raise DamagedError(f"{path} must hold a JSON object; it does not; {_MEND}")
-    seal = record.pop(_SEAL, None)
-    if seal is not None and seal != _digest(record):
+    sealed, seal = _SEAL in record, record.pop(_SEAL, None)
+    if sealed and seal != _digest(record):
         raise DamagedError(f"{path} must be as it was written; its checksum differs; {_MEND}")
     return record
 
