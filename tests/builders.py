@@ -1,7 +1,6 @@
 """Small values to test with, and the form that every refusal must have."""
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from ppf.space.allocation import Allocation
 from ppf.space.importance import Importance
 from ppf.space.layout import Layout, Rows, Site
 from ppf.space.mask import Mask, select
+from ppf.study import read_sealed, write_sealed
 
 
 def layout(
@@ -65,11 +65,11 @@ def random_mask(of: Layout, seed: int = 0) -> Mask:
 def copied(fitted: Any, folder: Path, **model: Any) -> Path:
     """The study in another place, and what it says of itself changed."""
     shutil.copytree(fitted.folder, folder)
-    record = json.loads((folder / "study.json").read_text())
+    record = read_sealed(folder / "study.json")
     seed = model.pop("seed", record["settings"]["seed"])
     record["model"] |= model
     record["settings"] |= {"seed": seed}
-    (folder / "study.json").write_text(json.dumps(record))
+    write_sealed(folder / "study.json", record)
     return folder
 
 

@@ -11,6 +11,7 @@ import pytest
 import ppf
 import tiny_models
 from ppf.llm import architectures, auto
+from ppf.study import read_sealed, write_sealed
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SETTINGS = {
@@ -44,9 +45,9 @@ def test_every_example_is_tested():
 def copied(place, folder):
     """The study in another place, of the model in its folder."""
     shutil.copytree(place / "study", folder)
-    record = json.loads((folder / "study.json").read_text())
+    record = read_sealed(folder / "study.json")
     record["model"]["name"] = str(place / "model")
-    (folder / "study.json").write_text(json.dumps(record))
+    write_sealed(folder / "study.json", record)
     return str(folder)
 
 

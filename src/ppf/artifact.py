@@ -107,7 +107,7 @@ def load_artifact(path: Path, kind: str, fingerprint: str | None = None) -> tupl
         DamagedError: Missing, cut, altered, of another kind, version or model.
         ResourceError: The file cannot be read.
     """
-    with _reading(path, "be a whole ppf artefact"):
+    with _reading(path, "be a whole ppf artefact", "restore it, or give a study's ppf fit command again"):
         with open(path, "rb") as start:
             if int.from_bytes(start.read(8), "little") > MAX_HEADER:
                 raise ValueError("it announces a header of more than 16 MB")
@@ -298,7 +298,7 @@ def _swap_in_two_steps(work: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
+def _reading(path: Path, what: str, advice: str = "restore it or make it again") -> Iterator[None]:
     """Turns whatever goes wrong in reading a file that must ``what`` into our errors."""
     try:
         yield
@@ -310,7 +310,7 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         raise ResourceError(f"{path} must be readable; {error.strerror}; check its permissions") from error
     except (SafetensorError, ValueError, RecursionError, TypeError, AttributeError) as error:
         # the last two are how safetensors says that numpy lacks a number type
-        raise DamagedError(f"{path} must {what}; {error}; restore it or make it again") from error
+        raise DamagedError(f"{path} must {what}; {error}; {advice}") from error
 
 
 def _check_partner(path: Path, header: Any, kind: str, fingerprint: str | None) -> None:

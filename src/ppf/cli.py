@@ -14,8 +14,8 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, subcommand
 
-from ppf.commands import COMMANDS
-from ppf.config import PolicyConfig, ReportConfig, ServeConfig
+from ppf.commands import COMMANDS, check_places
+from ppf.config import PolicyConfig, RepairConfig, ReportConfig, ServeConfig
 from ppf.errors import InputError, PPFError
 
 _Command: Any = Union[tuple(Annotated[config, subcommand(name)] for name, (config, _) in COMMANDS.items())]  # noqa: UP007
@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: Any, debug: bool) -> None:
-    if not isinstance(command, PolicyConfig | ReportConfig | ServeConfig) and not debug:
+    check_places(command)
+    if not isinstance(command, PolicyConfig | RepairConfig | ReportConfig | ServeConfig) and not debug:
         from ppf.llm.load import quiet_transformers
 
         quiet_transformers()

@@ -14,6 +14,7 @@ from ppf.config import (
     PolicyConfig,
     PruneConfig,
     RecoverConfig,
+    RepairConfig,
     ReportConfig,
     ServeConfig,
 )
@@ -26,6 +27,7 @@ from ppf.printing import (
     print_policy,
     print_pruned,
     print_recovered,
+    print_repaired,
     print_report,
     print_table,
     warn_missed,
@@ -34,14 +36,31 @@ from ppf.printing import (
 )
 
 
+def check_places(config: Any) -> None:
+    """Refuses what cannot be written before a command imports what takes seconds.
+
+    Raises:
+        ResourceError: The place of the study or of the output is read only.
+        InputError: It lies below a file.
+    """
+    from pathlib import Path
+
+    from ppf.artifact import check_writable
+
+    if isinstance(config, FitConfig):
+        check_writable(Path(config.study) / "lock")
+    for place in (getattr(config, "out", None), getattr(config, "gguf", None)):
+        if place is not None:
+            check_writable(Path(place))
+
+
 def _fit(config: FitConfig) -> None:
-    from ppf.artifact import read_json
     from ppf.decide import missed_by
     from ppf.progress import Progress
     from ppf.recipes.fit import fit
 
     study = fit(config, Progress())
-    report = read_json(study.folder / "report.json")
+    report = study.report
     print_report(report, config.study)
     warn_missed(missed_by(report))
 
@@ -196,6 +215,18 @@ def _report(config: ReportConfig) -> None:
     print(f"written to {out}  ({human_size(out.stat().st_size)}, opens in any browser, offline)")
 
 
+def _repair(config: RepairConfig) -> None:
+    from pathlib import Path
+
+    from ppf.repair import repair
+
+    record = repair(Path(config.study))
+    if config.json:
+        print_json(record)
+    else:
+        print_repaired(record)
+
+
 def _serve(config: ServeConfig) -> None:
     try:
         from ppf.server.run import serve
@@ -257,6 +288,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "eval": (EvalConfig, _eval),
     "bench": (BenchConfig, _bench),
     "report": (ReportConfig, _report),
+    "repair": (RepairConfig, _repair),
     "serve": (ServeConfig, _serve),
     "demo": (DemoConfig, _demo),
     "models": (ModelsConfig, _models),

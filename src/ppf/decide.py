@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ppf.artifact import read_json
 from ppf.config import Target
 from ppf.errors import InputError
 from ppf.learn.agent import Agent
@@ -114,7 +113,7 @@ class Decider:
     @cached_property
     def report(self) -> dict[str, Any]:
         """What the fit said of itself at its end."""
-        return read_json(self.study.folder / "report.json")
+        return self.study.report
 
     @cached_property
     def missed_by(self) -> float:

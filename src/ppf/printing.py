@@ -165,6 +165,17 @@ def print_recovered(record: dict[str, Any]) -> None:
         print("warning: training made the model worse on this text; lower --lr or train on more tokens", file=sys.stderr)
 
 
+def print_repaired(record: dict[str, Any]) -> None:
+    """What was set aside, and what is left."""
+    for one in record["aside"]:
+        print(f"{one['file']:<24} {one['why']}; set aside as {one['to']}")
+    print(f"{record['samples']:,} samples are whole")
+    if record["aside"]:
+        print("next     the ppf fit command of the study, as it was: it makes what is missing from the samples")
+    else:
+        print("nothing is damaged")
+
+
 def print_report(report: dict[str, Any], study: str) -> None:
     """How well a fit's predictors did, and what it spent."""
     first = next(iter(report["heldout"].values()))

@@ -6,9 +6,10 @@ treated as not measured. The store has one writer; readers may come and go.
 
 import json
 import math
+import os
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -114,9 +115,14 @@ _AS_STORED: dict[Any, Callable[[Any], Any]] = {
     float: lambda number: float(number) + 0.0,  # SQLite has no minus zero
     tuple[int, ...]: lambda numbers: json.dumps([int(number) for number in numbers]),
 }
+REALS = {index for index, field in enumerate(fields(Sample)) if field.type is float}
+"""Columns of real numbers, by their place."""
+STORE_VERSION = 1
+"""To be raised when an older ppf could not read the file; files of before it was kept say 0 and are alike."""
 _PREPARE = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", _SCHEMA)
 _PATIENCE = 30.0
 """Seconds to wait for another who writes; SQLite asks ten times a second, and one who writes all the time leaves few gaps."""
+_REPAIR = "ppf repair STUDY keeps every sample that is whole"
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _SURROUNDINGS = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}
 
@@ -136,13 +142,18 @@ class SampleStore:
             if not write and not self.path.exists():
                 raise DamagedError(f"{path} must exist; it does not; fit the study first")
             mode = "rwc" if write else "ro"
+            if not write and not Path(f"{path}-wal").exists() and not os.access(self.path.parent, os.W_OK):
+                mode += "&immutable=1"  # else SQLite would make files beside it, which no disk that is read only takes
             address = f"{self.path.resolve().as_uri()}?mode={mode}"
             self._db = sqlite3.connect(address, uri=True, timeout=_PATIENCE, isolation_level=None)
             on_error.callback(self._db.close)
             # A text that is damaged comes back altered, not as an error, so that it costs its own row only.
             self._db.text_factory = lambda raw: raw.decode(errors="surrogateescape")
+            version = self._version()
             for statement in _PREPARE if write else ():
                 self._db.execute(statement)
+            if write and version < STORE_VERSION:
+                self._db.execute(f"PRAGMA user_version={STORE_VERSION}")
             self._db.execute("SELECT 1 FROM samples LIMIT 1")
             on_error.pop_all()
 
@@ -175,17 +186,38 @@ class SampleStore:
         """Samples that gave no number, with their reasons."""
         return [sample for sample in self._rows("") if sample.status == "failed"]
 
+    def damage(self) -> tuple[str, int]:
+        """What is wrong with the file, rows of all contexts included, empty if nothing is; and how many samples are whole.
+
+        Raises:
+            DamagedError: It cannot be read to its end.
+        """
+        with _translated(self.path):
+            (found,) = self._db.execute("PRAGMA integrity_check(1)").fetchone()
+            rows = self._db.execute(f"SELECT {', '.join(_FIELDS)}, crc FROM samples").fetchall()  # noqa: S608 (ours)
+        whole = sum(whole_row(row) is not None for row in rows)
+        altered = len(rows) - whole
+        wrong = "" if found == "ok" else " ".join(str(found).split())[:100]
+        return wrong or (f"{altered} rows are altered" if altered else ""), whole
+
     def close(self) -> None:
         """Gives the file back."""
         self._db.close()
+
+    def _version(self) -> int:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > STORE_VERSION:
+            what = f"{self.path} must be a sample store of version {STORE_VERSION} or older"
+            raise DamagedError(f"{what}; it is of version {version}; use the newer ppf that made it")
+        return version
 
     def _rows(self, where: str, *values: str) -> Iterator[Sample]:
         query = f"SELECT {', '.join(_FIELDS)}, crc FROM samples WHERE context = ? {where} ORDER BY rowid"  # noqa: S608 (ours)
         with _translated(self.path), closing(self._db.execute(query, (self.context, *values))) as cursor:
             rows = cursor.fetchall()
         self.damaged = 0
-        for *row, crc in rows:
-            sample = _sample(row) if _crc(row) == crc else None
+        for row in rows:
+            sample = whole_row(row)
             if sample is None:
                 self.damaged += 1
             else:
@@ -203,9 +235,13 @@ def kept_matrix(samples: list[Sample], layout: Layout) -> np.ndarray:
     return np.array([sample.kept for sample in samples], dtype=np.int64).reshape(len(samples), len(layout.sites))
 
 
-def _sample(row: list[Any]) -> Sample | None:
+def whole_row(row: Sequence[Any]) -> Sample | None:
+    """The sample of a row and its CRC; None if they do not fit each other."""
+    *values, crc = row
     try:
-        record = dict(zip(_FIELDS, row, strict=True))
+        if _crc(values) != crc:
+            return None
+        record = dict(zip(_FIELDS, values, strict=True))
         return Sample(**{**record, "kept": tuple(json.loads(record["kept"]))})
     except (TypeError, ValueError):
         return None
@@ -224,11 +260,11 @@ def _translated(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ResourceError(f"{path} must be readable; {error.strerror}; check its permissions") from error
     except UnicodeDecodeError as error:  # SQLite quotes a damaged schema in its message
-        raise DamagedError(f"{path} must be a whole SQLite file; its schema is not text; start a new study") from error
+        raise DamagedError(f"{path} must be a whole SQLite file; its schema is not text; {_REPAIR}") from error
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits say more than is needed here
         if code in _BUSY:
             raise InUseError(f"{path} must have one writer; another process holds it; wait for it") from error
         if code in _SURROUNDINGS:
             raise ResourceError(f"{path} must be writable; {error}; free the disk or check permissions") from error
-        raise DamagedError(f"{path} must be a whole sample store; {error}; restore it or start a new study") from error
+        raise DamagedError(f"{path} must be a whole sample store; {error}; {_REPAIR}") from error

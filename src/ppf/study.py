@@ -23,6 +23,8 @@ from ppf.space.layout import Layout
 STUDY_VERSION = 3
 MEASURE_VERSION = 1
 """To be raised when the same mask would give other figures."""
+_SEAL = "sha256"
+_MEND = "ppf repair STUDY sets it aside"
 _FIELDS: dict[str, tuple[type, ...]] = {
     "model.name": (str,),
     "model.digest": (str,),
@@ -53,20 +55,19 @@ class StudyFolder:
         self.folder = Path(folder)
         if not (self.folder / "study.json").is_file():
             raise InputError(f"{folder} must be a study folder; it holds no study.json; make one with ppf fit")
-        self.record: dict[str, Any] = read_json(self.folder / "study.json")
-        if not isinstance(self.record, dict) or self.record.get("version") != STUDY_VERSION:
-            raise DamagedError(f"{folder} must be a study of version {STUDY_VERSION}; it is not; fit again in a new folder")
+        self.record = read_sealed(self.folder / "study.json")
+        check_version(self.record, self.folder)
         for field, kinds in _FIELDS.items():
             value: Any = self.record
             for name in field.split("."):
                 value = value.get(name) if isinstance(value, dict) else None
             if not isinstance(value, kinds):
-                raise DamagedError(f"{folder}/study.json must have {field!r}; it has not; fit again in a new folder")
+                raise DamagedError(f"{folder}/study.json must have {field!r}; it has not; {_MEND}")
 
     @classmethod
     def create(cls, folder: Path, record: dict[str, Any]) -> "StudyFolder":
         """Writes the record of a new study and opens it."""
-        write_json(folder / "study.json", {"version": STUDY_VERSION, **record})
+        write_sealed(folder / "study.json", {"version": STUDY_VERSION, **record})
         return cls(folder)
 
     @cached_property
@@ -106,9 +107,29 @@ class StudyFolder:
                 f"{self.folder} must be a fitted study; its fit has not ended; wait for it or go on with the same ppf fit command"
             )
 
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the fit reported.
+
+        Raises:
+            DamagedError: It is missing or not whole.
+        """
+        return read_sealed(self.folder / "report.json")
+
+    def keep_report(self, report: dict[str, Any]) -> None:
+        """Writes the report, and so says that all stages are done."""
+        write_sealed(self.folder / "report.json", report)
+
     def store(self, write: bool = False) -> SampleStore:
-        """The measured samples of this study."""
-        return SampleStore(self.folder / "samples.sqlite", self.context, write)
+        """The measured samples of this study.
+
+        Raises:
+            DamagedError: Not whole; or it is gone, though something was measured.
+        """
+        path = self.folder / "samples.sqlite"
+        if write and self.plan("probes") is not None and not (path.is_file() and path.stat().st_size):
+            raise DamagedError(f"{path} must hold what was measured; it is gone or empty; restore it, or let ppf repair begin anew")
+        return SampleStore(path, self.context, write)
 
     def plan(self, name: str) -> Any | None:
         """What a stage planned earlier; None if it did not yet."""
@@ -116,14 +137,49 @@ class StudyFolder:
 
     def keep_plan(self, name: str, plan: Any) -> None:
         """Keeps what a stage plans, so that a later start goes on with the same."""
-        write_json(self.folder / "plans.json", {**self._plans(), name: plan})
+        write_sealed(self.folder / "plans.json", {**self._plans(), name: plan})
 
     def _plans(self) -> dict[str, Any]:
         path = self.folder / "plans.json"
-        plans = read_json(path) if path.is_file() else {}
-        if not isinstance(plans, dict):
-            raise DamagedError(f"{path} must hold plans by name; it does not; fit again in a new folder")
-        return plans
+        return read_sealed(path) if path.is_file() else {}
+
+
+def write_sealed(path: Path, record: dict[str, Any]) -> None:
+    """Writes a JSON object with a checksum of its content."""
+    write_json(path, {**record, _SEAL: _digest(record)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Reads what ``write_sealed`` wrote; an object without a checksum, as earlier versions wrote it, is taken as it is.
+
+    Raises:
+        DamagedError: Missing, no JSON object, or altered.
+        ResourceError: It cannot be read.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise DamagedError(f"{path} must hold a JSON object; it does not; {_MEND}")
+    sealed, seal = _SEAL in record, record.pop(_SEAL, None)
+    if sealed and seal != _digest(record):
+        raise DamagedError(f"{path} must be as it was written; its checksum differs; {_MEND}")
+    return record
+
+
+def check_version(record: dict[str, Any], folder: Path) -> None:
+    """Refuses a study of another version.
+
+    Raises:
+        DamagedError: It is older or newer.
+    """
+    version = record.get("version")
+    if version != STUDY_VERSION:
+        newer = type(version) is int and version > STUDY_VERSION
+        advice = "use the newer ppf that made it" if newer else "fit again in a new folder"
+        raise DamagedError(f"{folder} must be a study of version {STUDY_VERSION}; it is of {str(version)[:20]}; {advice}")
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(record)), sort_keys=True).encode()).hexdigest()
 
 
 def context_of(**parts: Any) -> str:

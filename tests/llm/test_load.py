@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, L
 import tiny_models as tiny
 from builders import random_mask, refuses
 from ppf.errors import DamagedError, InputError, PPFError, ResourceError, UnsupportedError
-from ppf.llm import load
+from ppf.llm import hub as module
 from ppf.llm.architectures import layout_of_model
 from ppf.llm.experts import separate_experts
 from ppf.llm.load import adopt_model, convert, load_model, model_digest, resolve
@@ -47,7 +47,7 @@ def test_the_tokenizer_is_the_one_beside_the_model(whole):
 
 
 def test_the_embedded_model_needs_no_network(monkeypatch):
-    monkeypatch.setattr(load, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(module, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     loaded = load_model("ref-a")
     assert loaded.layout.units.tolist() == [5, 448] * 12 and loaded.layout.total == 4_161_440
     assert loaded.dtype == torch.bfloat16
@@ -104,7 +104,7 @@ def test_a_file_is_no_model(tmp_path):
 
 def test_a_hub_id_is_fetched_without_code_or_pickles(whole, monkeypatch):
     asked = []
-    monkeypatch.setattr(load, "snapshot_download", lambda *args, **options: asked.append((args, options)) or str(whole))
+    monkeypatch.setattr(module, "snapshot_download", lambda *args, **options: asked.append((args, options)) or str(whole))
     assert load_model("someone/model").folder == whole
     assert [args for args, _ in asked] == [("someone/model",)] * 2
     config, rest = (options["allow_patterns"] for _, options in asked)
@@ -127,7 +127,7 @@ def test_a_hub_model_of_another_family_is_refused_before_its_weights_are_fetched
         return str(tmp_path)
 
     (tmp_path / "config.json").write_text("{}" if kind is ... else json.dumps({"model_type": kind}))
-    monkeypatch.setattr(load, "snapshot_download", download)
+    monkeypatch.setattr(module, "snapshot_download", download)
     with refuses(error):
         load_model("someone/model")
 
@@ -149,7 +149,7 @@ def test_what_the_hub_answers_is_translated(monkeypatch, failure, kind):
     def download(*_, **__):
         raise failure
 
-    monkeypatch.setattr(load, "snapshot_download", download)
+    monkeypatch.setattr(module, "snapshot_download", download)
     with refuses(kind) as caught:
         load_model("someone/model")
     assert "someone/model" in str(caught.value)

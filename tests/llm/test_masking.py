@@ -7,7 +7,6 @@ from builders import random_mask, refuses
 from ppf.errors import UnsupportedError
 from ppf.llm.architectures import layout_of_model, linear
 from ppf.llm.masking import masked, narrowed
-from ppf.space.mask import Mask
 
 IDS = tiny.blocks(2, 9)
 contract = pytest.mark.parametrize(("name", "case"), tiny.CONTRACT)
@@ -68,7 +67,7 @@ def test_a_site_that_cannot_be_masked_leaves_nothing_behind():
     model = tiny.model()
     layout = layout_of_model(model)
     model.model.layers[2].mlp.down_proj = torch.nn.Identity()
-    with refuses(UnsupportedError), masked(model, layout, Mask(tuple(np.zeros(units, dtype=bool) for units in layout.units))):
+    with refuses(UnsupportedError), masked(model, layout, tiny.MASKS["floors"](layout)):
         pass
     assert tiny.snapshot(model)["hooks"] == []
 

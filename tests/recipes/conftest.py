@@ -3,16 +3,12 @@ import pytest
 
 import ppf
 import tiny_models
+from fit_runs import SETTINGS
 
 
 def words(count, seed):
     """Random words of the tiny tokenizer."""
     return " ".join(f"w{index}" for index in np.random.default_rng(seed).integers(3, tiny_models.VOCAB, count))
-
-
-SETTINGS = {
-    "samples": 60, "rounds": 2, "calibration_tokens": 128, "search_tokens": 256, "test_tokens": 512, "seq_len": 16, "device": "cpu",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

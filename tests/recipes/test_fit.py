@@ -1,43 +1,25 @@
-import json
 import math
-import os
 import shutil
-import signal
-import sqlite3
-import subprocess
 import sys
-import time
-from contextlib import closing
-from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SETTINGS
 from transformers import AutoModelForCausalLM
 
 import ppf
 import tiny_models
 from builders import refuses
+from fit_runs import SETTINGS
 from ppf.config import FitConfig, ReportConfig
-from ppf.errors import DamagedError, InputError, InUseError, ResourceError
+from ppf.errors import InputError, ResourceError
 from ppf.learn.agent import Agent
-from ppf.llm.text import Text
-from ppf.lock import Holder, locked
 from ppf.progress import Progress
 from ppf.recipes import fit as recipe
 from ppf.recipes.fit import HELDOUT_RATIOS
 from ppf.recipes.lab import Lab, settings_of
 from ppf.report import write_report
-from ppf.study import StudyFolder
-
-
-def again(study, **changes):
-    """The same fit once more."""
-    record = StudyFolder(study.folder).record["settings"]
-    model, tokenizer = tiny_models.model("llama-mha"), tiny_models.tokenizer()
-    settings = {**SETTINGS, "text": record["text"], **changes}
-    return ppf.fit(model, tokenizer=tokenizer, study=study.folder, quiet=True, **settings)
+from ppf.study import StudyFolder, read_sealed, write_sealed
 
 
 def test_the_report_has_the_figures_of_every_predictor(fitted):
@@ -101,68 +83,6 @@ def test_held_out_masks_come_last_and_lie_around_the_agent_s_policies(fitted):
     assert ((keep - ours) ** 2).mean() < ((keep - turned) ** 2).mean()
 
 
-def test_a_finished_fit_is_not_done_again(fitted, monkeypatch):
-    monkeypatch.setattr(recipe, "fit_predictor", None)
-
-    def written():
-        return {path.name: path.stat().st_mtime_ns for path in fitted.folder.iterdir() if path.suffix in (".json", ".safetensors")}
-
-    before = written()
-    assert again(fitted).report == fitted.report
-    assert written() == before
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 1}, {"score": "flap"}, {"search_tokens": 128}, {"seq_len": 32}, {"samples": 200}, {"rounds": 3},
-        {"max_ratio": 0.5}, {"dtype": "bfloat16"},
-    ],
-)  # fmt: skip
-def test_a_study_of_other_settings_is_refused(fitted, change):
-    with refuses(InputError) as caught:
-        again(fitted, **change)
-    assert "--" + next(iter(change)).replace("_", "-") in str(caught.value)
-
-
-def test_another_predictor_needs_no_new_sample_and_a_stop_in_between_leaves_no_mixture(fitted, tmp_path, monkeypatch):
-    shutil.copytree(fitted.folder, tmp_path / "copy")
-    copy = ppf.Study(tmp_path / "copy")
-    samples = measured(copy.folder)
-
-    def stop(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recipe, "trained", stop)
-        with pytest.raises(KeyboardInterrupt):
-            again(copy, predictor="cnn")
-    with refuses(InputError):
-        ppf.Study(copy.folder)
-    assert again(copy, predictor="cnn").report["predictor"] == "cnn"
-    assert measured(copy.folder) == samples
-
-
-def test_figures_do_not_depend_on_which_worker_was_faster(fitted, tmp_path):
-    shutil.copytree(fitted.folder, tmp_path / "copy")
-    with closing(sqlite3.connect(tmp_path / "copy" / "samples.sqlite")) as db, db:
-        db.execute("CREATE TABLE turned AS SELECT * FROM samples ORDER BY rowid DESC")
-        db.execute("DELETE FROM samples")
-        db.execute("INSERT INTO samples SELECT * FROM turned")
-    (tmp_path / "copy" / "report.json").unlink()
-    before, after = fitted.report, again(ppf_folder(tmp_path / "copy")).report
-    assert after["cross_validated_tau"] == before["cross_validated_tau"] and after["heldout"] == before["heldout"]
-
-
-def test_an_exchanged_text_is_refused(fitted, tmp_path):
-    shutil.copytree(fitted.folder, tmp_path / "copy")
-    folder = StudyFolder(tmp_path / "copy")
-    text = Text.load(folder.path("text"), folder.layout.fingerprint)
-    replace(text, search=text.search[::-1]).save(folder.path("text"), folder.layout.fingerprint)
-    with refuses(DamagedError):
-        again(ppf_folder(tmp_path / "copy"))
-
-
 @pytest.mark.parametrize(
     "changes", [{"samples": 24, "rounds": 1}, {"samples": 40, "max_ratio": 0.15}, {"samples": 30, "rounds": 0}]
 )
@@ -211,57 +131,11 @@ def test_a_study_of_an_object_from_nowhere_asks_for_it(fitted):
     assert study.prune(ratio=0.3).plan["refined"] is False
 
 
-def ppf_folder(folder):
-    """Something with a folder, for ``again``."""
-    return SimpleNamespace(folder=folder)
-
-
-def test_a_study_of_another_model_is_refused(fitted):
-    with refuses(DamagedError):
-        ppf.fit(
-            tiny_models.model("llama-mha", seed=1), tokenizer=tiny_models.tokenizer(), study=fitted.folder, quiet=True, **SETTINGS
-        )
-
-
-def test_a_study_in_use_is_refused(fitted):
-    with locked(fitted.folder), refuses(InUseError):
-        again(fitted)
-
-
-def test_readers_are_answered_while_another_process_writes(fitted, tmp_path):
-    shutil.copytree(fitted.folder, tmp_path / "copy")
-    code = f"""
-import sys
-from pathlib import Path
-from ppf.lock import locked
-from ppf.study import StudyFolder
-with locked(Path({str(tmp_path / "copy")!r})):
-    store = StudyFolder({str(tmp_path / "copy")!r}).store(write=True)
-    samples = store.all()
-    print("ready", flush=True)
-    while True:
-        for sample in samples:
-            store.add(sample)
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as writer:
-        assert writer.stdout.readline() == "ready\n"
-        try:
-            study = ppf.Study(tmp_path / "copy")
-            for ratio in (0.2, 0.4):
-                assert study.policy(ratio=ratio).mask.digest == fitted.policy(ratio=ratio).mask.digest
-            assert set(measured(study.folder)) == set(measured(fitted.folder)) and study.report == fitted.report
-            with refuses(InUseError) as caught:
-                again(study, predictor="cnn")
-            assert f"process {writer.pid} " in str(caught.value) and writer.poll() is None
-        finally:
-            writer.kill()
-
-
 def test_what_is_measured_later_is_measured_here_wherever_the_fit_was(fitted, tmp_path):
     shutil.copytree(fitted.folder, tmp_path / "copy")
-    record = json.loads((tmp_path / "copy" / "study.json").read_text())
+    record = read_sealed(tmp_path / "copy" / "study.json")
     record["settings"] |= {"engine": "ray", "ray_address": "10.0.0.1:6379", "gpus_per_worker": 1.0}
-    (tmp_path / "copy" / "study.json").write_text(json.dumps(record))
+    write_sealed(tmp_path / "copy" / "study.json", record)
     found = settings_of(StudyFolder(tmp_path / "copy"), study="s", workers=1)
     assert (found.engine, found.ray_address, found.gpus_per_worker, found.workers) == ("local", None, None, 1)
     assert found.search_tokens == SETTINGS["search_tokens"]
@@ -276,17 +150,6 @@ def test_ray_is_refused_at_once_where_it_cannot_work(tmp_path, monkeypatch):
     with refuses(ResourceError) as caught:
         recipe.fit(FitConfig("no such model", str(tmp_path / "s"), engine="ray"), Progress(quiet=True))
     assert "pip install 'ppf[ray]'" in str(caught.value) and not (tmp_path / "s").exists()
-
-
-def test_a_fit_says_whom_it_follows_and_tidies_up(fitted, tmp_path, capsys):
-    shutil.copytree(fitted.folder, tmp_path / "copy")
-    (tmp_path / "copy" / "lock").write_text(json.dumps(asdict(replace(Holder.here(), pid=2**22 + 1))))
-    (tmp_path / "copy" / ".plans.json.ppf-abcdefgh").touch()
-    settings = {**SETTINGS, "text": StudyFolder(fitted.folder).record["settings"]["text"]}
-    model, tokenizer = tiny_models.model("llama-mha"), tiny_models.tokenizer()
-    ppf.fit(model, tokenizer=tokenizer, study=tmp_path / "copy", **settings)
-    assert f"process {2**22 + 1} on " in capsys.readouterr().err
-    assert not list((tmp_path / "copy").glob(".*.ppf-*")) and (tmp_path / "copy" / "lock").read_text() == ""
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -317,58 +180,3 @@ def test_a_setting_that_does_not_exist_is_named():
     with refuses(InputError) as caught:
         ppf.fit("ref-a", sample=3)
     assert "'sample'" in str(caught.value)
-
-
-def command(place, study):
-    flags = {name: value for name, value in SETTINGS.items() if name not in ("samples", "search_tokens")}
-    flags |= {"samples": 240, "workers": 1, "search_tokens": 8192}  # long enough to be stopped in the middle
-    words = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))]
-    return [
-        sys.executable,
-        "-m",
-        "ppf",
-        "fit",
-        str(place / "model"),
-        "--study",
-        str(study),
-        "--text",
-        str(place / "long.txt"),
-        *words,
-    ]
-
-
-def hears_ctrl_c():
-    """Whoever runs the tests in the background has its children ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def measured(study):
-    """Digests in the order in which they were measured."""
-    if not (study / "study.json").exists() or not (study / "samples.sqlite").exists():
-        return []
-    try:
-        return [one.digest for one in StudyFolder(study).store().all()]
-    except DamagedError:  # its table is not there yet
-        return []
-
-
-@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_fit_goes_on_without_losing_a_sample(place, tmp_path, way):
-    study = tmp_path / "study"
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command(place, study), preexec_fn=hears_ctrl_c, **pipes) as first:
-        deadline = time.time() + 120
-        while len(measured(study)) < 10 and time.time() < deadline and first.poll() is None:
-            time.sleep(0.01)
-        os.kill(first.pid, way)
-        _, errors = first.communicate()
-    kept = measured(study)
-    assert len(kept) >= 10 and not (study / "report.json").exists()
-    if way == signal.SIGINT:
-        assert first.returncode == 130 and errors.strip().splitlines()[-1].startswith("error: stopped")
-    second = subprocess.run(command(place, study), capture_output=True, text=True)
-    assert second.returncode == 0, second.stderr
-    assert measured(study)[: len(kept)] == kept
-    report = json.loads((study / "report.json").read_text())
-    assert sum(report["samples"].values()) > 200 and report["failed"] == 0
-    assert report["seconds"]["measuring probes"] > 0.1 and report["seconds"]["importance"] > 0

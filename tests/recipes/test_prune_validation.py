@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SETTINGS
 
 import ppf
 import tiny_models
 from builders import copied, interrupted, refuses
+from fit_runs import SETTINGS
 from learn_builders import IMPORTANCE, LAYOUT, allocations
 from ppf.decide import Decider
 from ppf.errors import ResourceError

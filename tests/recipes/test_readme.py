@@ -4,10 +4,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import SETTINGS
 
 import ppf
 import tiny_models
+from fit_runs import SETTINGS
 from ppf import cli
 
 README = Path(__file__).parents[2] / "README.md"

@@ -12,6 +12,7 @@ from ppf.learn.baselines import knapsack
 from ppf.learn.fit_predictor import fit_predictor
 from ppf.learn.metrics import figures
 from ppf.samples import Sample
+from ppf.study import read_sealed, write_sealed
 
 MAX_RATIO = 0.6
 
@@ -55,10 +56,10 @@ def study(tmp_path_factory):
     save_artifact(made.path("text"), "text", LAYOUT.fingerprint, {"search": np.zeros((2, 16))}, name="text")
     cells = [cell(method, ratio, above) for ratio in RATIOS for method, above in (("uniform", 0.5), ("additive", 0.2))]
     (made.folder / "bench.json").write_text(json.dumps({f"{one['method']} {one['ratio']!r} ": one for one in cells}))
-    record = json.loads((made.folder / "study.json").read_text())
+    record = read_sealed(made.folder / "study.json")
     record["settings"] = {"model": "made up", "study": "runs/x", "text": "pydocs", "seed": 0, "samples": 590, "rounds": 3}
     record["dense"]["test"] |= {"interval": [2.4, 2.6], "tokens": 64}
-    (made.folder / "study.json").write_text(json.dumps(record))
+    write_sealed(made.folder / "study.json", record)
     return made
 
 

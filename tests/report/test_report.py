@@ -1,4 +1,3 @@
-import json
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from ppf import cli
 from ppf.config import ReportConfig
 from ppf.errors import DamagedError, InputError
 from ppf.report import write_report
+from ppf.study import read_sealed, write_sealed
 
 
 def test_the_command_writes_one_file(study, tmp_path, capsys):
@@ -68,9 +68,9 @@ def test_no_torch_is_needed(study, tmp_path):
 )
 def test_a_record_that_is_not_whole_is_one_line(study, tmp_path, file, spoil):
     folder = Path(shutil.copytree(study.folder, tmp_path / "study"))
-    record = json.loads((folder / file).read_text())
+    record = read_sealed(folder / file)
     spoil(record)
-    (folder / file).write_text(json.dumps(record))
+    write_sealed(folder / file, record)
     with refuses(DamagedError):
         write_report(ReportConfig(str(folder), str(tmp_path / "r.html")))
     assert not (tmp_path / "r.html").exists()

@@ -10,6 +10,7 @@ from ppf.config import FitConfig
 from ppf.report import page
 from ppf.report.facts import Facts, Table
 from ppf.report.sections import fit_command, report_page
+from ppf.study import read_sealed, write_sealed
 
 NASTY = "<img src=x onerror=alert(1)>"
 
@@ -43,9 +44,9 @@ def test_the_figures_are_those_of_the_study(study):
 
 def test_what_a_study_calls_itself_is_text(study, tmp_path):
     folder = copied(study, tmp_path / "study", name=NASTY, type=NASTY)
-    record = json.loads((folder / "study.json").read_text())
+    record = read_sealed(folder / "study.json")
     record["settings"]["text"] = record["settings"]["model"] = NASTY
-    (folder / "study.json").write_text(json.dumps(record))
+    write_sealed(folder / "study.json", record)
     row = {"method": NASTY, "ratio": 0.2, "above": 0.1, "tokens": 1, "shared_tokens": 1, "regret": 0}
     made = report_page(Facts(folder), [Table(NASTY, NASTY, 1, 2, (0, 1), (row,))])
     assert "<img" not in made and "onerror=alert(1)&gt;" in made
@@ -61,10 +62,10 @@ def test_a_study_of_an_older_fit_says_what_it_lacks(changed):
 
 
 def test_folders_of_the_machine_are_not_told(changed):
-    record = json.loads((changed / "study.json").read_text())
+    record = read_sealed(changed / "study.json")
     record["model"]["name"] = record["settings"]["model"] = "/home/someone/models/m7"
     record["settings"] |= {"text": "/home/someone/t.txt", "study": "/home/someone/s"}
-    (changed / "study.json").write_text(json.dumps(record))
+    write_sealed(changed / "study.json", record)
     made = report_page(Facts(changed))
     assert "someone" not in made and "ppf fit m7 --study s --text t.txt" in made
 

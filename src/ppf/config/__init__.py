@@ -6,6 +6,7 @@ from ppf.config.fit import DemoConfig, FitConfig
 from ppf.config.models import ModelsConfig
 from ppf.config.prune import ExportConfig, PruneConfig
 from ppf.config.recover import RecoverConfig, TrainDtypeName
+from ppf.config.repair import RepairConfig
 from ppf.config.report import ReportConfig
 from ppf.config.serve import ServeConfig
 from ppf.config.target import PlanTarget, PolicyConfig, Target
@@ -25,6 +26,7 @@ __all__ = [
     "PruneConfig",
     "QuantName",
     "RecoverConfig",
+    "RepairConfig",
     "ReportConfig",
     "ScoreName",
     "ServeConfig",

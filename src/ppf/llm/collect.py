@@ -7,11 +7,13 @@
 The caller chooses the policies; nothing here knows a predictor.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ppf.errors import DamagedError, ResourceError
 from ppf.llm.engines.bench import Engine
 from ppf.samples import Sample, SampleStore
 from ppf.space.allocation import Allocation, allocate
@@ -20,6 +22,8 @@ from ppf.space.importance import Importance
 from ppf.space.layout import Layout
 from ppf.space.mask import Mask, select
 from ppf.space.policy import Policy
+
+_LATEST, _MOST_FAILED = 50, 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +39,28 @@ class Wanted:
     allocation: Allocation
     purpose: str
     ratio: float
+
+
+class Failures:
+    """Ends a run in which too much fails: it would go on for hours and learn from what is left."""
+
+    def __init__(self) -> None:
+        self._latest: deque[bool] = deque(maxlen=_LATEST)
+
+    def count(self, sample: Sample) -> None:
+        """One more sample.
+
+        Raises:
+            DamagedError: Of the latest 50 more than a fifth failed, for numbers that are not finite.
+            ResourceError: They failed for want of something.
+        """
+        self._latest.append(sample.status == "failed")
+        if sum(self._latest) > _MOST_FAILED * _LATEST:
+            kind = DamagedError if sample.reason.startswith("not finite") else ResourceError
+            what = (
+                f"at most {_MOST_FAILED:.0%} of {_LATEST} masks may fail; {sum(self._latest)} of the latest {len(self._latest)} did"
+            )
+            raise kind(f"{what}, the last one: {sample.reason}; mend that, or try --dtype float32; what was measured is kept")
 
 
 def probes(layout: Layout, levels: Sequence[float]) -> list[Wanted]:

@@ -18,8 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppf.errors import DamagedError
 from ppf.llm.gguf_archs import ARCHS
 from ppf.llm.gguf_shape import Shape
+from ppf.llm.gguf_structure import check_structure
 from ppf.llm.gguf_tensors import BLOCK
 from ppf.llm.load import convert
+from ppf.llm.weights import first_line
 
 WEIGHT_BOUNDS = {"f32": 0.0, "f16": 1e-3, "bf16": 4e-3, "q8_0": 2e-2, "q4_0": 0.2, "q4_k_m": 0.2}
 """Root mean square error of a stored matrix, as a share of its own root mean square."""
@@ -100,7 +102,11 @@ def _reread(
     """Tensors, keys, matrices, and matrices of a width that the type's blocks do not divide."""
     from gguf import GGUFReader
 
-    reader = GGUFReader(file)
+    check_structure(file)
+    try:
+        reader = GGUFReader(file)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise _damaged(f"it cannot be read, {first_line(error)}") from error
     for key, value in {**keys, "general.architecture": arch}.items():
         found = reader.fields[key].contents() if key in reader.fields else None
         if found != (float(np.float32(value)) if isinstance(value, float) else _rounded(value)):

@@ -3,20 +3,22 @@
 import copy
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from ppf.artifact import MAX_HEADER
 from ppf.errors import DamagedError, InputError, PPFError, ResourceError, UnsupportedError
 from ppf.llm.architectures import family_of, layout_of_model, skeleton
 from ppf.llm.auto import register
 from ppf.llm.experts import separate_experts
+from ppf.llm.hub import fetch
 from ppf.llm.weights import check_weights, first_line, readable
 from ppf.space.layout import Layout
 
@@ -24,7 +26,6 @@ EMBEDDED = {"ref-a": Path(__file__).parent.parent / "models" / "ref-a"}
 _MAX_LAYERS = 1000
 _SAMPLE = 4096
 _INCIDENTAL = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "auto_map"}
-_FETCHED = ["*.json", "model*.safetensors", "merges.txt", "tokenizer.model", "*.jinja"]
 
 
 def quiet_transformers() -> None:
@@ -133,6 +134,7 @@ def resolve(name: str) -> Path:
 
     Raises:
         InputError: Neither a folder nor a hub id.
+        DamagedError: What was fetched is not what the hub has.
         UnsupportedError: A model on the hub of a family that ppf does not know; found before its weights are fetched.
         ResourceError: The hub cannot be reached, or the folder cannot be looked at.
     """
@@ -150,8 +152,7 @@ def resolve(name: str) -> Path:
     if local:
         raise InputError(f"a model must be a folder, a hub id or ref-a; {name!r} is none; check the spelling")
     try:
-        read_config(Path(snapshot_download(name, allow_patterns=["config.json"])))
-        return Path(snapshot_download(name, allow_patterns=_FETCHED))
+        return fetch(name, read_config)
     except PPFError:
         raise
     except Exception as error:  # the hub's HTTP layer raises what it will
@@ -167,13 +168,19 @@ def read_config(folder: Path) -> Any:
     Raises:
         InputError: No config.json.
         DamagedError: One that is not valid.
-        UnsupportedError: Another family, or quantised weights.
+        UnsupportedError: Another family, quantised weights, or an adapter alone.
     """
     path = folder / "config.json"
+    if not path.is_file() and (folder / "adapter_config.json").is_file():
+        raise UnsupportedError(
+            f"a model must be a whole one; {folder} holds an adapter alone; merge it into its model and save that"
+        )
     if not path.is_file():
         raise InputError(f"a model folder must hold config.json; {folder} does not; give the folder of a Hugging Face model")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_HEADER:
+            raise ValueError(f"more than {MAX_HEADER:,} bytes")
+        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
         kind, layers = raw["model_type"], raw.get("num_hidden_layers")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path} must be a model's JSON config; {first_line(error)}; restore it") from error
@@ -187,6 +194,13 @@ def read_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the errors of a config's many checks share no base
         raise DamagedError(f"{path} must be a valid {kind} config; {first_line(error)}; restore it") from error
+
+
+def _finite(text: str) -> float:
+    """A number of JSON; no model has an infinite one, or NaN."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -236,6 +250,14 @@ def model_digest(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of how a tokenizer splits text, whatever it was asked to pad or to cut."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    record = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
+    how = {name: value for name, value in record.items() if name not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)

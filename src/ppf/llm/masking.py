@@ -19,7 +19,7 @@ from ppf.llm.norms import normed_alone
 from ppf.llm.perplexity import enough_memory
 from ppf.llm.surgery import cut_site
 from ppf.space.layout import Layout, Site
-from ppf.space.mask import Mask
+from ppf.space.mask import Mask, check_mask
 
 
 @contextmanager
@@ -36,8 +36,10 @@ def masked(model: PreTrainedModel, layout: Layout, mask: Mask, fill: Fill | None
         The same model. Its logits equal those of the model cut with the same fill, up to rounding.
 
     Raises:
+        InputError: A mask of another model, or one that leaves a site less than it needs.
         DamagedError: A fill of another model.
     """
+    check_mask(mask, layout)
     means = means_per_site(fill, layout)
     with ExitStack() as stack:
         stack.enter_context(normed_alone(model, zip(layout.sites, mask.bits, strict=True)))
@@ -65,8 +67,10 @@ def narrowed(model: PreTrainedModel, layout: Layout, mask: Mask) -> Iterator[Pre
         running it only.
 
     Raises:
+        InputError: As for ``masked``.
         ResourceError: The copy is too much for the memory.
     """
+    check_mask(mask, layout)
     dense, counts = model.state_dict(), COUNTS.get(layout.model_type, {})
     state = dict(dense)
     with enough_memory():

@@ -13,7 +13,7 @@ from ppf.llm.pruned_model import PRUNED
 from ppf.llm.ridge import Refit
 from ppf.space.allocation import Allocation
 from ppf.space.layout import Layout, Site
-from ppf.space.mask import Mask
+from ppf.space.mask import Mask, check_mask
 
 _SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
 
@@ -34,8 +34,10 @@ def cut(
         A causal LM of the family's per-layer class, on the same device and in the same dtype, in evaluation mode.
 
     Raises:
+        InputError: A mask of another model, or one that leaves a site less than it needs.
         DamagedError: A fill or new weights of another model.
     """
+    check_mask(mask, layout)
     means = means_per_site(fill, layout)
     if fitted is not None:
         fitted.check(model, layout, mask)

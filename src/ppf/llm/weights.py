@@ -24,7 +24,10 @@ def check_weights(folder: Path, shell: PreTrainedModel) -> None:
         DamagedError: A tensor is missing, extra or of another shape, a file is cut, or only pickles are there.
     """
     old, new = _RENAMED.get(str(shell.config.model_type), ("", ""))
-    found = {name.replace(old, new, 1): shape for path in weight_files(folder) for name, shape in _header(path)}
+    found: dict[str, list[int]] = {}
+    for name, shape in (entry for path in weight_files(folder) for entry in _header(path)):
+        if found.setdefault(name.replace(old, new, 1), shape) is not shape:
+            raise DamagedError(f"{folder} must hold each weight once; {name} is there twice; fetch the model again")
     wanted = {name: list(tensor.shape) for name, tensor in shell.state_dict().items()}
     base = f"{shell.base_model_prefix}."  # files of a bare model, such as OPT's, have their names without it
     found = {base + name if name not in wanted and base + name in wanted else name: shape for name, shape in found.items()}
@@ -65,7 +68,16 @@ def weight_files(folder: Path) -> list[Path]:
     for name in sorted(files):
         if name not in present:
             raise DamagedError(f"{folder} must hold its weight file {name!r}; it is missing or elsewhere; fetch the model again")
+        if not _is_within(folder / name, folder):
+            raise DamagedError(f"{folder} must hold its weight files; {name} is a link to elsewhere; give the folder where it lies")
     return [folder / name for name in sorted(files)]
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Whether a file lies where it seems to, or in the store of the hub's cache, whose folders are of links into it."""
+    real, home = path.resolve(), folder.resolve()
+    blobs = home.parents[1] / "blobs" if len(home.parents) > 1 and home.parent.name == "snapshots" else None
+    return real.parent == home or (blobs is not None and real.parent == blobs.resolve())
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from typing import Any, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppf.artifact import read_json
 from ppf.config import CompensateName, DtypeName, FitConfig, PlanTarget, PruneConfig, RecoverConfig, Target
 from ppf.decide import Decider, Decision
 from ppf.errors import InputError
@@ -52,7 +51,7 @@ class Study:
     @property
     def report(self) -> dict[str, Any]:
         """What the fit reported: the predictor's held-out figures, times, tokens."""
-        return read_json(self.folder / "report.json")
+        return self._decider.study.report
 
     def policy(
         self,

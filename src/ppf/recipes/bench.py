@@ -97,7 +97,7 @@ class Bench:
     def __init__(self, lab: Lab, decider: Decider, loaded: LoadedModel, config: BenchConfig) -> None:
         self.lab, self.decider, self.loaded, self.config = lab, decider, loaded, config
         self.layout, self.importance = lab.layout, decider.importance
-        self.report = read_json(lab.study.folder / "report.json")
+        self.report = lab.study.report
         self.seed = lab.config.seed
         self.additive: Agent = additive_agent(lab)
         self._refined = self._refine_tokens()
@@ -268,7 +268,7 @@ def bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
         "dense_ppl": [float(np.exp(decider.dense_log_ppl)) for decider in deciders],
         "samples": settings["samples"],
         "seeds": seeds,
-        "heldout": [read_json(decider.study.folder / "report.json")["heldout"] for decider in deciders],
+        "heldout": [decider.study.report["heldout"] for decider in deciders],
         "rows": summarise(cells, "static"),
     }
 

@@ -34,7 +34,7 @@ def taught_by(study: StudyFolder) -> dict[str, str]:
     files = {name: study.path(name).read_bytes() for name in ("predictor", "agent", "nested")}
     parts = {"agent": files["predictor"] + files["agent"], "nested": files["nested"]}
     hashes = {name: hashlib.sha256(part).hexdigest()[:8] for name, part in parts.items()}
-    return {**hashes, "budget": str(read_json(study.folder / "report.json")["tokens"]["measured"])}
+    return {**hashes, "budget": str(study.report["tokens"]["measured"])}
 
 
 def _terms(name: str, config: BenchConfig, taught: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ round 1..R    the agent trains on the predictor; what it would do is measured, a
 heldout       masks of one size around the agent's policies at 20, 30, 40 and 50 %: predicted, never fitted
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ppf.artifact import read_json, remove_unfinished, write_json
+from ppf.artifact import remove_unfinished
 from ppf.config import FitConfig
 from ppf.errors import InputError
 from ppf.learn.agent import Agent
@@ -32,6 +33,7 @@ from ppf.progress import Advance, Progress
 from ppf.provenance import provenance
 from ppf.recipes.choices import choose_device
 from ppf.recipes.lab import Lab, check_engine, check_study_place, leave_no_beginning, load_for
+from ppf.repair import set_aside_damaged
 from ppf.samples import Sample, kept_matrix
 from ppf.space.allocation import allocate
 from ppf.space.budget import Budget
@@ -75,6 +77,9 @@ def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None
         try:
             loaded = loaded or load_for(config.model, progress)
             levels = _levels(loaded.layout, config.samples)
+            if (folder / "study.json").exists():
+                for one in set_aside_damaged(StudyFolder(folder)):
+                    progress.say(f"{one}; it is made again")
             choose_device(config.device)
             with Lab(loaded, config, progress) as lab:
                 return _fit_all(lab, levels)
@@ -84,7 +89,7 @@ def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None
 
 def _fit_all(lab: Lab, levels: tuple[float, ...]) -> StudyFolder:
     study, config = lab.open_study(), lab.config
-    if study.is_fitted and read_json(study.folder / "report.json")["settings"]["predictor"] == config.predictor:
+    if study.is_fitted and study.report["settings"]["predictor"] == config.predictor:
         lab.progress.say(f"{study.folder} is fitted already")
         return study
     (study.folder / "report.json").unlink(missing_ok=True)  # until it is written again, the study answers nothing
@@ -107,7 +112,7 @@ def _fit_all(lab: Lab, levels: tuple[float, ...]) -> StudyFolder:
     chain.save(study.path("nested"))
     report = {"predictor": chosen, "cross_validated_tau": ranks, **_report(lab, predictors)}
     report |= {"seconds": lab.keep_seconds(), "settings": asdict(config), "made": provenance()}
-    write_json(study.folder / "report.json", report)
+    study.keep_report(report)
     return study
 
 
@@ -188,7 +193,7 @@ def _found(lab: Lab, round: int, count: int) -> list[Wanted]:
     """What the agent would do at many ratios, as far as is known now, and two masks near each."""
     rng, layout = _rng(lab, 10 + round), lab.layout
     kind = "corrected" if lab.config.predictor == "auto" else lab.config.predictor
-    agent = trained(lab, refit(lab, kind), f"search {round}")
+    agent = trained(lab, _fit(lab, kind, _fitted(lab, round)), f"search {round}")
     wanted = list[Wanted]()
     for ratio in stratified_ratios(min(0.1, _most(lab) / 2), _most(lab), -(-count // 3), rng).tolist():
         centre = agent.propose(ratio)
@@ -219,9 +224,13 @@ def refit(lab: Lab, kind: str) -> Predictor:
     return _fit(lab, kind, _fitted(lab))
 
 
-def _fitted(lab: Lab) -> list[Sample]:
-    """In an order that does not depend on which worker was faster, so that a seed gives one result."""
-    return sorted(lab.store.all("probe", "spread", "search", "refine"), key=lambda sample: (sample.round, sample.digest))
+def _fitted(lab: Lab, before: float = math.inf) -> list[Sample]:
+    """In an order that does not depend on which worker was faster, so that a seed gives one result.
+
+    ``before`` a round, so that a plan that is lost is made again as it was.
+    """
+    samples = [sample for sample in lab.store.all("probe", "spread", "search", "refine") if sample.round < before]
+    return sorted(samples, key=lambda sample: (sample.round, sample.digest))
 
 
 def _fit(lab: Lab, kind: str, samples: Sequence[Sample]) -> Predictor:

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from ppf.config import FitConfig
 from ppf.errors import DamagedError, InputError
-from ppf.llm.collect import Wanted, collect
+from ppf.llm.collect import Failures, Wanted, collect
 from ppf.llm.engines.bench import Engine, InProcessEngine
 from ppf.llm.engines.local import LocalEngine
 from ppf.llm.engines.ray_cluster import Cluster, RayEngine, import_ray
@@ -22,6 +23,7 @@ from ppf.llm.scores import score_units
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
 from ppf.recipes.choices import TOKENS_PER_BATCH, choose_device, choose_dtype, choose_seq_len, choose_workers, tokens_per_batch
+from ppf.recipes.protocol import check_protocol, protocol_of
 from ppf.samples import Measurement, Sample
 from ppf.space.allocation import Allocation
 from ppf.space.importance import Importance
@@ -56,6 +58,7 @@ class Lab:
         self.batch = tokens_per_batch(self.device)
         self.reference_tokens = 0
         self._best = math.inf
+        self._failures = Failures()
         self._engine: Engine | None = None
         self._stack = contextlib.ExitStack()
 
@@ -76,11 +79,15 @@ class Lab:
         if (folder / "study.json").exists():
             self.study = StudyFolder(folder)
             self._check_same()
-            self.text = Text.load(self.study.path("text"), self.layout.fingerprint)
+            path, whole = self.study.path("text"), self.study.path("text").exists()
+            self.text = Text.load(path, self.layout.fingerprint) if whole else self._new_text(self.study.record["seq_len"])
+            check_protocol(self.study, protocol_of(self.loaded, self.text, self.dtype))
             if self._context() != self.study.context:
                 raise DamagedError(
                     f"{folder} must measure as it began; its text or its precision changed; fit again in a new folder"
                 )
+            if not whole:
+                self.text.save(path, self.layout.fingerprint)
         else:
             self.study = self._create(folder)
         self.store = self._stack.enter_context(contextlib.closing(self.study.store(write=True)))
@@ -138,6 +145,7 @@ class Lab:
         with self.progress.stage(f"measuring {name}", len(wanted)) as advance:
 
             def count(sample: Sample) -> None:
+                self._failures.count(sample)
                 advance(self._best_so_far(sample))
 
             return list(collect(self._measuring, self.store, wanted, self.study.importance, self.layout, round, count))
@@ -206,11 +214,11 @@ class Lab:
     def _create(self, folder: Path) -> StudyFolder:
         config = self.config
         length = choose_seq_len(config.seq_len, self.model.config.max_position_embeddings)
-        sizes = TextSizes(length, config.calibration_tokens, config.search_tokens, config.validation_tokens, config.test_tokens)
-        with self.progress.stage("text"):
-            self.text = load_text(config.text, self.loaded.tokenizer, sizes, config.seed, self.model, config.test_text)
+        self.text = self._new_text(length)
         with self.progress.stage("dense model"):
             dense = {part: _record(self.evaluate_dense(self.text, part)) for part in ("search", "test")}
+        if dense["search"]["log_ppl"] >= math.log(self.loaded.model.config.vocab_size):
+            self.progress.say("warning: the dense model is no better than guessing tokens; are text and tokenizer its own?")
         self.text.save(folder / "text.safetensors", self.layout.fingerprint)
         loaded = self.loaded
         model: dict[str, Any] = {
@@ -227,8 +235,16 @@ class Lab:
             "context": self._context(),
             "seq_len": length,
             "dtype": _name(self.dtype),
+            "protocol": protocol_of(self.loaded, self.text, self.dtype),
+            "made_by": {"ppf": version("ppf")},
         }
         return StudyFolder.create(folder, record)
+
+    def _new_text(self, length: int) -> Text:
+        config = self.config
+        sizes = TextSizes(length, config.calibration_tokens, config.search_tokens, config.validation_tokens, config.test_tokens)
+        with self.progress.stage("text"):
+            return load_text(config.text, self.loaded.tokenizer, sizes, config.seed, self.model, config.test_text)
 
     def _context(self) -> str:
         return context_of(model=self.loaded.digest, text=self.text.digest, dtype=str(self.dtype))
@@ -275,7 +291,8 @@ def check_study_place(folder: Path) -> None:
         raise InputError(f"{folder} must be a folder; a file is there; choose another place")
     if not folder.is_dir() or (folder / "study.json").exists():
         return
-    strangers = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} - {"lock", "text.safetensors"}
+    names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and ".damaged" not in entry.name}
+    strangers = names - {"lock", "text.safetensors", "samples.sqlite", "samples.sqlite-wal", "samples.sqlite-shm"}
     if strangers:
         raise InputError(f"{folder} must be a new or a study folder; it holds {min(strangers)!r}; choose another")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppf.artifact import check_new_folder, check_writable, read_json
+from ppf.artifact import check_new_folder, check_writable
 from ppf.config import CompensateName, QuantName, Target
 from ppf.decide import Decider, Decision
 from ppf.errors import DamagedError, InputError, ResourceError
@@ -245,7 +245,7 @@ def tokens_per_second(models: list[PreTrainedModel], blocks: np.ndarray) -> list
 
 
 def _plan(decider: Decider, decision: Decision, measured: Evaluation, speeds: dict[str, float], refined: bool) -> dict[str, Any]:
-    study, report = decider.study, read_json(decider.study.folder / "report.json")
+    study, report = decider.study, decider.study.report
     model = study.record["model"]
     text = study.record["settings"]["test_text"] or study.record["settings"]["text"]
     return {

@@ -19,7 +19,7 @@ from ppf.recipes.cells import current_cells
 from ppf.recipes.summary import summarise
 from ppf.samples import Sample, kept_matrix
 from ppf.space.layout import Layout
-from ppf.study import StudyFolder
+from ppf.study import StudyFolder, read_sealed
 
 _NEEDED: dict[str, type | tuple[type, ...]] = {
     "predictor": str, "importance": dict, "heldout": dict, "samples": dict, "failed": int, "tokens": dict, "seconds": dict,
@@ -189,9 +189,9 @@ def table_of(path: str | Path) -> Table:
 
 
 def _checked(path: Path) -> dict[str, Any]:
-    record = read_json(path)
+    record = read_sealed(path)
     for name, kind in _NEEDED.items():
-        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+        if not isinstance(record.get(name), kind):
             raise DamagedError(f"{path} must be the report of a fit; it lacks {name!r}; fit again with the same command")
     if not {record["predictor"], "additive"} <= set(record["heldout"]):
         raise DamagedError(f"{path} must have the figures of its predictors; it has not; fit again with the same command")

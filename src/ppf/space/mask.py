@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ppf.errors import DamagedError
+from ppf.errors import DamagedError, InputError
 from ppf.space.allocation import Allocation
 from ppf.space.importance import Importance, check_units
 from ppf.space.layout import Layout
@@ -18,14 +18,15 @@ class Mask:
 
     Attributes:
         bits: Per site Bool[U]; True stays.
+
+    Raises:
+        InputError: A row that does not hold True and False alone.
     """
 
     bits: tuple[np.ndarray, ...]
 
     def __post_init__(self) -> None:
-        bits = tuple(np.array(site, dtype=bool) for site in self.bits)
-        for site in bits:
-            site.flags.writeable = False
+        bits = tuple(_row(site, index) for index, site in enumerate(self.bits))
         object.__setattr__(self, "bits", bits)
 
     @cached_property
@@ -73,6 +74,38 @@ class Mask:
             at = np.interp(np.linspace(0, len(bits), width + 1), np.arange(len(bits) + 1), edges)
             rows.append(np.diff(at) * width / len(bits))
         return np.array(rows)
+
+
+def _row(bits: object, index: int) -> np.ndarray:
+    """Bool[U], read-only: a number, a text or a NaN is no bit, though Python would take it for one.
+
+    Raises:
+        InputError: Anything else.
+    """
+    try:
+        row = np.array(bits)
+    except (TypeError, ValueError):  # rows of different lengths
+        row = np.array(None)
+    if row.ndim != 1 or row.dtype != bool:
+        came = f"{row.dtype} of shape {row.shape} came"
+        raise InputError(f"a mask must have one row of True and False for each site; for site {index} {came}; convert it")
+    row.flags.writeable = False
+    return row
+
+
+def check_mask(mask: Mask, layout: Layout) -> None:
+    """Refuses the mask of another model, and one that leaves a site less than it needs.
+
+    Raises:
+        InputError: Another number of sites or units, or fewer than the floor; the site is named.
+    """
+    if len(mask.bits) != len(layout.sites):
+        raise InputError(f"a mask must have the {len(layout.sites)} sites of its model; {len(mask.bits)} came; use its own")
+    for bits, site in zip(mask.bits, layout.sites, strict=True):
+        if len(bits) != site.units:
+            raise InputError(f"a mask must have {site.units} bits at {site.label}; {len(bits)} came; use the mask of this model")
+        if bits.sum() < site.floor:
+            raise InputError(f"a mask must keep at least {site.floor} at {site.label}; {int(bits.sum())} stay; keep more")
 
 
 def select(allocation: Allocation, importance: Importance, layout: Layout) -> Mask:

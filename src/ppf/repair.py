@@ -1,0 +1,189 @@
+"""Damaged files of a study: set aside, never deleted, and what can be made of the rest.
+
+study.json        says what all else belongs to; without it the samples alone stay, and the same ppf fit begins from them
+samples.sqlite    every row whose CRC holds goes into a new file
+all others        are made again by the same ppf fit, from the samples
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ppf.artifact import load_artifact, remove_unfinished
+from ppf.errors import DamagedError, InputError, PPFError, ResourceError
+from ppf.learn.agent import Agent
+from ppf.learn.nested import Chain
+from ppf.learn.predictor import Predictor
+from ppf.lock import locked
+from ppf.salvage import salvage
+from ppf.samples import SampleStore
+from ppf.space.importance import Importance
+from ppf.study import StudyFolder, check_version, read_sealed
+
+_STORE, _ASIDE = "samples.sqlite", ".damaged"
+_LOG, _INDEX = "-wal", "-shm"
+_LOADS: dict[str, Callable[..., object]] = {
+    "importance": Importance.load, "predictor": Predictor.load, "agent": Agent.load, "nested": Chain.load,
+}  # fmt: skip
+_JSON: dict[str, tuple[str, ...]] = {"plans.json": (), "report.json": ("settings", "predictor", "heldout")}
+"""And what each must hold."""
+
+
+@dataclass(frozen=True)
+class Aside:
+    """A damaged file.
+
+    Attributes:
+        file: Its name.
+        to: What it is called now.
+        why: What was wrong with it.
+    """
+
+    file: str
+    to: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.file} is damaged ({self.why}) and is called {self.to} now"
+
+
+def repair(folder: Path) -> dict[str, Any]:
+    """Sets the damaged files of a study aside and puts every whole sample into a store that is whole.
+
+    Args:
+        folder: The study.
+
+    Returns:
+        JSON-ready: ``"aside"``, what was damaged, and ``"samples"``, how many the store holds.
+
+    Raises:
+        InputError: There is no study, nor the samples of one.
+        InUseError: Another process writes.
+        ResourceError: The folder cannot be written; what was read is still there.
+        DamagedError: A study of another version; nothing is changed.
+    """
+    if not (folder / "study.json").exists() and not _stores(folder):
+        raise InputError(f"{folder} must be a study folder; it holds neither study.json nor samples; check the name")
+    with locked(folder):
+        remove_unfinished(folder)
+        study, why = _open(folder)
+        try:
+            aside = set_aside_damaged(study) if study else _set_aside_all(folder, why)
+            found, samples = _mend_store(folder)
+        except OSError as error:
+            if isinstance(error, PPFError):
+                raise
+            raise ResourceError(f"{folder} must be writable; {error.strerror}; free the disk, then repair it again") from error
+        return {"aside": [vars(one) for one in (*aside, *found)], "samples": samples}
+
+
+def set_aside_damaged(study: StudyFolder) -> list[Aside]:
+    """Sets aside what a fit makes again from the samples, where it is damaged or of another model."""
+    aside = []
+    for name, check in _checks(study):
+        path = study.folder / name
+        try:
+            if path.exists():
+                check(path)
+        except DamagedError as error:
+            aside.append(_set_aside(path, _reason(error)))
+    return aside
+
+
+def _checks(study: StudyFolder) -> Iterator[tuple[str, Callable[[Path], object]]]:
+    layout = study.layout
+    for name, load in _LOADS.items():
+        yield study.path(name).name, partial(load, layout=layout)
+    yield study.path("text").name, partial(load_artifact, kind="text", fingerprint=layout.fingerprint)
+    for name, needed in _JSON.items():
+        yield name, partial(_check_json, needed=needed)
+
+
+def _check_json(path: Path, needed: tuple[str, ...]) -> None:
+    record = read_sealed(path)
+    if missing := [name for name in needed if name not in record]:
+        raise DamagedError(f"{path} must hold {missing[0]!r}; it does not; fit again")
+
+
+def _open(folder: Path) -> tuple[StudyFolder | None, str]:
+    """The study, or None and what is wrong with its record.
+
+    Raises:
+        DamagedError: It is whole and of another version, which is not ours to take apart.
+    """
+    path = folder / "study.json"
+    if not path.exists():
+        return None, "study.json is missing"
+    try:
+        record = read_sealed(path)
+    except DamagedError as error:
+        return None, _reason(error)
+    check_version(record, folder)
+    try:
+        study = StudyFolder(folder)
+        _ = study.layout
+    except DamagedError as error:
+        return None, _reason(error)
+    return study, ""
+
+
+def _reason(error: Exception) -> str:
+    """What came, out of what must hold, what came, and what to do."""
+    return str(error).split("; ")[1]
+
+
+def _set_aside_all(folder: Path, why: str) -> list[Aside]:
+    """Everything but the samples: nothing says any more what it belongs to."""
+    kept = ("lock", _STORE)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix in (".json", ".safetensors"))
+    return [_set_aside(folder / name, why) for name in names if not name.startswith(kept)]
+
+
+def _set_aside(path: Path, why: str) -> Aside:
+    """Gives a file a name that no other has; with a store goes its log."""
+    number, to = 1, path.with_name(path.name + _ASIDE)
+    while any(Path(f"{to}{end}").exists() for end in ("", _LOG)):
+        number += 1
+        to = path.with_name(f"{path.name}{_ASIDE}{number}")
+    for end in (_LOG, _INDEX, ""):  # the log first: it must never lie beside another database
+        if (part := Path(f"{path}{end}")).exists():
+            os.rename(part, f"{to}{end}")
+    return Aside(path.name, to.name, why)
+
+
+def _stores(folder: Path) -> list[Path]:
+    """All databases and logs, those set aside earlier included: a repair that was killed begins again."""
+    return sorted(path for path in folder.glob(f"{_STORE}*") if not path.name.endswith(_INDEX))
+
+
+def _mend_store(folder: Path) -> tuple[list[Aside], int]:
+    path = folder / _STORE
+    why, count = _damage(path)
+    if not why:
+        return [], count
+    files = _stores(folder)
+    samples = salvage([file for file in files if _ASIDE in file.name] + [file for file in files if _ASIDE not in file.name])
+    with tempfile.TemporaryDirectory(prefix=f".{_STORE}.ppf-", dir=folder) as work:
+        new = Path(work) / _STORE
+        with closing(SampleStore(new, "", write=True)) as store:
+            for sample in samples:
+                store.add(sample)
+        aside = [_set_aside(path, why)] if path.exists() else []
+        os.rename(new, path)
+    return aside, len(samples)
+
+
+def _damage(path: Path) -> tuple[str, int]:
+    """What is wrong with a store, empty if nothing is; and how many samples it holds."""
+    if not path.exists():
+        return "it is missing", 0
+    try:
+        with closing(SampleStore(path, "")) as store:
+            return store.damage()
+    except DamagedError as error:
+        return _reason(error), 0

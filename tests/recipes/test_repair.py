@@ -1,0 +1,216 @@
+import json
+import os
+import random
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import ppf
+from builders import full_disk, names_in, refuses
+from fit_runs import again, measured
+from ppf import cli
+from ppf import repair as module
+from ppf.errors import DamagedError, InputError, InUseError, PPFError, ResourceError
+from ppf.lock import locked
+from ppf.repair import repair
+from ppf.study import StudyFolder, read_sealed, write_sealed
+
+MADE = ("importance", "predictor", "agent", "nested", "text")
+FILES = [*(f"{name}.safetensors" for name in MADE), "plans.json", "report.json"]
+
+
+@pytest.fixture
+def copy(fitted, tmp_path):
+    """A copy of a fitted study, to damage."""
+    return Path(shutil.copytree(fitted.folder, tmp_path / "study"))
+
+
+def flip(path, place=-9):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def zero(path, page):
+    data = path.read_bytes()
+    path.write_bytes(data[: 4096 * page] + bytes(4096) + data[4096 * (page + 1) :])
+
+
+def samples_of(folder):
+    with closing(StudyFolder(folder).store()) as store:
+        return store.all()
+
+
+def test_of_a_whole_study_nothing_is_changed(copy):
+    before = {path.name: path.read_bytes() for path in copy.iterdir() if path.suffix in (".json", ".safetensors", ".sqlite")}
+    assert repair(copy) == {"aside": [], "samples": len(samples_of(copy))}
+    assert {name: (copy / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_is_damaged_is_set_aside(copy, file):
+    flip(copy / file)
+    damaged = (copy / file).read_bytes()
+    (one,) = repair(copy)["aside"]
+    assert (one["file"], one["to"]) == (file, f"{file}.damaged") and one["why"]
+    assert not (copy / file).exists() and (copy / f"{file}.damaged").read_bytes() == damaged
+
+
+def test_a_fit_makes_them_all_again_from_the_samples_and_says_so(copy, capsys):
+    whole, samples = {name: (copy / f"{name}.safetensors").read_bytes() for name in MADE}, measured(copy)
+    for file in FILES:
+        flip(copy / file)
+    again(copy, quiet=False)
+    said = capsys.readouterr().err
+    assert all(f"{file} is damaged" in said and (copy / f"{file}.damaged").exists() for file in FILES)
+    assert {name: (copy / f"{name}.safetensors").read_bytes() for name in MADE} == whole and measured(copy) == samples
+
+
+@pytest.mark.parametrize("file", FILES[1:4])
+def test_until_then_it_is_refused_with_what_to_do(copy, file):
+    flip(copy / file)
+    with refuses(DamagedError) as caught:
+        study = ppf.Study(copy)
+        study.policy(ratio=0.3, nested=True)
+    assert "ppf fit command" in str(caught.value)
+
+
+def test_a_damaged_store_is_refused_and_repaired(copy):
+    before = samples_of(copy)
+    for page in (0, 1):
+        zero(copy / "samples.sqlite", page)
+    damaged = (copy / "samples.sqlite").read_bytes()
+    with refuses(DamagedError) as caught:
+        again(copy)
+    assert "ppf repair" in str(caught.value)
+    found = repair(copy)
+    assert [one["file"] for one in found["aside"]] == ["samples.sqlite"] and found["samples"] > 0
+    assert (copy / "samples.sqlite.damaged").read_bytes() == damaged
+    assert set(samples_of(copy)) <= set(before) and len(samples_of(copy)) == found["samples"]
+    assert repair(copy)["aside"] == []
+
+
+def test_altered_rows_are_left_behind(copy):
+    count = len(samples_of(copy))
+    data = (copy / "samples.sqlite").read_bytes()
+    row = samples_of(copy)[3]
+    (copy / "samples.sqlite").write_bytes(data.replace(row.digest.encode(), b"x" * 32))
+    assert repair(copy)["samples"] == count - 1 and (copy / "samples.sqlite.damaged").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "a digit", "no layout"])
+def test_without_its_record_the_samples_are_what_is_left_and_the_same_fit_needs_no_more(copy, fitted, damage):
+    text, path = StudyFolder(copy).record["settings"]["text"], copy / "study.json"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-50])
+    elif damage == "a digit":
+        path.write_text(path.read_text().replace("60", "61", 1))
+    else:
+        write_sealed(path, read_sealed(path) | {"layout": {}})
+    if damage != "missing":
+        with refuses(DamagedError) as caught:
+            again(copy, text)
+        assert "ppf repair" in str(caught.value) or damage == "no layout"
+    assert repair(copy)["samples"] == len(samples_of(fitted.folder))
+    left = {name for name in names_in(copy) if "damaged" not in name and not name.startswith("samples.sqlite-")}
+    assert left == {"samples.sqlite", "lock"}
+    if damage == "a digit":
+        assert again(copy, text).report["heldout"] == fitted.report["heldout"]
+        assert measured(copy) == measured(fitted.folder)
+
+
+def test_a_store_that_is_gone_is_not_begun_anew_without_a_word(copy):
+    (copy / "report.json").unlink()
+    for damage in (Path.unlink, lambda path: path.write_bytes(b"")):
+        damage(copy / "samples.sqlite")
+        with refuses(DamagedError):
+            again(copy)
+        assert repair(copy)["samples"] == 0
+
+
+def test_a_study_of_a_newer_ppf_is_left_alone(copy):
+    write_sealed(copy / "study.json", read_sealed(copy / "study.json") | {"version": 99})
+    before = names_in(copy)
+    with refuses(DamagedError) as caught:
+        repair(copy)
+    assert "newer ppf" in str(caught.value) and names_in(copy) == before
+
+
+def test_what_is_no_study_or_in_use_is_refused(copy, tmp_path):
+    for folder in (tmp_path / "none", tmp_path):
+        with refuses(InputError):
+            repair(folder)
+    with locked(copy), refuses(InUseError):
+        repair(copy)
+    assert names_in(tmp_path) == ["study"]
+
+
+def test_names_that_are_taken_are_left(copy):
+    for _ in range(3):
+        zero(copy / "samples.sqlite", 1)
+        repair(copy)
+    assert {"samples.sqlite.damaged", "samples.sqlite.damaged2", "samples.sqlite.damaged3"} <= set(names_in(copy))
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_repair_that_was_stopped_begins_again_and_loses_nothing(copy, monkeypatch, failing):
+    before, rename, calls = set(samples_of(copy)), os.rename, []
+    flip(copy / "samples.sqlite", 20)
+    zero(copy / "samples.sqlite", 0)
+
+    def stop(source, target):
+        calls.append(source)
+        return full_disk() if len(calls) == failing else rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises((OSError, PPFError)):
+        patch.setattr(module.os, "rename", stop)
+        repair(copy)
+    repair(copy)
+    assert set(samples_of(copy)) == before and not [name for name in names_in(copy) if ".ppf-" in name]
+
+
+def test_a_disk_that_is_full_is_said(copy, monkeypatch):
+    zero(copy / "samples.sqlite", 1)
+    monkeypatch.setattr(module.os, "rename", full_disk)
+    with refuses(ResourceError):
+        repair(copy)
+    assert (copy / "samples.sqlite").exists()
+
+
+def test_the_command(copy, capsys):
+    zero(copy / "samples.sqlite", 1)
+    flip(copy / "agent.safetensors")
+    assert cli.main(["repair", str(copy)]) == 0
+    out = capsys.readouterr().out
+    assert "set aside as samples.sqlite.damaged" in out and "agent.safetensors" in out and "samples are whole" in out
+    assert cli.main(["repair", str(copy), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["aside"] == []
+    assert cli.main(["repair", str(copy / "none")]) == 2
+
+
+def test_no_cut_and_no_flip_of_any_file_bricks_a_study(copy, fitted):
+    """Whatever happens to the files of a study, a repair ends, and what it leaves is read or refused in one line."""
+    rng, whole, names = random.Random(0), {path.name: path.read_bytes() for path in copy.iterdir()}, ["study.json", *FILES]
+    before = set(samples_of(copy))
+    for number in range(60):
+        name = names[number % len(names)]
+        data = bytearray(whole[name])
+        if number % 3 == 0:
+            del data[rng.randrange(len(data)) :]
+        else:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (copy / name).write_bytes(data)
+        repair(copy)
+        try:
+            ppf.Study(copy).policy(ratio=0.3)
+        except PPFError as error:
+            assert str(error).count("; ") >= 2 and "\n" not in str(error)
+        for path in copy.iterdir():
+            path.unlink()
+        for file, content in whole.items():
+            (copy / file).write_bytes(content)
+    assert set(samples_of(copy)) == before
