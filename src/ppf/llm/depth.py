@@ -16,6 +16,11 @@ from ppf.llm.pruned_model import parts_of, without
 from ppf.space.layout import Layout, Site
 
 
+def can_lose_sublayers(model: PreTrainedModel) -> bool:
+    """Whether the stream itself passes through no norm, as it does in some sizes of OPT, where a sub-layer's belongs to it."""
+    return getattr(model.config, "do_layer_norm_before", True)
+
+
 def with_depth(model: PreTrainedModel, layout: Layout) -> Layout:
     """A layout whose sub-layers may go as a whole: floors of 0, and what goes with the last unit.
 
@@ -29,7 +34,7 @@ def with_depth(model: PreTrainedModel, layout: Layout) -> Layout:
     Raises:
         UnsupportedError: Norms behind the sub-layers that the stream itself passes through.
     """
-    if getattr(model.config, "do_layer_norm_before", True) is False:
+    if not can_lose_sublayers(model):
         what = f"whole sub-layers of this {layout.model_type} model"
         raise UnsupportedError(f"--depth must leave a stream that no norm stands in; {what} end in one; fit it without --depth")
     mixed = any(site.role == "expert" for site in layout.sites)

@@ -3,16 +3,20 @@
 layers alike    llama (Llama, Mistral), qwen2, qwen3: the family's own
 layers differ   deci (Llama, Mistral, Qwen2), openelm (Qwen3 with tied embeddings); both read their shapes layer by layer
                 qwen3 with every layer padded with zeros to the widest (other Qwen3: no architecture has its output head)
+gone            only deci knows a layer without attention, none one without an FFN: units of zeros stand for them
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ppf.errors import UnsupportedError
 from ppf.llm.architectures import family_of
+from ppf.llm.pruned_model import NoAttention, NoFFN
 
 ARCHITECTURES = {
     "llama": ("llama", "deci"), "mistral": ("llama", "deci"), "qwen2": ("qwen2", "deci"), "qwen3": ("qwen3", "openelm"),
@@ -74,12 +78,16 @@ def shape_of(model: PreTrainedModel) -> Shape:
     if config.hidden_act != "silu":
         raise UnsupportedError(f"a GGUF file needs silu as the activation; {config.hidden_act} came; use the folder instead")
     heads, kv_heads, ffn, head_dim = _widths(model)
+    notes: list[str] = []
+    if gone := ffn.count(0):
+        notes.append(f"llama.cpp has no layers without an FFN; {gone} that are gone stand as {_EVEN} channels of zeros in the file")
+        ffn = tuple(channels or _EVEN for channels in ffn)
     base, factors, scale = _rope(model, head_dim)
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     alike = all(len(set(widths)) == 1 for widths in (heads, kv_heads, ffn))
-    notes: list[str] = []
     if family == "qwen3":
         arch = _qwen3_arch(model, alike, tied, factors)
+        heads, kv_heads = _with_heads(heads, kv_heads)
         if arch == "qwen3" and not alike:
             heads, kv_heads, ffn = _widest(heads, kv_heads, ffn)
             notes.append(
@@ -95,21 +103,36 @@ def shape_of(model: PreTrainedModel) -> Shape:
 
 
 def _widths(model: PreTrainedModel) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
-    """Heads, key heads and channels of each layer, read off the weights, and the one width of a head."""
+    """Heads, key heads and channels of each layer, 0 where they are gone, and the one width of a head."""
     layers = model.model.layers
-    head_dims = {int(layer.self_attn.head_dim) for layer in layers}
+    attentions, ffns = [attention_of(layer) for layer in layers], [ffn_of(layer) for layer in layers]
+    head_dims = {int(attention.head_dim) for attention in attentions if attention}
     if len(head_dims) != 1 or min(head_dims) % 2 or min(head_dims) < 2:
         raise UnsupportedError(f"heads must have one even width in all layers; {sorted(head_dims)} came; use the folder instead")
     head_dim = head_dims.pop()
-    heads = tuple(layer.self_attn.q_proj.out_features // head_dim for layer in layers)
-    kv_heads = tuple(layer.self_attn.k_proj.out_features // head_dim for layer in layers)
-    ffn = tuple(layer.mlp.gate_proj.out_features for layer in layers)
-    for layer, (of, kv, channels) in enumerate(zip(heads, kv_heads, ffn, strict=True)):
-        # llama.cpp reads its head width from layer 0 and drops the attention of a layer without channels, silently
-        if min(of, kv, channels) < 1 or of % kv:
-            came = f"{of} query heads, {kv} key heads and {channels} channels in layer {layer}"
-            raise UnsupportedError(f"every layer of a GGUF file needs a channel and whole KV groups; {came}; keep one of each")
+    heads = tuple(attention.q_proj.out_features // head_dim if attention else 0 for attention in attentions)
+    kv_heads = tuple(attention.k_proj.out_features // head_dim if attention else 0 for attention in attentions)
+    ffn = tuple(one.gate_proj.out_features if one else 0 for one in ffns)
+    for layer, (of, kv) in enumerate(zip(heads, kv_heads, strict=True)):
+        if of % max(kv, 1) or (layer == 0 and not kv):  # llama.cpp reads its head width from layer 0
+            came = f"{of} query heads and {kv} key heads in layer {layer}"
+            raise UnsupportedError(f"every layer of a GGUF file needs whole KV groups, the first one at least; {came}; keep one")
     return heads, kv_heads, ffn, head_dim
+
+
+def attention_of(layer: nn.Module) -> Any:
+    """Its attention; None where it is gone."""
+    return None if isinstance(layer.self_attn, NoAttention) else layer.self_attn
+
+
+def ffn_of(layer: nn.Module) -> Any:
+    """Its FFN; None where it is gone."""
+    return None if isinstance(layer.mlp, NoFFN) else layer.mlp
+
+
+def _with_heads(heads: tuple[int, ...], kv_heads: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """One KV group where attention is gone: the first layer's, whose group has as many heads as any other."""
+    return tuple(of or heads[0] // kv_heads[0] for of in heads), tuple(kv or 1 for kv in kv_heads)
 
 
 def _rope(model: PreTrainedModel, head_dim: int) -> tuple[float, np.ndarray | None, float]:
@@ -140,7 +163,7 @@ def _qwen3_arch(model: PreTrainedModel, alike: bool, tied: bool, factors: np.nda
         )
     if factors is not None and np.ptp(factors) > 1e-5 * factors.max():
         raise UnsupportedError("a Qwen3 in a GGUF file needs plain or linear rotary frequencies; others came; remove rope scaling")
-    biased = any(layer.self_attn.q_proj.bias is not None for layer in model.model.layers)
+    biased = any(attention.q_proj.bias is not None for attention in map(attention_of, model.model.layers) if attention)
     return "openelm" if tied and not alike and not biased else "qwen3"
 
 
@@ -152,7 +175,9 @@ def _fits_own(model: PreTrainedModel, family: str, attention: int, factors: np.n
 
 def _reader_biases(model: PreTrainedModel) -> bool:
     """Whether an attention or FFN output has a bias that is not zero."""
-    readers = [reader for layer in model.model.layers for reader in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    layers = model.model.layers
+    readers = [attention.o_proj for attention in map(attention_of, layers) if attention]
+    readers += [ffn.down_proj for ffn in map(ffn_of, layers) if ffn]
     return any(reader.bias is not None and bool(torch.any(reader.bias != 0)) for reader in readers)
 
 

@@ -1,6 +1,8 @@
 """The tensors of a GGUF file, under llama.cpp's names and in its order of rows, and the number type of each."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ppf.errors import DamagedError, InputError
-from ppf.llm.gguf_shape import Shape
+from ppf.llm.gguf_shape import Shape, attention_of, ffn_of
 
 BLOCK = {"q8_0": 32, "q4_0": 32, "q4_k_m": 256}
 """Row elements that share a scale; rows of other widths fall back to a finer type."""
@@ -67,22 +69,49 @@ def _all(model: PreTrainedModel, shape: Shape) -> Iterator[tuple[str, np.ndarray
     if shape.rope_factors is not None and shape.interleaved:
         yield "rope_freqs.weight", shape.rope_factors
     for index, layer in enumerate(model.model.layers):
-        for name, array in _layer(layer, shape, index):
+        for name, array in _layer(layer, shape, index, model.config.hidden_size):
             yield f"blk.{index}.{name}", array
 
 
-def _layer(layer: nn.Module, shape: Shape, index: int) -> Iterator[tuple[str, np.ndarray]]:
-    attn, mlp, ffn = layer.self_attn, layer.mlp, shape.ffn[index]
-    yield "attn_norm.weight", _numpy(layer.input_layernorm.weight)
-    yield "ffn_norm.weight", _numpy(layer.post_attention_layernorm.weight)
-    yield from _attention(attn, shape, index)
+def _layer(layer: nn.Module, shape: Shape, index: int, hidden: int) -> Iterator[tuple[str, np.ndarray]]:
+    mlp, ffn = ffn_of(layer) or _no_ffn(hidden), shape.ffn[index]
+    if shape.heads[index]:
+        yield "attn_norm.weight", _norm(layer.input_layernorm, hidden)
+        yield from _attention(attention_of(layer) or _no_attention(hidden, shape), shape, index)
+    yield "ffn_norm.weight", _norm(layer.post_attention_layernorm, hidden)
     for name, module in (("ffn_gate", mlp.gate_proj), ("ffn_up", mlp.up_proj)):
         for part, array in _parts(module):
             yield f"{name}.{part}", _padded(array, ffn, 0)
     yield from _reader("ffn_down", mlp.down_proj, ffn)
 
 
-def _attention(attn: nn.Module, shape: Shape, index: int) -> Iterator[tuple[str, np.ndarray]]:
+def _norm(norm: nn.Module, hidden: int) -> np.ndarray:
+    """The weight of a norm; that of a sub-layer that is gone went with it."""
+    return np.ones(hidden, np.float32) if isinstance(norm, nn.Identity) else _numpy(norm.weight)
+
+
+def _no_attention(hidden: int, shape: Shape) -> Any:
+    """What attention that is gone would be: nothing to be padded."""
+    inward, norm = _Part(torch.zeros(0, hidden)), _Part(torch.ones(shape.head_dim))
+    norms = {"q_norm": norm, "k_norm": norm}  # of the architectures that cannot do without attention, all have them
+    return SimpleNamespace(q_proj=inward, k_proj=inward, v_proj=inward, o_proj=_Part(torch.zeros(hidden, 0)), **norms)
+
+
+def _no_ffn(hidden: int) -> Any:
+    """What an FFN that is gone would be."""
+    inward = _Part(torch.zeros(0, hidden))
+    return SimpleNamespace(gate_proj=inward, up_proj=inward, down_proj=_Part(torch.zeros(hidden, 0)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A linear module or a norm, as far as it is written."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+def _attention(attn: Any, shape: Shape, index: int) -> Iterator[tuple[str, np.ndarray]]:
     """Queries, keys and values, each or as one matrix, their norms, and the output."""
     heads, kv_heads, width = shape.heads[index], shape.kv_heads[index], shape.head_dim
     normed = hasattr(attn, "q_norm")
@@ -116,7 +145,7 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.swapaxes(halves, 1, 2).reshape(rows.shape)
 
 
-def _reader(name: str, module: nn.Linear, columns: int) -> Iterator[tuple[str, np.ndarray]]:
+def _reader(name: str, module: nn.Linear | _Part, columns: int) -> Iterator[tuple[str, np.ndarray]]:
     """A matrix that reads units; a bias of zeros, which some architectures do not know, is left out."""
     for part, array in _parts(module):
         if part == "weight":
@@ -125,7 +154,7 @@ def _reader(name: str, module: nn.Linear, columns: int) -> Iterator[tuple[str, n
             yield f"{name}.bias", array
 
 
-def _parts(module: nn.Linear) -> Iterator[tuple[str, np.ndarray]]:
+def _parts(module: nn.Linear | _Part) -> Iterator[tuple[str, np.ndarray]]:
     yield "weight", _numpy(module.weight)
     if module.bias is not None:
         yield "bias", _numpy(module.bias)
