@@ -38,10 +38,11 @@ def with_depth(model: PreTrainedModel, layout: Layout) -> Layout:
         what = f"whole sub-layers of this {layout.model_type} model"
         raise UnsupportedError(f"--depth must leave a stream that no norm stands in; {what} end in one; fit it without --depth")
     mixed = any(site.role == "expert" for site in layout.sites)
-    return replace(layout, sites=tuple(_freed(model, site) if _may_go(site, mixed) else site for site in layout.sites))
+    return replace(layout, sites=tuple(_freed(model, site) if may_go(site, mixed) else site for site in layout.sites))
 
 
-def _may_go(site: Site, mixed: bool) -> bool:
+def may_go(site: Site, mixed: bool) -> bool:
+    """Whether a sub-layer may go as a whole; ``mixed`` is whether its model has experts."""
     return site.layer > 0 if site.role == "attn" else not mixed
 
 

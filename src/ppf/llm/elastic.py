@@ -166,7 +166,7 @@ class ElasticModel:
             are missing: it is unchanged, and the tokens must be run again.
         """
         kept = zip(self.layout.sites, before.allocation.kept, after.allocation.kept, strict=True)
-        counts = [(site, running_units(had), running_units(has)) for site, had, has in kept if site.cache]
+        counts = [(site, running_units(int(had)), running_units(int(has))) for site, had, has in kept if site.cache]
         changes = [(site.layer, had, has) for site, had, has in counts if had != has]
         for index, had, has in changes:
             keys = getattr(cache.layers[index], "keys", None) if index < len(cache.layers) else None

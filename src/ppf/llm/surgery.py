@@ -98,9 +98,7 @@ def pruned_config(config: PreTrainedConfig, layout: Layout, allocation: Allocati
     return pruned
 
 
-def _widths(
-    config: PreTrainedConfig, layout: Layout, allocation: Allocation, stays: list[int]
-) -> dict[int, dict[str, Any]]:
+def _widths(config: PreTrainedConfig, layout: Layout, allocation: Allocation, stays: list[int]) -> dict[int, dict[str, Any]]:
     """By new index of a layer what ``per_layer_config`` says of it: its widths, 0 for a sub-layer that is gone."""
     layers: dict[int, dict[str, Any]] = {layer: {} for layer in stays}
     for site, kept in zip(layout.sites, allocation.kept, strict=True):
