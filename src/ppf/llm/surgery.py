@@ -107,10 +107,9 @@ def _widths(config: PreTrainedConfig, layout: Layout, allocation: Allocation, st
                 layers[site.layer].setdefault(field, []).append(per_unit * int(kept))
             else:
                 layers[site.layer][field] = per_unit * int(kept)
-    fields = {field for site in layout.sites if site.role != "expert" for field, _ in site.shapes}
     for layer, own in layers.items():
         before = config.per_layer_config[layer]
-        own.update({field: 0 for field in sorted(fields - set(own)) if getattr(before, field, None) == 0})  # gone already
+        own.update({field: 0 for field in config.per_layer_attributes or () if getattr(before, field, None) == 0})  # gone already
     return dict(enumerate(layers.values()))
 
 
