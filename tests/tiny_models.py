@@ -135,6 +135,27 @@ MASKS: dict[str, Callable[[Layout], Mask]] = {
     "only attn": _only("attn"),
 }
 
+
+def _without(gone: Callable[[Site], bool]) -> Callable[[Layout], Mask]:
+    def mask(layout: Layout) -> Mask:
+        kept = [site.floor if gone(site) else -(-2 * site.units // 3) for site in layout.sites]
+        return select(Allocation(np.array(kept)), importance(layout, 5), layout)
+
+    return mask
+
+
+DEPTH_MASKS: dict[str, Callable[[Layout], Mask]] = {
+    "attention": _without(lambda site: site.layer == 1 and site.role == "attn"),
+    "ffn": _without(lambda site: site.layer == 1 and site.role == "ffn"),
+    "layer": _without(lambda site: site.layer == 1),
+    "first": _without(lambda site: site.layer == 0),
+    "last": _without(lambda site: site.layer == 2),
+    "all": _without(lambda site: True),
+}
+"""For layouts of depth: sub-layers and layers that go as a whole, everything else in part."""
+NO_DEPTH = ("opt-projected-norms-behind",)
+"""Whose stream passes through the norms of its sub-layers."""
+
 LLAMA_LIKE = [name for name in TINY if name.split("-")[0] in ("llama", "mistral", "qwen2", "qwen3")]
 SOME = [*LLAMA_LIKE, "phi3-gqa", "gemma2-gqa", "opt-mha", "olmo2-gqa", "mixtral-gqa"]
 """Those and one of each other kind of code, for what takes long."""

@@ -269,10 +269,17 @@ def _models(config: ModelsConfig) -> None:
         print_json({"families": [asdict(one) for one in found]})
     else:
         rows = [
-            [one.family, ", ".join(one.units), " / ".join(one.gguf) if one.gguf else "-", "yes" if one.vllm else "-"]
+            [
+                one.family,
+                ", ".join(one.units),
+                ", ".join(one.depth),
+                " / ".join(one.gguf) if one.gguf else "-",
+                "yes" if one.vllm else "-",
+            ]
             for one in found
         ]
-        print_table("model families", ["family", "units", "GGUF", "vLLM"], rows)
+        print_table("model families", ["family", "units", "depth", "GGUF", "vLLM"], rows)
+        print("depth: which sub-layers can go as a whole, the attention of the first layer excepted (ppf fit --depth).")
         print(
             "GGUF: llama.cpp's architecture for layers that are alike / that differ; the same one: they are padded to the widest."
         )

@@ -198,7 +198,7 @@ class Decider:
         after = int(self.layout.kept_params(allocation.kept))
         return Decision(
             asked,
-            (self.layout.total - after) / self.layout.prunable,
+            float(self.layout.ratio(allocation.kept)),
             policy,
             allocation,
             mask,

@@ -47,6 +47,7 @@ def print_planned(record: dict[str, Any], quiet: bool) -> None:
         lines = {
             "ratio": f"{record['ratio']['met']:.4f} of the prunable parameters",
             "parameters": f"{before:,} -> {after:,}  ({100 * (1 - after / before):.1f} % of all gone)",
+            **_whole(record),
             "weights": f"{human_size(record['bytes']['before'])} -> {human_size(record['bytes']['after'])}",
             "perplexity": "not measured; name a --text",
             "written to": f"{record['out']}  (reloaded and checked)",
@@ -69,11 +70,28 @@ def print_policy(record: dict[str, Any]) -> None:
     kinds, layers = list(dict.fromkeys(kind for _, kind in cells)), sorted({layer for layer, _ in cells})
     rows = [[str(layer), *(_kept(cells.get((layer, kind), [])) for kind in kinds)] for layer in layers]
     print_table("what stays", ["layer", *kinds], rows)
+    for name, value in _whole(record).items():
+        print(f"{name:<11} {value}")
     print(f"ratio       asked {ratio['asked']:.4f}, met {ratio['met']:.4f}")
     print(f"perplexity  predicted {predicted['ppl']:.2f}  ({predicted['log_ppl']:.4f} +- {predicted['std']:.4f} nats/token)")
     gone = 100 * (1 - params["after"] / params["before"])
     print(f"parameters  {params['before']:,} -> {params['after']:,}  ({gone:.1f} % of all gone)")
     print(f"decided in  {record['milliseconds']:.1f} ms")
+
+
+def _whole(record: dict[str, Any]) -> dict[str, str]:
+    """A line on the sub-layers and layers that are gone as a whole; none where none is."""
+    gone = [entry for entry in record["kept"] if not entry["kept"]]
+    if not gone:
+        return {}
+    left = {entry["layer"] for entry in record["kept"] if entry["kept"]}
+    layers = len({entry["layer"] for entry in gone} - left)
+    alone = [entry["kind"] for entry in gone if entry["layer"] in left]
+    parts = (layers, "whole layers"), (alone.count("attn"), "attentions alone"), (alone.count("ffn"), "FFNs alone")
+    told = {"gone whole": ", ".join(f"{count} {what}" for count, what in parts if count)}
+    if "attn" in alone:
+        told["vLLM"] = "loads no layer without attention; use transformers or llama.cpp"
+    return told
 
 
 def _kept(entries: list[dict[str, Any]]) -> str:
@@ -119,6 +137,7 @@ def print_pruned(record: dict[str, Any]) -> None:
     lines = {
         "ratio": f"asked {record['ratio']['asked']:.4f}, met {record['ratio']['met']:.4f} of the prunable parameters",
         "parameters": f"{before:,} -> {after:,}  ({100 * (1 - after / before):.1f} % of all gone)",
+        **_whole(record),
         "weights": f"{human_size(record['bytes']['before'])} -> {human_size(record['bytes']['after'])}",
         "perplexity": f"predicted {record['predicted']['ppl']:.2f}{without}, measured {record['measured']['ppl']:.2f} "
         f"(95 % {low:.2f} to {high:.2f}), dense {record['dense']['ppl']:.2f}",

@@ -74,9 +74,9 @@ def test_parameters_are_those_of_the_layout_and_the_biases(name, case):
     model, layout, fill = prepared(name)
     mask = tiny.MASKS[case](layout)
     smaller = cut(model, layout, mask, fill)
-    assert count(smaller) == layout.kept_params(mask.allocation.kept) + bias_params(model, layout)
+    assert count(smaller) == layout.kept_params(mask.allocation.kept) + bias_params(model, layout, mask.allocation.kept)
     assert smaller.config.reader_bias and all(linear(smaller, site.reader).bias is not None for site in layout.sites)
-    assert bias_params(smaller, layout) == 0
+    assert bias_params(smaller, layout, layout.units) == 0
     writers = {rows.module for site in layout.sites for rows in site.writers}
     assert all((linear(smaller, name).bias is None) is (linear(model, name).bias is None) for name in writers)
 
@@ -161,7 +161,8 @@ def test_the_bias_is_the_mean_of_what_went_and_the_own_bias(name):
 @pytest.mark.parametrize(("name", "added"), [("llama-biases", 0), ("qwen3-biases", 3 * 32), ("qwen3-gqa", 6 * 32)])
 def test_only_readers_without_a_bias_get_one(name, added):
     model = tiny.model(name)
-    assert bias_params(model, layout_of_model(model)) == added
+    layout = layout_of_model(model)
+    assert bias_params(model, layout, layout.units) == added
 
 
 @families

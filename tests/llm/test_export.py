@@ -24,6 +24,7 @@ from ppf.llm import export as module
 from ppf.llm import pruned_model
 from ppf.llm.architectures import layout_of_model, linear
 from ppf.llm.auto import register
+from ppf.llm.depth import with_depth
 from ppf.llm.export import export, verify, weight_bytes
 from ppf.llm.load import convert, load_model
 from ppf.llm.surgery import cut
@@ -33,6 +34,11 @@ IDS = torch.from_numpy(tiny.blocks(2, 10))
 PLAN = {"ratio": 0.3, "note": "ü"}
 CASES = [(name, torch.float32) for name in tiny.TINY]
 CASES += [(name, torch.bfloat16) for name in ("llama-gqa-tied", "mistral-gqa", "qwen2-gqa", "qwen3-biases")]
+DEEP = {
+    "llama-biases": "layer", "llama-gqa-tied": "attention", "gemma2-gqa": "all", "gemma3_text-gqa": "attention", "olmo2-gqa": "ffn",
+    "gpt_neox-serial-tied": "last", "opt-mha": "ffn", "phi3-gqa": "first", "smollm3-gqa-window": "layer", "mixtral-gqa": "all",
+}  # fmt: skip
+CASES += [(f"{name}+{mask}", torch.float32) for name, mask in DEEP.items()]
 STRANGER = """
 import json, sys, torch
 sys.modules["ppf"] = None
@@ -75,9 +81,12 @@ class Exported:
 
 
 def smaller(name="llama-gqa-tied", seed=3, dtype=torch.float32):
+    name, _, gone = name.partition("+")  # which sub-layers are gone as a whole
     model = tiny.model(name, dtype=dtype)
     layout = layout_of_model(model)
-    return cut(model, layout, random_mask(layout, seed))
+    if gone:
+        layout = with_depth(model, layout)
+    return cut(model, layout, tiny.DEPTH_MASKS[gone](layout) if gone else random_mask(layout, seed))
 
 
 def label(name, dtype):
@@ -180,12 +189,14 @@ def test_the_config_says_the_widths_in_both_ways(exported, case):
         widths = {field: each * site.units for site in sites for field, each in site.shapes}
         if experts := [site.units for site in sites if site.role == "expert"]:
             widths["expert_sizes"] = experts
-        assert linear(model, sites[0].reader).in_features == config["head_dim"] * widths["num_attention_heads"]
-        assert all(linear(model, site.reader).in_features == site.units for site in sites[1:])
+        for site in sites:
+            width = config["head_dim"] * widths["num_attention_heads"] if site.role == "attn" else site.units
+            assert linear(model, site.reader).in_features == width
         plain = {field: widths_of[layer] for field, widths_of in config["ppf_layers"].items() if widths_of[layer] is not None}
         sparse = {field: config[field] for field in widths} | config["per_layer_config"].get(f"{layer:02d}", {})
         sparse |= config["per_layer_config"].get(str(layer), {})
-        assert plain == sparse == widths
+        gone = {field: 0 for field, width in plain.items() if width == 0}
+        assert plain == {**sparse, **gone} == {**widths, **gone} and bool(gone) is (len({site.role for site in sites}) < 2)
     assert config["dtype"] == str(case[1]).removeprefix("torch.")
 
 

@@ -5,6 +5,7 @@ import pytest
 import tiny_models as tiny
 from ppf import cli
 from ppf.llm.architectures import FAMILIES, layout_of_model
+from ppf.llm.depth import with_depth
 from ppf.llm.families import supported
 from ppf.llm.gguf_archs import ARCHITECTURES
 from ppf.llm.surgery import cut
@@ -27,6 +28,9 @@ def test_what_is_said_is_what_the_model_has(name):
     grouped = any(dict(site.shapes).get("num_key_value_heads") for site in layout.sites)
     assert ("KV groups" in said.units) is grouped and ("heads" in said.units) is not grouped
     assert said.gguf == ARCHITECTURES.get(layout.model_type)
+    if name not in tiny.NO_DEPTH:
+        deep = {site.role for site in with_depth(model, layout).sites if site.floor == 0}
+        assert {{"attn": "attention", "ffn": "FFN"}[role] for role in deep} == set(said.depth)
     smaller = cut(model, layout, tiny.MASKS["random"](layout))
     assert said.vllm is (smaller.is_backend_compatible() and "expert channels" not in said.units)
 

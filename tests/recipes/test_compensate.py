@@ -73,7 +73,9 @@ def test_the_weights_keep_the_dtype_of_the_checkpoint(fitted):
     for method in ("none", "bias", "ridge"):
         smaller, record = compensated(loaded, mask, blocks, method, CPU, torch.float32)
         assert {parameter.dtype for parameter in smaller.parameters()} == {torch.bfloat16} and record["method"] == method
-    assert loaded.model.dtype == torch.bfloat16 and added_params(loaded, "bias") == 6 * 32 and added_params(loaded, "ridge") == 0
+    units = loaded.layout.units
+    assert loaded.model.dtype == torch.bfloat16 and added_params(loaded, "ridge", units) == 0
+    assert added_params(loaded, "bias", units) == 6 * 32 and added_params(loaded, "bias", units * [0, 1, 1, 1, 1, 1]) == 5 * 32
 
 
 def test_a_compensation_that_does_not_exist_is_refused(fitted):

@@ -51,6 +51,8 @@ class FitConfig:
     """Other tokens, on which static pruning chooses among its best."""
     test_tokens: int = 32_768
     """Tokens for each reported perplexity."""
+    depth: bool = False
+    """Let whole sub-layers and layers go too: the attention of any layer but the first, and any FFN but those of experts."""
     rounds: int = 5
     """Rounds of search, measuring and refitting after the first samples."""
     device: str = "auto"

@@ -90,7 +90,7 @@ def _heads(own: PreTrainedConfig) -> tuple[int, int, int]:
     """Width of a head, KV groups, and query heads of each."""
     head = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
     groups = getattr(own, "num_key_value_heads", own.num_attention_heads)
-    return head, groups, own.num_attention_heads // groups
+    return head, groups, own.num_attention_heads // max(groups, 1)  # of attention that is gone nothing is asked
 
 
 def _attention(layer: int, own: PreTrainedConfig) -> Site:
@@ -192,6 +192,8 @@ def layout_of_model(model: PreTrainedModel) -> Layout:
 
     sites = []
     for site in FAMILIES[family](model.config):
+        if not site.units:  # a sub-layer that is gone
+            continue
         reader = linear(model, site.reader)
         if site.units * site.columns != reader.in_features:
             shape = f"{site.units} units of {site.columns} columns"

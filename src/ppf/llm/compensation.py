@@ -90,7 +90,7 @@ def filled_bias(reader: torch.nn.Linear, removed: torch.Tensor, means: torch.Ten
     return bias.to(weight.dtype)
 
 
-def bias_params(model: PreTrainedModel, layout: Layout) -> int:
-    """Parameters that cutting with a fill adds: a bias for each reader that has none."""
-    readers = [linear(model, site.reader) for site in layout.sites]
+def bias_params(model: PreTrainedModel, layout: Layout, kept: np.ndarray) -> int:
+    """Parameters that cutting with a fill adds when Int[S] units stay: a bias for each reader that stays and has none."""
+    readers = [linear(model, site.reader) for site, count in zip(layout.sites, kept, strict=True) if count]
     return sum(reader.out_features for reader in readers if reader.bias is None)

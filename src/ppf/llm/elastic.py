@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 from ppf.errors import InputError, UnsupportedError
 from ppf.llm.architectures import linear
 from ppf.llm.masking import masked
-from ppf.llm.prefix import PrefixLinear, Running, View, permute, prefix_of, spans_of
+from ppf.llm.prefix import PrefixLinear, Running, View, permute, prefix_of, running_units, spans_of
 from ppf.space.allocation import Allocation
 from ppf.space.importance import Importance, check_units
 from ppf.space.layout import Layout
@@ -166,7 +166,8 @@ class ElasticModel:
             are missing: it is unchanged, and the tokens must be run again.
         """
         kept = zip(self.layout.sites, before.allocation.kept, after.allocation.kept, strict=True)
-        changes = [(site.layer, int(had), int(has)) for site, had, has in kept if site.cache and had != has]
+        counts = [(site, running_units(int(had)), running_units(int(has))) for site, had, has in kept if site.cache]
+        changes = [(site.layer, had, has) for site, had, has in counts if had != has]
         for index, had, has in changes:
             keys = getattr(cache.layers[index], "keys", None) if index < len(cache.layers) else None
             if has > had or keys is None or keys.shape[1] != had:

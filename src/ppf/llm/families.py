@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ppf.llm.architectures import FAMILIES
+from ppf.llm.depth import may_go
 from ppf.llm.gguf_archs import ARCHITECTURES
 from ppf.llm.pruned_model import PRUNED
 
@@ -14,19 +15,23 @@ class Support:
     Attributes:
         family: Its ``model_type`` in config.json.
         units: What can be removed, in words.
+        depth: Which sub-layers can go as a whole (``--depth``); the attention of the first layer cannot.
         gguf: llama.cpp's architectures for layers that are alike and for layers that differ; None where it has none.
         vllm: Whether an exported folder declares what vLLM's Transformers backend asks of a model.
     """
 
     family: str
     units: tuple[str, ...]
+    depth: tuple[str, ...]
     gguf: tuple[str, str] | None
     vllm: bool
 
 
 def supported() -> tuple[Support, ...]:
     """All families, by name."""
-    return tuple(Support(family, _units(family), ARCHITECTURES.get(family), _in_vllm(family)) for family in sorted(FAMILIES))
+    return tuple(
+        Support(family, _units(family), _depth(family), ARCHITECTURES.get(family), _in_vllm(family)) for family in sorted(FAMILIES)
+    )
 
 
 def _in_vllm(family: str) -> bool:
@@ -34,6 +39,13 @@ def _in_vllm(family: str) -> bool:
     config_class, _, lm_class = PRUNED[family]
     mixed = any(site.role == "expert" for site in FAMILIES[family](config_class()))
     return bool(lm_class.is_backend_compatible()) and not mixed
+
+
+def _depth(family: str) -> tuple[str, ...]:
+    """Of the sites that the family has with its default config; of OPT those of its usual order of norms."""
+    sites = list(FAMILIES[family](PRUNED[family][0]()))
+    roles = {site.role for site in sites if may_go(site, any(other.role == "expert" for other in sites))}
+    return tuple(word for role, word in (("attn", "attention"), ("ffn", "FFN")) if role in roles)
 
 
 def _units(family: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ class Arch:
 
     Attributes:
         by_layer: Whether layers may differ in width.
+        headless: Whether a layer, but not the first, may be without attention.
         pairs: Whether it turns neighbouring rows of a head, not halves: rows of queries and keys are then reordered.
         divisors: Whether it reads a divisor for each rotary frequency, and with it frequencies of any kind.
         partial: Whether it may turn a part of each head without them.
@@ -28,6 +29,7 @@ class Arch:
     """
 
     by_layer: bool = False
+    headless: bool = False
     pairs: bool = False
     divisors: bool = False
     partial: bool = False
@@ -43,7 +45,7 @@ class Arch:
 
 
 ARCHS = {
-    "deci": Arch(by_layer=True, pairs=True, divisors=True, biases=True),
+    "deci": Arch(by_layer=True, headless=True, pairs=True, divisors=True, biases=True),
     "gemma2": Arch(head="tied", windows=True, gelu=True),
     "gemma3": Arch(windows=True, gelu=True),
     "gptneox": Arch(partial=True, biases=True, biased=True, fused=True, whole=True, head="own", gelu=True),

@@ -43,10 +43,10 @@ class Layer:
     """A decoder layer.
 
     Attributes:
-        heads: Query heads.
+        heads: Query heads; 0 where attention is gone, whose parts are then empty.
         kv_heads: Key and value heads.
         head_dim: Width of a head.
-        ffn: Channels, of each expert if there are several.
+        ffn: Channels, of each expert if there are several; 0 where the FFN is gone.
         shared: Channels of the expert that all tokens see; 0 if there is none.
         attention: Queries, keys, values and output: ``"attn_q"`` and so on.
         ffns: For the FFN, or each expert: ``"ffn_up"``, ``"ffn_down"`` and, with a gate, ``"ffn_gate"``.
@@ -95,7 +95,7 @@ def _layer(model: PreTrainedModel, family: str, index: int, sites: list[Site]) -
         _attention(model, attention[0]),
         tuple(_ffn(model, site) for site in ffns),
         _ffn(model, shared[0]) if shared else {},
-        {name: _norm(module.get_submodule(path), family) for name, path in OTHERS.get(family, _PRE).items()},
+        {name: _other(model, module, path, attention[0]) for name, path in OTHERS.get(family, _PRE).items()},
     )
 
 
@@ -107,6 +107,8 @@ def _heads(site: Site) -> tuple[int, int, int]:
 
 def _attention(model: PreTrainedModel, site: Site) -> dict[str, Part]:
     names = ("attn_q", "attn_k", "attn_v")
+    if not site.units:
+        return _empty(model, names, "attn_output")
     blocks = [_rows(model, site, at) for at in range(len(site.writers))]
     if len(blocks) == 1:  # head after head, each with its query, key and value
         blocks = [Part(*(_third(tensor, site.units, at) for tensor in blocks[0])) for at in range(3)]
@@ -115,8 +117,16 @@ def _attention(model: PreTrainedModel, site: Site) -> dict[str, Part]:
 
 def _ffn(model: PreTrainedModel, site: Site) -> dict[str, Part]:
     names = ("ffn_gate", "ffn_up") if len(site.writers) == 2 else ("ffn_up",)
+    if not site.units:
+        return _empty(model, names, "ffn_down")
     blocks = (_rows(model, site, at) for at in range(len(site.writers)))
     return {**dict(zip(names, blocks, strict=True)), "ffn_down": _part(model.get_submodule(site.reader))}
+
+
+def _empty(model: PreTrainedModel, writers: tuple[str, ...], reader: str) -> dict[str, Part]:
+    """The parts of a sub-layer that is gone."""
+    hidden = model.config.hidden_size
+    return {**dict.fromkeys(writers, Part(torch.zeros(0, hidden))), reader: Part(torch.zeros(hidden, 0))}
 
 
 def _rows(model: PreTrainedModel, site: Site, at: int) -> Part:
@@ -129,6 +139,15 @@ def _rows(model: PreTrainedModel, site: Site, at: int) -> Part:
 
 def _third(tensor: torch.Tensor | None, heads: int, at: int) -> torch.Tensor | None:
     return None if tensor is None else tensor.reshape(heads, 3, -1, *tensor.shape[1:])[:, at].flatten(0, 1)
+
+
+def _other(model: PreTrainedModel, layer: nn.Module, path: str, attention: Site) -> Part:
+    """A norm or a router of a layer; ones where it went with its sub-layer."""
+    owner, _, name = path.rpartition(".")
+    module = getattr(layer.get_submodule(owner), name, None)
+    if module is None:  # of queries and keys: as wide as a head, or as all of them
+        return Part(torch.ones(0 if attention.norms else _heads(attention)[2]))
+    return Part(torch.ones(model.config.hidden_size)) if isinstance(module, nn.Identity) else _norm(module, family_of(model.config))
 
 
 def _norm(module: nn.Module, family: str) -> Part:

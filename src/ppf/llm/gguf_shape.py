@@ -3,9 +3,10 @@
 layers alike    the family's own: see ``gguf_archs.ARCHITECTURES``
 layers differ   deci (Llama, Mistral, Qwen2, Phi-3, Granite), openelm (Qwen3 with tied embeddings); both read their shapes
                 layer by layer; the others' own with every layer padded with zeros to the widest
+gone            only deci knows a layer without attention, none one without an FFN: units of zeros stand for them
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ppf.errors import UnsupportedError
 from ppf.llm.architectures import family_of
-from ppf.llm.gguf_archs import ARCHITECTURES, ARCHS, GELU, REQUIRED, SILU
+from ppf.llm.gguf_archs import ARCHITECTURES, ARCHS, GELU, REQUIRED, SILU, Arch
 from ppf.llm.gguf_layers import Layer, layers
 from ppf.llm.gguf_rope import context_of, divisors, query_scale, rope_of, window_keys
 
@@ -99,6 +100,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
     if padded:
         widths, note = _widest(family, model, found, config.hidden_size // head_dim if arch.whole else None)
         notes.append(note)
+    widths, gone_notes = _filled(widths, arch)
     context, context_notes = context_of(model, arch)
     tied = tied and arch.head != "own"
     embedding = float(getattr(config, "embedding_multiplier", 1.0))
@@ -114,7 +116,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
         query_scale=scale * query_scale(model, name, head_dim, widths.heads[0]),
         context=context,
         tied=tied,
-        notes=(*notes, *_uneven(widths, head_dim), *context_notes),
+        notes=(*notes, *gone_notes, *_uneven(widths, head_dim), *context_notes),
         turned=2 * len(frequencies),
         embedding_scale=embedding,
         reader_scale=float(getattr(config, "residual_multiplier", 1.0)),
@@ -144,16 +146,26 @@ def _widths(found: list[Layer]) -> tuple[_Widths, int]:
     if len(head_dims) != 1 or min(head_dims) % 2 or min(head_dims) < 2:
         raise UnsupportedError(f"heads must have one even width in all layers; {sorted(head_dims)} came; use the folder instead")
     for index, layer in enumerate(found):
-        # llama.cpp reads its head width from layer 0 and drops the attention of a layer without channels, silently
-        if min(layer.heads, layer.kv_heads, *layer.ffn) < 1 or layer.heads % layer.kv_heads:
-            came = f"{layer.heads} query heads, {layer.kv_heads} key heads and {min(layer.ffn)} channels in layer {index}"
-            raise UnsupportedError(f"every layer of a GGUF file needs a channel and whole KV groups; {came}; keep one of each")
+        if layer.heads % max(layer.kv_heads, 1) or (index == 0 and not layer.kv_heads):  # llama.cpp reads its head width there
+            came = f"{layer.heads} query heads and {layer.kv_heads} key heads in layer {index}"
+            raise UnsupportedError(f"every layer of a GGUF file needs whole KV groups, the first one at least; {came}; keep one")
     return _Widths(
         tuple(layer.heads for layer in found),
         tuple(layer.kv_heads for layer in found),
         tuple(max(layer.ffn) for layer in found),
         tuple(layer.shared for layer in found),
     ), head_dims.pop()
+
+
+def _filled(widths: _Widths, arch: Arch) -> tuple[_Widths, tuple[str, ...]]:
+    """Zeros in the place of what is gone, where an architecture cannot do without: one KV group, or a row of channels."""
+    heads, kv_heads, ffn = widths.heads, widths.kv_heads, widths.ffn
+    if not arch.headless:  # the first layer's group has as many heads as any other
+        heads, kv_heads = tuple(of or heads[0] // kv_heads[0] for of in heads), tuple(of or 1 for of in kv_heads)
+    if not (gone := ffn.count(0)):
+        return replace(widths, heads=heads, kv_heads=kv_heads), ()
+    note = f"llama.cpp has no layers without an FFN; {gone} that are gone stand as {_EVEN} channels of zeros in the file"
+    return _Widths(heads, kv_heads, tuple(channels or _EVEN for channels in ffn), widths.shared), (note,)
 
 
 def _arch(
@@ -200,7 +212,7 @@ def _lack(name: str, model: PreTrainedModel, found: list[Layer], base: float, fr
 
 def _widest(family: str, model: PreTrainedModel, found: list[Layer], whole: int | None) -> tuple[_Widths, str]:
     """The widths of all layers when each is padded to the widest, or to ``whole`` query heads; and what the user should know."""
-    ratios = {layer.heads // layer.kv_heads for layer in found}
+    ratios = {layer.heads // layer.kv_heads for layer in found if layer.kv_heads}
     if len(ratios) != 1:
         raise UnsupportedError("KV groups must have as many query heads in all layers; others came; use the folder instead")
     heads, ratio = max(whole or 0, *(layer.heads for layer in found)), ratios.pop()
@@ -211,14 +223,20 @@ def _widest(family: str, model: PreTrainedModel, found: list[Layer], whole: int 
             "use the folder, or prune with a plan of equal ratios"
         )
     added = 0
+    head, channel, expert = (max(sizes) for sizes in zip(*map(_unit_sizes, found), strict=True))
     for layer in found:
-        head, channel = (sum(part.weight.numel() for part in parts) for parts in (layer.attention.values(), layer.ffns[0].values()))
-        added += (heads - layer.heads) * head // layer.heads + sum(ffn - own for own in layer.ffn) * channel // layer.ffn[0]
-        added += (shared - layer.shared) * sum(part.weight.numel() for part in layer.shared_ffn.values()) // max(layer.shared, 1)
+        added += (heads - layer.heads) * head + sum(ffn - own for own in layer.ffn) * channel + (shared - layer.shared) * expert
     share = added / (added + sum(parameter.numel() for parameter in model.parameters()))
     why = "only with queries as wide as its stream" if heads == whole else "with layers alike only"
     note = f"llama.cpp holds this {family} {why}; each layer was padded with zeros, {share:.0%} of the weights in the file"
     return _Widths(*((width,) * len(found) for width in (heads, heads // ratio, ffn, shared))), note
+
+
+def _unit_sizes(layer: Layer) -> tuple[int, int, int]:
+    """Weights of a query head, with its part of keys and values, of a channel, and of a channel of the shared expert."""
+    parts = (layer.attention, layer.heads), (layer.ffns[0], layer.ffn[0]), (layer.shared_ffn, layer.shared)
+    head, channel, expert = (sum(part.weight.numel() for part in own.values()) // max(units, 1) for own, units in parts)
+    return head, channel, expert
 
 
 def _own_keys(name: str, config: Any) -> dict[str, Any]:

@@ -78,9 +78,10 @@ def _all(model: PreTrainedModel, shape: Shape) -> Iterator[tuple[str, np.ndarray
 def _layer(layer: Layer, shape: Shape, index: int) -> Iterator[tuple[str, np.ndarray]]:
     ffn, biased = shape.ffn[index], ARCHS[shape.arch].biased
     for name, part in layer.others.items():
-        if name not in _HEAD_NORMS:
+        if name not in _HEAD_NORMS and (shape.heads[index] or name != "attn_norm"):
             yield from _named(name, part, biased and part.weight.ndim == 1)
-    yield from _attention(layer, shape, index)
+    if shape.heads[index]:
+        yield from _attention(layer, shape, index)
     if len(layer.ffns) == 1:
         yield from _ffn(layer.ffns[0], ffn, shape, "")
     else:
@@ -109,7 +110,9 @@ def _attention(layer: Layer, shape: Shape, index: int) -> Iterator[tuple[str, np
     for name, (own, count) in counts.items():
         norm = layer.others.get(f"{name}_norm")
         scale = shape.query_scale if name == "attn_q" else 1.0
-        spread = (count / own) ** 0.5 if norm is not None and arch.across else 1.0  # padding would make the mean square smaller
+        spread = (
+            (count / own) ** 0.5 if norm is not None and arch.across and own else 1.0
+        )  # padding would make the mean square smaller
         if norm is not None:
             array = _numpy(norm.weight) * np.float32(scale / spread)
             yield f"{name}_norm.weight", _padded(array, count * width, 0) if arch.across else array

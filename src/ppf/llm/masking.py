@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from ppf.llm.architectures import COUNTS, linear
 from ppf.llm.compensation import Fill, means_per_site
-from ppf.llm.norms import normed_alone
+from ppf.llm.depth import stand_ins
+from ppf.llm.norms import as_cut
 from ppf.llm.perplexity import enough_memory
 from ppf.llm.surgery import cut_site
 from ppf.space.layout import Layout, Site
@@ -42,9 +43,9 @@ def masked(model: PreTrainedModel, layout: Layout, mask: Mask, fill: Fill | None
     check_mask(mask, layout)
     means = means_per_site(fill, layout)
     with ExitStack() as stack:
-        stack.enter_context(normed_alone(model, zip(layout.sites, mask.bits, strict=True)))
+        stack.enter_context(as_cut(model, zip(layout.sites, mask.bits, strict=True)))
         for site, bits, mean in zip(layout.sites, mask.bits, means, strict=True):
-            if bits.all():
+            if bits.all() or not bits.any():
                 continue
             reader = linear(model, site.reader)
             columns = torch.from_numpy(bits.copy()).repeat_interleave(site.columns).to(reader.weight)
@@ -75,7 +76,7 @@ def narrowed(model: PreTrainedModel, layout: Layout, mask: Mask) -> Iterator[Pre
     state = dict(dense)
     with enough_memory():
         for site, bits in zip(layout.sites, mask.bits, strict=True):
-            if not bits.all():
+            if bits.any() and not bits.all():
                 cut_site(model, state, site, torch.from_numpy(bits.copy()), None)
     with ExitStack() as stack:
         for name, tensor in state.items():
@@ -83,6 +84,10 @@ def narrowed(model: PreTrainedModel, layout: Layout, mask: Mask) -> Iterator[Pre
                 path, _, leaf = name.rpartition(".")
                 _set(stack, model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
         for site, bits in zip(layout.sites, mask.bits, strict=True):
+            if not bits.any():
+                for owner, name, other in stand_ins(model, site):
+                    _set(stack, owner, name, other)
+                continue
             _count(stack, model.get_submodule(site.reader.rpartition(".")[0]), site, int(bits.sum()), counts)
         yield model
 

@@ -1,4 +1,6 @@
-"""Norms over all units of a site at once: what stays is normed as if the rest had never been.
+"""What a cut does to a dense model besides dropping rows and columns: norms over what stays, and sub-layers that are gone.
+
+A norm over all units of a site at once norms what stays as if the rest had never been:
 
     y_i = w_i x_i / sqrt(mean over what stays of x^2 + eps)
 
@@ -17,15 +19,19 @@ from ppf.space.layout import Site
 
 
 @contextmanager
-def normed_alone(model: PreTrainedModel, cuts: Iterable[tuple[Site, np.ndarray]]) -> Iterator[None]:
-    """Norms only what stays while the block runs.
+def as_cut(model: PreTrainedModel, cuts: Iterable[tuple[Site, np.ndarray]]) -> Iterator[None]:
+    """Norms only what stays, and lets a site without a unit add nothing, no bias either, while the block runs.
 
     Args:
         model: The dense model.
-        cuts: Sites with Bool[U], which units stay; those without such norms, or without a loss, are passed over.
+        cuts: Sites with Bool[U], which units stay.
     """
     with ExitStack() as stack:
         for site, bits in cuts:
+            if not bits.any():
+                reader = model.get_submodule(site.reader)
+                stack.callback(reader.register_forward_hook(lambda _, __, output: torch.zeros_like(output)).remove)
+                continue
             for rows in () if bits.all() else site.norms:
                 norm = model.get_submodule(rows.module)
                 scale = (bits.size / bits.sum()) ** 0.5

@@ -2,6 +2,8 @@
 
 writer   ████████░░░░  rows [:k]        reader   ████████░░░░  columns [:k]
          kept    not read                        kept    not read
+
+A site that keeps nothing runs its first unit, which no code of any family can do without, into a reader of zeros.
 """
 
 import threading
@@ -111,8 +113,16 @@ def prefix_of(layer: nn.Linear, span: Span, kept: np.ndarray) -> tuple[torch.Ten
     """Views of the weight and the bias of a layer when Int[S] units stay."""
     weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
     if span.rows is not None:
-        rows = int(kept[span.rows[0]]) * span.rows[1]
+        rows = running_units(int(kept[span.rows[0]])) * span.rows[1]
         weight, bias = weight[:rows], None if bias is None else bias[:rows]
     if span.columns is not None:
-        weight = weight[:, : int(kept[span.columns[0]]) * span.columns[1]]
+        columns = running_units(int(kept[span.columns[0]])) * span.columns[1]
+        if not kept[span.columns[0]]:
+            return weight.new_zeros(()).expand(len(weight), columns), None
+        weight = weight[:, :columns]
     return weight, bias
+
+
+def running_units(kept: int) -> int:
+    """How many units of a site run, and are in a cache, when ``kept`` of them stay."""
+    return max(kept, 1)

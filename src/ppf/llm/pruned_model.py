@@ -10,6 +10,48 @@ from torch import nn
 
 READERS = ("o_proj", "out_proj", "dense", "down_proj", "fc2", "dense_4h_to_h")
 """The linear modules that removed units fed."""
+_ATTENTION, _FFN = ("self_attn", "attention"), ("mlp", "fc2")
+_PARTS = {
+    "attn": (*_ATTENTION, "input_layernorm", "self_attn_layer_norm"),
+    "ffn": (*_FFN, "fc1", "final_layer_norm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+_WIDTHS = {"num_attention_heads": "attn", "num_key_value_heads": "attn", "intermediate_size": "ffn", "ffn_dim": "ffn"}
+"""Fields of a layer's config, and the sub-layer that is gone where they are 0."""
+
+
+class NoAttention(nn.Module):
+    """In the place of attention that is gone: adds nothing to the stream. Its part of a cache only counts the tokens."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.index = index
+
+    def forward(self, hidden_states, **options):
+        cache = options.get("past_key_values", options.get("layer_past"))
+        if cache is not None:
+            keys = hidden_states.new_empty(hidden_states.shape[0], 1, hidden_states.shape[1], 0)
+            cache.update(keys, keys, self.index)
+        return torch.zeros_like(hidden_states), None
+
+
+class NoFFN(nn.Module):
+    """In the place of an FFN that is gone: adds nothing to the stream."""
+
+    def forward(self, hidden_states):
+        return torch.zeros_like(hidden_states)
+
+
+def parts_of(layer, part):
+    """Names of the modules of a layer's attention (`part` is "attn") or FFN ("ffn"), their norms included."""
+    behind = "attn" if hasattr(layer, "post_feedforward_layernorm") else "ffn"  # what the norm of this name belongs to
+    names = (*_PARTS[part], "post_attention_layernorm") if part == behind else _PARTS[part]
+    return [name for name in names if hasattr(layer, name)]
+
+
+def without(layer, part, index):
+    """By name what takes the place of each module of a sub-layer that is gone."""
+    special = {**dict.fromkeys(_ATTENTION, NoAttention(index)), **dict.fromkeys(_FFN, NoFFN())}
+    return {name: special.get(name) or nn.Identity() for name in parts_of(layer, part)}
 
 
 class _PerLayerConfig:
@@ -31,19 +73,30 @@ class _PerLayerModel:
         kind = type(stack.layers[0])
         stack.layers = nn.ModuleList([self.built(kind, config, index) for index in range(config.num_hidden_layers)])
         for name, reader in stack.layers.named_modules() if config.reader_bias else ():
-            if name.rpartition(".")[2] in READERS:
+            if name.rpartition(".")[2] in READERS and isinstance(reader, nn.Linear):
                 reader.bias = nn.Parameter(reader.weight.new_zeros(reader.out_features))
         self.post_init()
 
     def built(self, kind, config, index):
-        return kind(config.per_layer_config[index], index)
+        own = config.per_layer_config[index]
+        empty = [field for field in _WIDTHS if getattr(own, field, None) == 0]
+        for field in empty:  # no family builds a sub-layer of nothing: one of the least width makes room
+            setattr(own, field, 1)
+        layer = self.layer(kind, own, index)
+        for part in {_WIDTHS[field] for field in empty}:
+            for name, other in without(layer, part, index).items():
+                setattr(layer, name, other)
+        return layer
+
+    def layer(self, kind, own, index):
+        return kind(own, index)
 
 
 class _SquareModel(_PerLayerModel):
     """For families whose code ties the width of attention to the hidden size: it is built whole, then narrowed."""
 
-    def built(self, kind, config, index):
-        own, whole = config.per_layer_config[index], config.hidden_size // config.head_dim
+    def layer(self, kind, own, index):
+        whole = own.hidden_size // own.head_dim
         heads, own.num_attention_heads = own.num_attention_heads, whole
         layer = kind(own, index)
         attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
@@ -88,10 +141,10 @@ class Experts(nn.ModuleList):
 class _MixtureModel(_PerLayerModel):
     """For families whose code keeps the experts of a layer in one tensor, and so at one width: they are separate here."""
 
-    def built(self, kind, config, index):
-        layer = super().built(kind, config, index)
+    def layer(self, kind, own, index):
+        layer = kind(own, index)
         if hasattr(layer.mlp, "experts"):
-            fused, sizes = layer.mlp.experts, getattr(config.per_layer_config[index], "expert_sizes", None)
+            fused, sizes = layer.mlp.experts, getattr(own, "expert_sizes", None)
             layer.mlp.experts = Experts(fused.hidden_dim, sizes or [fused.intermediate_dim] * fused.num_experts, fused.act_fn)
         return layer
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ppf.errors import DamagedError, InputError
 from ppf.llm.architectures import linear, stack_of
-from ppf.llm.norms import normed_alone
+from ppf.llm.norms import as_cut
 from ppf.llm.scores import exact
 from ppf.space.layout import Layout, Site
 from ppf.space.mask import Mask
@@ -127,7 +127,7 @@ def _solved(
         cross += exact(theirs).T @ narrow
         square += narrow.T @ narrow
         tokens += len(narrow)
-    if not tokens:  # no token of the text reaches this expert
+    if not tokens or not kept.numel():  # no token of the text reaches this expert, or nothing stays
         return kept.to(torch.promote_types(weight.dtype, torch.float32))
     right, square = (dense @ cross - kept @ square) / tokens, square / tokens
     if not (torch.isfinite(square).all() and torch.isfinite(right).all()):
@@ -143,7 +143,7 @@ class _Change:
 
     Attributes:
         patches: New weights of readers, by path; zeros stand where columns went.
-        cuts: Sites with Bool[U], which units stay; their joint norms count those alone.
+        cuts: Sites with Bool[U], which units stay; see ``as_cut``.
     """
 
     patches: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -223,7 +223,7 @@ def _widened(reader: nn.Linear, keep: torch.Tensor, weight: torch.Tensor) -> tor
 def _changed(model: PreTrainedModel, change: _Change) -> Iterator[None]:
     """The model with a change while the block runs."""
     with ExitStack() as stack:
-        stack.enter_context(normed_alone(model, change.cuts))
+        stack.enter_context(as_cut(model, change.cuts))
         for name, weight in change.patches.items():
             reader = linear(model, name)
             stack.callback(setattr, reader, "weight", reader.weight)

@@ -1,6 +1,7 @@
 """cut(): a new, really smaller model without the removed units; the original stays as it is."""
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from ppf.space.allocation import Allocation
 from ppf.space.layout import Layout, Site
 from ppf.space.mask import Mask, check_mask
 
+_PER_LAYER = ("layer_types", "no_rope_layers")
+"""Fields of any family's config that hold one entry a layer."""
 _SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -52,7 +55,8 @@ def cut(
         if weight is not None:
             source[f"{site.reader}.weight"] = weight.to(source[f"{site.reader}.weight"])
     _fill_buffers(smaller, model.device)
-    state = {name: source[name].clone() for name in smaller.state_dict()}
+    stays = layout.kept_layers(mask.allocation.kept)
+    state = {name: source[_origin(name, stays)].clone() for name in smaller.state_dict()}
     smaller.load_state_dict(state, strict=True, assign=True)
     smaller.tie_weights()
     smaller.generation_config = savable_generation_config(model)
@@ -68,18 +72,16 @@ def pruned_config(config: PreTrainedConfig, layout: Layout, allocation: Allocati
         allocation: Int[S] kept units.
         reader_bias: Every reader gets a bias; a model that has them already keeps them.
     """
-    family = family_of(config)
-    config_class, model_class, lm_class = PRUNED[family]
-    layers: dict[int, dict[str, Any]] = {layer: {} for layer in range(layout.layers)}
-    for site, kept in zip(layout.sites, allocation.kept, strict=True):
-        for field, per_unit in site.shapes:
-            if site.role == "expert":
-                layers[site.layer].setdefault(field, []).append(per_unit * int(kept))
-            else:
-                layers[site.layer][field] = per_unit * int(kept)
+    config_class, model_class, lm_class = PRUNED[family_of(config)]
+    stays = layout.kept_layers(allocation.kept)
+    layers = _widths(config, layout, allocation, stays)
     record = config.to_dict()
     for field in ("per_layer_config", "model_type", "architectures", "auto_map", "transformers_version", "ppf_layers"):
         record.pop(field, None)
+    record["num_hidden_layers"] = len(stays)
+    for field in _PER_LAYER:
+        if record.get(field):
+            record[field] = [record[field][layer] for layer in stays]
     record["head_dim"] = getattr(config, "head_dim", None) or record["hidden_size"] // record["num_attention_heads"]
     if any("expert_sizes" in fields for fields in layers.values()):
         record["expert_sizes"] = []  # of layers without experts: transformers asks for a value of every field
@@ -96,6 +98,26 @@ def pruned_config(config: PreTrainedConfig, layout: Layout, allocation: Allocati
     }
     pruned._attn_implementation = config._attn_implementation
     return pruned
+
+
+def _widths(config: PreTrainedConfig, layout: Layout, allocation: Allocation, stays: list[int]) -> dict[int, dict[str, Any]]:
+    """By new index of a layer what ``per_layer_config`` says of it: its widths, 0 for a sub-layer that is gone."""
+    layers: dict[int, dict[str, Any]] = {layer: {} for layer in stays}
+    for site, kept in zip(layout.sites, allocation.kept, strict=True):
+        for field, per_unit in site.shapes if site.layer in layers else ():
+            if site.role == "expert":
+                layers[site.layer].setdefault(field, []).append(per_unit * int(kept))
+            else:
+                layers[site.layer][field] = per_unit * int(kept)
+    for layer, own in layers.items():
+        before = config.per_layer_config[layer]
+        own.update({field: 0 for field in config.per_layer_attributes or () if getattr(before, field, None) == 0})  # gone already
+    return dict(enumerate(layers.values()))
+
+
+def _origin(name: str, stays: list[int]) -> str:
+    """What a tensor of the smaller model is called in the dense one, whose layers are counted with those that went."""
+    return re.sub(r"(?<=\.layers\.)\d+", lambda found: str(stays[int(found[0])]), name, count=1)
 
 
 def cut_site(

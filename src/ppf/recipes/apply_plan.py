@@ -1,5 +1,6 @@
 """apply_plan: the mask of an earlier export, or another tool's ratios, cut out of a model that has no study."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from ppf.config import FitConfig, PruneConfig
 from ppf.decide import params_and_kept
 from ppf.errors import DamagedError, InputError
+from ppf.llm.depth import can_lose_sublayers, with_depth
 from ppf.llm.load import LoadedModel
 from ppf.llm.perplexity import evaluate
 from ppf.llm.scores import score_units
@@ -78,6 +80,7 @@ def apply_plan(record: Any, loaded: LoadedModel, config: PruneConfig, progress: 
     export = is_export(record)
     if export:
         _check_grid(config)
+        loaded = _as_planned(record, loaded)
         mask = mask_of(record, loaded.layout)
     else:
         policy, budget = wish_of(record, loaded.layout, *config.target.grid)
@@ -91,13 +94,22 @@ def apply_plan(record: Any, loaded: LoadedModel, config: PruneConfig, progress: 
         wish = {"policy": policy.to_json(), "importance": {"method": order.method, "source": leaf(order.source)}}
     with progress.stage("cutting"):
         smaller, how = compensated(loaded, mask, blocks, config.compensate, device, dtype)
-    plan = _plan(record, loaded, mask, added_params(loaded, config.compensate)) | wish | {"compensation": how}
+    added = added_params(loaded, config.compensate, mask.allocation.kept)
+    plan = _plan(record, loaded, mask, added) | wish | {"compensation": how}
     if not export:
         plan["ratio"] = {"asked": budget.ratio(loaded.layout), **plan["ratio"]}
     if text:
         with progress.stage("measuring the result"):
             plan |= _measured(loaded, smaller, text, device, dtype)
     return Pruned(smaller, loaded.tokenizer, None, plan)
+
+
+def _as_planned(record: Any, loaded: LoadedModel) -> LoadedModel:
+    """The model with the layout of depth, if that is what an export was planned in."""
+    if record.get("layout") == loaded.layout.fingerprint or not can_lose_sublayers(loaded.model):
+        return loaded
+    deep = with_depth(loaded.model, loaded.layout)
+    return replace(loaded, layout=deep) if record.get("layout") == deep.fingerprint else loaded
 
 
 def _measured(
@@ -154,7 +166,7 @@ def _plan(record: Any, loaded: LoadedModel, mask: Mask, added: int) -> dict[str,
             "name": leaf(loaded.name), "digest": loaded.digest, "type": layout.model_type, "bytes_per_param": loaded.dtype.itemsize,
         },
         "layout": layout.fingerprint,
-        "ratio": {"met": (layout.total - params) / layout.prunable},
+        "ratio": {"met": float(layout.ratio(kept))},
         "kept": sites,
         "params": {"before": layout.total, "after": params + added},
         "mask": [np.packbits(bits).tobytes().hex() for bits in mask.bits],

@@ -49,9 +49,15 @@ def compensated(
     return convert(smaller, home, loaded.dtype), record
 
 
-def added_params(loaded: LoadedModel, method: CompensateName) -> int:
-    """Parameters that a method of compensation adds to a cut model: biases where the dense model has none."""
-    return bias_params(loaded.model, loaded.layout) if method == "bias" else 0
+def added_params(loaded: LoadedModel, method: CompensateName, kept: np.ndarray) -> int:
+    """Parameters that a method of compensation adds to a cut model: biases where the dense model has none.
+
+    Args:
+        loaded: The dense model.
+        method: As in ``compensated``.
+        kept: Int[S] units that stay; those of the dense model give the most that it can be.
+    """
+    return bias_params(loaded.model, loaded.layout, kept) if method == "bias" else 0
 
 
 def with_room(target: Target, added: int, bytes_per_param: float) -> Target:

@@ -32,7 +32,7 @@ from ppf.lock import locked
 from ppf.progress import Advance, Progress
 from ppf.provenance import provenance
 from ppf.recipes.choices import choose_device
-from ppf.recipes.lab import Lab, check_engine, check_study_place, leave_no_beginning, load_for
+from ppf.recipes.lab import Lab, check_engine, check_study_place, layout_for, leave_no_beginning, load_for
 from ppf.repair import set_aside_damaged
 from ppf.samples import Sample, kept_matrix
 from ppf.space.allocation import allocate
@@ -76,7 +76,7 @@ def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None
         remove_unfinished(folder)
         try:
             loaded = loaded or load_for(config.model, progress)
-            levels = _levels(loaded.layout, config.samples)
+            levels = _levels(layout_for(config, loaded), config.samples)
             if (folder / "study.json").exists():
                 for one in set_aside_damaged(StudyFolder(folder)):
                     progress.say(f"{one}; it is made again")

@@ -14,6 +14,7 @@ import torch
 from ppf.config import FitConfig
 from ppf.errors import DamagedError, InputError
 from ppf.llm.collect import Failures, Wanted, collect
+from ppf.llm.depth import with_depth
 from ppf.llm.engines.bench import Engine, InProcessEngine
 from ppf.llm.engines.local import LocalEngine
 from ppf.llm.engines.ray_cluster import Cluster, RayEngine, import_ray
@@ -27,6 +28,7 @@ from ppf.recipes.protocol import check_protocol, protocol_of
 from ppf.samples import Measurement, Sample
 from ppf.space.allocation import Allocation
 from ppf.space.importance import Importance
+from ppf.space.layout import Layout
 from ppf.space.mask import Mask, select
 from ppf.study import StudyFolder, context_of
 
@@ -34,7 +36,7 @@ _WATCHED_RATIO, _WATCHED_WIDTH = 0.3, 0.03
 _TRIED_SCORES = ("taylor", "wanda_sp", "flap")
 _DECISIVE = (
     "text", "test_text", "score", "seq_len", "calibration_tokens", "search_tokens", "validation_tokens", "test_tokens", "dtype",
-    "seed", "samples", "rounds", "max_ratio",
+    "seed", "samples", "rounds", "max_ratio", "depth",
 )  # fmt: skip
 
 
@@ -49,7 +51,7 @@ class Lab:
 
     def __init__(self, loaded: LoadedModel, config: FitConfig, progress: Progress) -> None:
         self.loaded, self.config, self.progress = loaded, config, progress
-        self.layout = loaded.layout
+        self.layout = layout_for(config, loaded)
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, self.device, loaded.dtype)
         if (Path(config.study) / "study.json").exists():  # wherever it goes on, a study measures in one precision
@@ -256,7 +258,7 @@ class Lab:
                 f"{self.config.study} must be a study of this model; it is one of {model['name']} as it was then; use a new folder"
             )
         for name in _DECISIVE:
-            came, was = getattr(self.config, name), settings.get(name)
+            came, was = getattr(self.config, name), settings.get(name, getattr(FitConfig, name, None))
             if came != was:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"a continued study must keep {flag} {was}; {came} came; leave it as it was or use a new folder")
@@ -266,6 +268,15 @@ def settings_of(study: StudyFolder, /, **changes: Any) -> FitConfig:
     """The settings of a study's fit for measuring more on this machine, wherever the fit itself measured."""
     here = {"engine": "local", "ray_address": None, "gpus_per_worker": None}
     return FitConfig(**{**study.record["settings"], **here, **changes})
+
+
+def layout_for(config: FitConfig, loaded: LoadedModel) -> Layout:
+    """The layout that a fit works with.
+
+    Raises:
+        UnsupportedError: Depth is asked for, and the model cannot lose sub-layers.
+    """
+    return with_depth(loaded.model, loaded.layout) if config.depth else loaded.layout
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -53,7 +53,7 @@ def elastic_for(
     def decide(ratio: float) -> Allocation:
         return decider.decide(Target(ratio=ratio, nested=nested)).allocation
 
-    return ElasticModel(dense, loaded.layout, decider.importance, decide), loaded.tokenizer
+    return ElasticModel(dense, decider.layout, decider.importance, decide), loaded.tokenizer
 
 
 def _loaded(

@@ -118,8 +118,8 @@ def prune(
         DamagedError: A study of another model.
     """
     decider = _decider_for(folder, loaded, target, candidates)
-    added = added_params(loaded, compensate)
-    target = with_room(target, added, decider.study.record["model"]["bytes_per_param"])
+    most = added_params(loaded, compensate, loaded.layout.units)
+    target = with_room(target, most, decider.study.record["model"]["bytes_per_param"])
     decision = decider.decide(target)
     if candidates:
         config = settings_of(decider.study, study=str(decider.study.folder), device=device)
@@ -132,6 +132,7 @@ def prune(
         smaller, how = compensated(loaded, decision.mask, text.calibration, compensate, at, dtype)
     with progress.stage("measuring the result"):
         measured, speeds = measured_of(loaded, smaller, text.test, at, dtype)
+    added = added_params(loaded, compensate, decision.allocation.kept)
     plan = _with_compensation(_plan(decider, decision, measured, speeds, bool(candidates)), how, added)
     return Pruned(smaller, loaded.tokenizer, decision, plan | {"nested": target.nested, "rounding": decider.rounding(target)})
 

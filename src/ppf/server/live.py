@@ -198,8 +198,7 @@ class Live:
 
     def ratio_of(self, view: View) -> float:
         """The share of the prunable parameters that a view leaves out."""
-        layout = self.decider.layout
-        return float((layout.units - view.allocation.kept) @ layout.costs / layout.prunable)
+        return float(self.decider.layout.ratio(view.allocation.kept))
 
     def _work(self, job: Job, give: Callable[[Piece | Exception | None], None]) -> None:
         start, alone = time.monotonic(), 1.0

@@ -73,7 +73,7 @@ class Budget:
         most = int((layout.units - aligned_floors(layout, align, tp)) @ layout.costs)
         if self.remove > most:
             reach = most / layout.prunable
-            smallest = layout.total - most
+            smallest = int(layout.kept_params(aligned_floors(layout, align, tp)))
             grid = " and ".join(f"--{name} {step}" for name, step in (("align", align), ("tp", tp)) if step > 1)
             raise InputError(
                 f"at most ratio {math.floor(reach * 1e4) / 1e4:g} of what is prunable can go{' with ' if grid else ''}{grid} "

@@ -18,7 +18,7 @@ import numpy as np
 
 from ppf.errors import DamagedError
 
-_MAY_BE_ZERO = {"layer", "offset", "cache", "floor"}
+_MAY_BE_ZERO = {"layer", "offset", "cache", "floor", "rest"}
 _MOST = 2**53  # numbers up to here are exact as floats too
 
 
@@ -50,8 +50,9 @@ class Site:
         columns: Input columns of the reader per unit.
         shapes: Per-layer config fields, each as (name, value per kept unit).
         cache: KV-cache elements per token and unit.
-        floor: The fewest units that may stay.
+        floor: The fewest units that may stay; 0 where the whole sub-layer may go.
         norms: Entries of norms that average over all units of the site at once.
+        rest: Parameters besides the units that go with the last of them, such as the sub-layer's norm; no ratio counts them.
     """
 
     layer: int
@@ -65,6 +66,7 @@ class Site:
     cache: int = 0
     floor: int = 1
     norms: tuple[Rows, ...] = ()
+    rest: int = 0
 
     @property
     def role(self) -> str:
@@ -123,16 +125,30 @@ class Layout:
         """Hash of everything above; every artefact of a model carries it."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:32]
 
+    @cached_property
+    def rests(self) -> np.ndarray:
+        """Int[S]: parameters that go with the last unit of each site."""
+        return _frozen([site.rest for site in self.sites])
+
     def kept_params(self, kept: np.ndarray) -> np.ndarray | int:
         """Parameters of the whole model when ``kept`` (Int[..., S]) units stay."""
-        return self.total - (self.units - np.asarray(kept)) @ self.costs
+        return self.total - (self.units - np.asarray(kept)) @ self.costs - (np.asarray(kept) == 0) @ self.rests
+
+    def ratio(self, kept: np.ndarray) -> np.ndarray | float:
+        """The share of the prunable parameters that is gone when ``kept`` (Int[..., S]) units stay."""
+        return (self.units - np.asarray(kept)) @ self.costs / self.prunable
+
+    def kept_layers(self, kept: np.ndarray) -> list[int]:
+        """The layers that keep a unit when ``kept`` (Int[S]) stay, in order; an export has no others."""
+        return sorted({site.layer for site, count in zip(self.sites, kept, strict=True) if count})
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready record; ``from_json`` is its inverse."""
         record = asdict(self)
         for site in record["sites"]:  # left out where there are none: the fingerprints of earlier layouts stay as they were
-            if not site["norms"]:
-                del site["norms"]
+            for name in ("norms", "rest"):
+                if not site[name]:
+                    del site[name]
         return record
 
     @classmethod
@@ -175,7 +191,7 @@ def _check(layout: Layout) -> None:
             raise ValueError(f"{name} out of range")
     if not layout.sites or any(site.floor > site.units or site.layer >= layout.layers for site in layout.sites):
         raise ValueError("no site, or one with a floor above its units or a layer above the last")
-    if sum(site.units * site.cost for site in layout.sites) > layout.total:
+    if sum(site.units * site.cost + site.rest for site in layout.sites) > layout.total:
         raise ValueError("more prunable parameters than parameters")
 
 
