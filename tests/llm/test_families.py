@@ -38,7 +38,7 @@ def test_what_is_said_is_what_the_model_has(name):
 def test_the_command_lists_them_as_a_table_and_as_json(capsys):
     assert cli.main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[3:-2]] == sorted(FAMILIES)
+    assert [line.split()[0] for line in lines[3:-3]] == sorted(FAMILIES)
     assert cli.main(["models", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["families"]
     assert [one["family"] for one in found] == sorted(FAMILIES)

@@ -11,6 +11,7 @@ from ppf.errors import UnsupportedError
 from ppf.llm import gguf_layers
 from ppf.llm.architectures import FAMILIES, layout_of_model
 from ppf.llm.compensation import Fill
+from ppf.llm.depth import with_depth
 from ppf.llm.gguf_archs import ARCHITECTURES
 from ppf.llm.gguf_layers import layers
 from ppf.llm.gguf_shape import shape_of
@@ -196,13 +197,37 @@ def patched(monkeypatch, role, units=None, writers=None, layer=None):
     monkeypatch.setattr(gguf_layers, "FAMILIES", {"llama": sites})
 
 
-@pytest.mark.parametrize("role", ["attn", "ffn"])
-def test_a_layer_without_heads_or_channels_is_refused(role, monkeypatch):
+def test_a_first_layer_without_heads_is_refused(monkeypatch):
     """llama.cpp would load some of these files and answer wrongly, or end the process."""
-    patched(monkeypatch, role, units=0, layer=1)
+    patched(monkeypatch, "attn", units=0, layer=0)
     with refuses(UnsupportedError) as caught:
         shape_of(tiny_models.model("llama-mha"))
-    assert "layer 1" in str(caught.value)
+    assert "layer 0" in str(caught.value)
+
+
+def deep(name, kind):
+    dense = tiny_models.model(name)
+    layout = with_depth(dense, layout_of_model(dense))
+    return cut(dense, layout, tiny_models.DEPTH_MASKS[kind](layout))
+
+
+def test_only_deci_has_layers_without_attention_and_none_has_layers_without_an_ffn():
+    shape = shape_of(deep("llama-mha", "attention"))
+    assert shape.arch == "deci" and shape.heads[1] == shape.kv_heads[1] == 0
+    names = [name for name, _ in tensors(deep("llama-mha", "attention"), shape)]
+    assert not [name for name in names if name.startswith("blk.1.attn")] and "blk.1.ffn_norm.weight" in names
+    shape = shape_of(deep("qwen3-mha-tied", "attention"))
+    assert shape.arch == "openelm" and shape.kv_heads[1] == 1
+    smaller = deep("llama-mha", "ffn")
+    shape = shape_of(smaller)
+    zeros = dict(tensors(smaller, shape))["blk.1.ffn_down.weight"]
+    assert zeros.shape == (smaller.config.hidden_size, 32) and not zeros.any() and "1 that are gone" in shape.notes[0]
+
+
+def test_a_layer_less_moves_the_pattern_of_plain_layers_and_is_refused():
+    with refuses(UnsupportedError) as caught:
+        shape_of(deep("smollm3-fourth-layer-plain", "layer"))
+    assert "rotary" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["gemma2-gqa", "gpt_neox-parallel", "mixtral-gqa", "olmo2-gqa", "smollm3-fourth-layer-plain"])

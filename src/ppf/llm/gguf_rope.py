@@ -28,7 +28,8 @@ def rope_of(model: PreTrainedModel) -> tuple[float, np.ndarray, float]:
     kind: Any = getattr(rotary, "rope_type", "default")
     prefix = ""
     if by_kind:
-        kind, rules, prefix = kind[_FULL], rules[_FULL], f"{_FULL}_"
+        which = _FULL if _FULL in kind else _SLIDING  # where all layers of the other kind are gone
+        kind, rules, prefix = kind[which], rules[which], f"{which}_"
     if kind == "dynamic":
         raise UnsupportedError(
             f"rotary frequencies must not depend on the length of the text; {kind} came; remove it from config.json"
