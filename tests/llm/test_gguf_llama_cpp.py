@@ -10,6 +10,7 @@ from ppf.errors import DamagedError
 from ppf.llm import gguf_check, gguf_tensors
 from ppf.llm.architectures import layout_of_model
 from ppf.llm.compensation import Fill
+from ppf.llm.depth import with_depth
 from ppf.llm.gguf import FILE_TYPES, write_gguf
 from ppf.llm.gguf_check import in_llama_cpp
 from ppf.llm.gguf_tokenizer import PRE_TOKENIZERS
@@ -34,6 +35,18 @@ def test_llama_cpp_answers_as_the_model_does(name, kind, tmp_path):
     layout = layout_of_model(dense)
     smaller = cut(dense, layout, tiny_models.MASKS[kind](layout))
     assert difference(smaller, tmp_path / "a.gguf")[0] < 1e-5
+
+
+@pytest.mark.parametrize("kind", tiny_models.DEPTH_MASKS)
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2-gqa", "qwen3-gqa", "qwen3-mha-tied"])
+def test_llama_cpp_does_without_what_is_gone(name, kind, tmp_path):
+    dense = tiny_models.model(name)
+    layout = with_depth(dense, layout_of_model(dense))
+    smaller = cut(dense, layout, tiny_models.DEPTH_MASKS[kind](layout))
+    for quant in ("f32", "q8_0") if kind == "all" else ("f32",):
+        found, result = difference(smaller, tmp_path / "a.gguf", quant)
+        assert found < (1e-5 if quant == "f32" else result.check.bound)
+    assert any("without an FFN" in note for note in result.notes) is (kind in ("ffn", "first", "all"))
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "llama-biases", "mistral-gqa", "qwen2-gqa"])

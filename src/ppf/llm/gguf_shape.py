@@ -113,10 +113,12 @@ def _widths(model: PreTrainedModel) -> tuple[tuple[int, ...], tuple[int, ...], t
     heads = tuple(attention.q_proj.out_features // head_dim if attention else 0 for attention in attentions)
     kv_heads = tuple(attention.k_proj.out_features // head_dim if attention else 0 for attention in attentions)
     ffn = tuple(one.gate_proj.out_features if one else 0 for one in ffns)
-    for layer, (of, kv) in enumerate(zip(heads, kv_heads, strict=True)):
-        if of % max(kv, 1) or (layer == 0 and not kv):  # llama.cpp reads its head width from layer 0
-            came = f"{of} query heads and {kv} key heads in layer {layer}"
-            raise UnsupportedError(f"every layer of a GGUF file needs whole KV groups, the first one at least; {came}; keep one")
+    for layer, (of, kv, channels) in enumerate(zip(heads, kv_heads, ffn, strict=True)):
+        # llama.cpp reads its head width from layer 0 and drops the attention of a layer without channels, silently
+        gone = layer > 0 and not attentions[layer]
+        if (min(of, kv) < 1 and not gone) or of % max(kv, 1) or (channels < 1 and ffns[layer]):
+            came = f"{of} query heads, {kv} key heads and {channels} channels in layer {layer}"
+            raise UnsupportedError(f"every layer of a GGUF file needs a channel and whole KV groups; {came}; keep one of each")
     return heads, kv_heads, ffn, head_dim
 
 
