@@ -88,7 +88,7 @@ def _whole(record: dict[str, Any]) -> dict[str, str]:
     layers = len({entry["layer"] for entry in gone} - left)
     alone = [entry["kind"] for entry in gone if entry["layer"] in left]
     parts = (layers, "whole layers"), (alone.count("attn"), "attentions alone"), (alone.count("ffn"), "FFNs alone")
-    told = {"gone whole": ", ".join(f"{count} {what}" for count, what in parts if count)}
+    told = {"gone whole": ", ".join(f"{what} {count}" for count, what in parts if count)}
     if "attn" in alone:
         told["vLLM"] = "loads no layer without attention; use transformers or llama.cpp"
     return told

@@ -119,6 +119,18 @@ def test_every_type_holds_experts_and_fused_matrices(name, quant, tmp_path):
     assert found <= result.check.bound
 
 
+@pytest.mark.parametrize("kind", tiny_models.DEPTH_MASKS)
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2-gqa", "qwen3-gqa", "qwen3-mha-tied"])
+def test_llama_cpp_does_without_what_is_gone(name, kind, tmp_path):
+    dense = tiny_models.model(name)
+    layout = with_depth(dense, layout_of_model(dense))
+    smaller = cut(dense, layout, tiny_models.DEPTH_MASKS[kind](layout))
+    for quant in ("f32", "q8_0") if kind == "all" else ("f32",):
+        found, result = difference(smaller, tmp_path / "a.gguf", quant)
+        assert found < (1e-5 if quant == "f32" else result.check.bound)
+    assert any("without an FFN" in note for note in result.notes) is (kind in ("ffn", "first", "all"))
+
+
 @pytest.mark.parametrize("name", ["llama-mha", "llama-biases", "mistral-gqa", "qwen2-gqa"])
 def test_biases_for_what_was_removed_are_heard(name, tmp_path):
     dense = tiny_models.model(name)

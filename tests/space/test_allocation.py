@@ -48,6 +48,20 @@ def steps_mix(of, align):
     return room[step == step.min()].sum() >= step.max()
 
 
+@examples(100)
+@given(problems())
+def test_floors_of_nothing_are_met_as_any_others(problem):
+    """A floor of 0: whole sub-layers may go, all but one."""
+    of, align, keep, share = problem
+    of = replace(of, sites=(of.sites[0], *(replace(site, floor=0, rest=7) for site in of.sites[1:])))
+    assume(steps_mix(of, align))
+    budget = budget_of(of, align, share)
+    kept = allocate(Policy(keep), budget, of, align).kept
+    check(kept, budget, of, align)
+    assert of.ratio(kept) * of.prunable >= budget.remove - 1e-3
+    assert of.total - of.kept_params(kept) == (of.units - kept) @ of.costs + 7 * (kept[1:] == 0).sum()
+
+
 @examples(300)
 @given(problems())
 @example((layout(1, 8, 8, 4, 16, 85), 32, np.array([-0.5, 0.5]), 0.467))

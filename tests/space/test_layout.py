@@ -52,7 +52,16 @@ def test_fingerprint_tells_any_change(field):
     assert other != of and other.fingerprint != of.fingerprint
 
 
-@pytest.mark.parametrize("name", ["units", "costs", "floors"])
+def test_what_goes_with_the_last_unit_is_counted_and_told():
+    of = layout()
+    deep = replace(of, sites=(of.sites[0], *(replace(site, floor=0, rest=64) for site in of.sites[1:])))
+    assert deep.fingerprint != of.fingerprint and Layout.from_json(json.loads(json.dumps(deep.to_json()))) == deep
+    kept = deep.units * [1, 1, 0, 0]
+    assert deep.kept_params(kept) == of.kept_params(kept) - 2 * 64 and deep.ratio(kept) == of.ratio(kept) == 0.5
+    assert deep.kept_layers(kept) == [0] and deep.kept_layers(deep.units * [1, 1, 0, 1]) == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["units", "costs", "floors", "rests"])
 def test_arrays_are_read_only(name):
     with pytest.raises(ValueError, match="read-only"):
         getattr(layout(), name)[0] = 5

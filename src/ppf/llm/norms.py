@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ppf.llm.architectures import linear
 from ppf.space.layout import Site
 
 
@@ -29,7 +30,7 @@ def as_cut(model: PreTrainedModel, cuts: Iterable[tuple[Site, np.ndarray]]) -> I
     with ExitStack() as stack:
         for site, bits in cuts:
             if not bits.any():
-                reader = model.get_submodule(site.reader)
+                reader = linear(model, site.reader)
                 stack.callback(reader.register_forward_hook(lambda _, __, output: torch.zeros_like(output)).remove)
                 continue
             for rows in () if bits.all() else site.norms:
