@@ -20,8 +20,9 @@ from ppf.learn.search import refine as search
 from ppf.llm.collect import Wanted
 from ppf.llm.export import export, weight_bytes
 from ppf.llm.gguf import Written, write_gguf
-from ppf.llm.load import LoadedModel, convert
+from ppf.llm.load import Checkpoint, LoadedModel, convert
 from ppf.llm.perplexity import Evaluation, evaluate
+from ppf.llm.streamed import export_streamed, stored_digest
 from ppf.llm.text import Text
 from ppf.lock import locked
 from ppf.progress import Progress
@@ -93,6 +94,19 @@ class Pruned:
         return write_gguf(self.model, self.tokenizer, Path(out), quant, f"{self.plan['model']['name']} pruned", force)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A smaller checkpoint on the disk.
+
+    Attributes:
+        plan: As in ``Pruned``, without what measuring finds.
+        bytes: Of its weight files.
+    """
+
+    plan: dict[str, Any]
+    bytes: int
+
+
 def prune(
     folder: str | Path,
     loaded: LoadedModel,
@@ -117,7 +131,7 @@ def prune(
         InputError: More than the floors allow, candidates of nested policies, or a study that is not fitted.
         DamagedError: A study of another model.
     """
-    decider = _decider_for(folder, loaded, target, candidates)
+    decider = _decider_for(folder, loaded.digest, target, candidates)
     added = added_params(loaded, compensate)
     target = with_room(target, added, decider.study.record["model"]["bytes_per_param"])
     decision = decider.decide(target)
@@ -132,15 +146,39 @@ def prune(
         smaller, how = compensated(loaded, decision.mask, text.calibration, compensate, at, dtype)
     with progress.stage("measuring the result"):
         measured, speeds = measured_of(loaded, smaller, text.test, at, dtype)
-    plan = _with_compensation(_plan(decider, decision, measured, speeds, bool(candidates)), how, added)
+    plan = _with_compensation(_plan(decider, decision, bool(candidates)) | _measured(measured, speeds), how, added)
     return Pruned(smaller, loaded.tokenizer, decision, plan | {"nested": target.nested, "rounding": decider.rounding(target)})
 
 
-def _decider_for(folder: str | Path, loaded: LoadedModel, target: Target, candidates: int) -> Decider:
+def prune_stored(folder: str | Path, source: Checkpoint, target: Target, out: Path, force: bool, progress: Progress) -> Stored:
+    """Makes a smaller checkpoint from the dense one's files, and measures nothing: no model is ever in memory.
+
+    Args:
+        folder: The study.
+        source: Its dense model.
+        target: How small.
+        out: The new folder.
+        force: Replace an earlier export of that name.
+        progress: Shows what happens.
+
+    Raises:
+        InputError: More than the floors allow, a study that is not fitted, or a folder that exists.
+        DamagedError: A study of another model, or a check that failed; nothing is left behind.
+    """
+    with progress.stage("reading"):
+        decider = _decider_for(folder, stored_digest(source), target, 0)
+    decision = decider.decide(target)
+    plan = _plan(decider, decision, False) | {"compensation": {"method": "none"}, "nested": target.nested}
+    plan["rounding"] = decider.rounding(target)
+    with progress.stage("cutting, writing and checking"):
+        return Stored(plan, export_streamed(source, decision.mask, plan, out, force))
+
+
+def _decider_for(folder: str | Path, digest: str, target: Target, candidates: int) -> Decider:
     """The study, if it is of this model."""
     check_refinable(target, bool(candidates))
     decider = Decider(folder)
-    if decider.study.record["model"]["digest"] != loaded.digest:
+    if decider.study.record["model"]["digest"] != digest:
         name = decider.study.record["model"]["name"]
         raise DamagedError(f"{folder} must be a study of this model; it is one of {name} as it was then; give its own model")
     return decider
@@ -244,7 +282,7 @@ def tokens_per_second(models: list[PreTrainedModel], blocks: np.ndarray) -> list
     return [ids.numel() / statistics.median(times) for times in seconds]
 
 
-def _plan(decider: Decider, decision: Decision, measured: Evaluation, speeds: dict[str, float], refined: bool) -> dict[str, Any]:
+def _plan(decider: Decider, decision: Decision, refined: bool) -> dict[str, Any]:
     study, report = decider.study, read_json(decider.study.folder / "report.json")
     model = study.record["model"]
     text = study.record["settings"]["test_text"] or study.record["settings"]["text"]
@@ -256,15 +294,13 @@ def _plan(decider: Decider, decision: Decision, measured: Evaluation, speeds: di
         "importance": {"method": decider.importance.method, "source": leaf(decider.importance.source)},
         "refined": refined,
         **decision.to_json(decider.layout),
-        "measured": {"log_ppl": measured.log_ppl, "ppl": float(np.exp(measured.log_ppl)), "interval": _ppl(measured.interval)},
         "dense": {"log_ppl": decider.dense_log_ppl, "ppl": float(np.exp(decider.dense_log_ppl))},
         "protocol": {
             "text": leaf(text),
             "seq_len": study.record["seq_len"],
-            "tokens": measured.tokens,
+            "tokens": study.record["dense"]["test"]["tokens"],
             "dtype": study.record["dtype"],
         },
-        "tokens_per_second": {name: round(value, 1) for name, value in speeds.items()},
         "report": {
             "predictor": report["predictor"],
             "heldout": report["heldout"][report["predictor"]],
@@ -272,6 +308,14 @@ def _plan(decider: Decider, decision: Decision, measured: Evaluation, speeds: di
         },
         "policy": decision.policy.to_json(),
         "mask": [np.packbits(bits).tobytes().hex() for bits in decision.mask.bits],
+    }
+
+
+def _measured(measured: Evaluation, speeds: dict[str, float]) -> dict[str, Any]:
+    """What a plan says of measuring."""
+    return {
+        "measured": {"log_ppl": measured.log_ppl, "ppl": float(np.exp(measured.log_ppl)), "interval": _ppl(measured.interval)},
+        "tokens_per_second": {name: round(value, 1) for name, value in speeds.items()},
     }
 
 
@@ -290,7 +334,7 @@ def _ppl(interval: tuple[float, float]) -> list[float]:
     return [float(np.exp(end)) for end in interval]
 
 
-def dense_bytes(loaded: LoadedModel, bytes_per_param: float) -> int:
+def dense_bytes(loaded: LoadedModel | Checkpoint, bytes_per_param: float) -> int:
     """Bytes of the dense model's weight files; of its parameters if it has no files."""
     return weight_bytes(loaded.folder) if loaded.folder else int(loaded.layout.total * bytes_per_param)
 
