@@ -15,6 +15,8 @@ from ppf.llm.weights import readable, weight_files
 
 MODELING_FILE = "modeling_ppf.py"
 PLAN_FILE = "ppf.json"
+CHECKED = "reloaded and checked"
+"""What ``verify`` does, in words."""
 _ALIGNED = 64
 
 

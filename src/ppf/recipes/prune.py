@@ -22,7 +22,6 @@ from ppf.llm.export import export, weight_bytes
 from ppf.llm.gguf import Written, write_gguf
 from ppf.llm.load import Checkpoint, LoadedModel, convert
 from ppf.llm.perplexity import Evaluation, evaluate
-from ppf.llm.streamed import export_streamed, stored_digest
 from ppf.llm.text import Text
 from ppf.lock import locked
 from ppf.progress import Progress
@@ -94,19 +93,6 @@ class Pruned:
         return write_gguf(self.model, self.tokenizer, Path(out), quant, f"{self.plan['model']['name']} pruned", force)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A smaller checkpoint on the disk.
-
-    Attributes:
-        plan: As in ``Pruned``, without what measuring finds.
-        bytes: Of its weight files.
-    """
-
-    plan: dict[str, Any]
-    bytes: int
-
-
 def prune(
     folder: str | Path,
     loaded: LoadedModel,
@@ -131,7 +117,7 @@ def prune(
         InputError: More than the floors allow, candidates of nested policies, or a study that is not fitted.
         DamagedError: A study of another model.
     """
-    decider = _decider_for(folder, loaded.digest, target, candidates)
+    decider = decider_for(folder, loaded.digest, target, candidates)
     added = added_params(loaded, compensate)
     target = with_room(target, added, decider.study.record["model"]["bytes_per_param"])
     decision = decider.decide(target)
@@ -146,36 +132,12 @@ def prune(
         smaller, how = compensated(loaded, decision.mask, text.calibration, compensate, at, dtype)
     with progress.stage("measuring the result"):
         measured, speeds = measured_of(loaded, smaller, text.test, at, dtype)
-    plan = _with_compensation(_plan(decider, decision, bool(candidates)) | _measured(measured, speeds), how, added)
+    plan = _with_compensation(plan_for(decider, decision, bool(candidates)) | _measured(measured, speeds), how, added)
     return Pruned(smaller, loaded.tokenizer, decision, plan | {"nested": target.nested, "rounding": decider.rounding(target)})
 
 
-def prune_stored(folder: str | Path, source: Checkpoint, target: Target, out: Path, force: bool, progress: Progress) -> Stored:
-    """Makes a smaller checkpoint from the dense one's files, and measures nothing: no model is ever in memory.
-
-    Args:
-        folder: The study.
-        source: Its dense model.
-        target: How small.
-        out: The new folder.
-        force: Replace an earlier export of that name.
-        progress: Shows what happens.
-
-    Raises:
-        InputError: More than the floors allow, a study that is not fitted, or a folder that exists.
-        DamagedError: A study of another model, or a check that failed; nothing is left behind.
-    """
-    with progress.stage("reading"):
-        decider = _decider_for(folder, stored_digest(source), target, 0)
-    decision = decider.decide(target)
-    plan = _plan(decider, decision, False) | {"compensation": {"method": "none"}, "nested": target.nested}
-    plan["rounding"] = decider.rounding(target)
-    with progress.stage("cutting, writing and checking"):
-        return Stored(plan, export_streamed(source, decision.mask, plan, out, force))
-
-
-def _decider_for(folder: str | Path, digest: str, target: Target, candidates: int) -> Decider:
-    """The study, if it is of this model."""
+def decider_for(folder: str | Path, digest: str, target: Target, candidates: int) -> Decider:
+    """The study, if it is of the model of this digest."""
     check_refinable(target, bool(candidates))
     decider = Decider(folder)
     if decider.study.record["model"]["digest"] != digest:
@@ -282,7 +244,8 @@ def tokens_per_second(models: list[PreTrainedModel], blocks: np.ndarray) -> list
     return [ids.numel() / statistics.median(times) for times in seconds]
 
 
-def _plan(decider: Decider, decision: Decision, refined: bool) -> dict[str, Any]:
+def plan_for(decider: Decider, decision: Decision, refined: bool) -> dict[str, Any]:
+    """What a decision says of itself in ``ppf.json``, before anything is measured."""
     study, report = decider.study, read_json(decider.study.folder / "report.json")
     model = study.record["model"]
     text = study.record["settings"]["test_text"] or study.record["settings"]["text"]
