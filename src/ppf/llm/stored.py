@@ -23,7 +23,7 @@ from ppf.llm.weights import DTYPES, Place, parts_of
 _INDEX = "model.safetensors.index.json"
 _PATTERN = "model{suffix}.safetensors"
 _LARGEST_FILE = "50GB"
-"""As transformers' ``save_pretrained`` has it, so that both write the same files."""
+"""As transformers' ``save_pretrained`` has it, so that both write the same file."""
 _ALIGNED = 8
 
 
@@ -72,7 +72,7 @@ def running_stored(shell: PreTrainedModel, weights: Callable[[str], torch.Tensor
     module shows zeros of its weights' shape that take no memory.
 
     Args:
-        shell: The model on the meta device; its weights are gone afterwards, if it had any.
+        shell: The model on the meta device; afterwards it is good for nothing.
         weights: Gives a tensor by its name.
     """
     fill_buffers(shell.eval(), torch.device("cpu"))

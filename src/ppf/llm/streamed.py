@@ -3,6 +3,7 @@
 dense files ── one tensor ──► slices_of its site ──► files of the smaller model ──► checked against the dense files
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,10 @@ def export_streamed(source: Checkpoint, mask: Mask, plan: dict[str, Any], out: P
         ResourceError: The folder cannot be written.
     """
     dense = stored(source.folder, source.shell)
+    shell = copy.copy(source.shell)
     if (source.folder / "generation_config.json").is_file():
-        source.shell.generation_config = GenerationConfig.from_pretrained(source.folder)
-    smaller = smaller_skeleton(source.shell, source.layout, mask.allocation, dense.dtype)
+        shell.generation_config = GenerationConfig.from_pretrained(source.folder)
+    smaller = smaller_skeleton(shell, source.layout, mask.allocation, dense.dtype)
     smaller.config.dtype = dense.dtype
     check_room(out, sum(parameter.numel() * parameter.element_size() for parameter in smaller.parameters()))
     cuts = _Cuts(source, dense, mask)
@@ -105,7 +107,7 @@ def _check_tensors(folder: Path, names: list[str], cuts: _Cuts) -> None:
 def _check_answers(folder: Path, source: Checkpoint, dense: Stored, mask: Mask) -> None:
     """Runs both models, module by module, up to the language-model head, which is one tensor of both."""
     ids = torch.arange(min(_TOKENS, source.config.vocab_size))[None]
-    whole, (shell, weights) = source.shell, _written(folder)
+    whole, (shell, weights) = copy.deepcopy(source.shell), _written(folder)
     with running_stored(shell, weights.__getitem__):
         ours = shell.base_model(input_ids=ids, use_cache=False).last_hidden_state
     with running_stored(whole, dense.__getitem__), masked(whole, source.layout, mask):

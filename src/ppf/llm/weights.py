@@ -69,7 +69,7 @@ def parts_of(folder: Path, shell: PreTrainedModel) -> dict[str, tuple[Place, ...
         UnsupportedError: Experts that the files hold in a form that is not known.
     """
     places, shared = _places(folder, shell), set(shell.all_tied_weights_keys or {})
-    found = {}
+    found: dict[str, tuple[Place, ...]] = {}
     for name in shell.state_dict():
         if name in places:
             found[name] = (places[name],)
