@@ -65,7 +65,7 @@ def _prune(config: PruneConfig) -> None:
     model = decider.study.record["model"]
     check_room(Path(config.out), int(decider.decide(config.target).params[1] * model["bytes_per_param"]))
     check_wish(config)
-    if not config.measure:
+    if config.no_measure:
         return _print_pruned(config, decider, prune_stored(config, config.model or model["name"], progress))
     loaded = load_for(config.model or model["name"], progress)
     check_wish(config, loaded)

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 import ppf
 import tiny_models
 from builders import refuses
+from ppf import cli
 from ppf.config import EvalConfig, Target
 from ppf.decide import Decider
 from ppf.errors import DamagedError, InputError, ResourceError

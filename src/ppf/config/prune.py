@@ -32,7 +32,7 @@ class PruneConfig:
     """How many policies --refine measures."""
     compensate: CompensateName = "none"
     """Make up for what goes: bias adds what it gave on average, ridge fits the weights that read what stays again."""
-    measure: bool = True
+    no_measure: bool = False
     """Cut from the files without measuring: no model in memory, the largest shard and 1 GB at most."""
     force: bool = False
     """Replace an earlier export of that name."""
@@ -66,7 +66,7 @@ class PruneConfig:
     def _check_measure(self) -> None:
         """What runs the model cannot go without it."""
         wishes = {"refine": self.refine, "compensate": self.compensate != "none", "gguf": self.gguf, "text": self.text}
-        for name, wish in wishes.items() if not self.measure else ():
+        for name, wish in wishes.items() if self.no_measure else ():
             if wish:
                 raise InputError(f"--no-measure must come without --{name}, which runs the model; both came; leave one out")
 
