@@ -72,16 +72,20 @@ def _prune(config: PruneConfig) -> None:
 
     from ppf.artifact import check_room
     from ppf.decide import Decider
+    from ppf.llm.export import CHECKED
     from ppf.progress import Progress
     from ppf.recipes.export import check_wish, export_pruned
     from ppf.recipes.lab import load_for
     from ppf.recipes.prune import check_out, dense_bytes, prune
+    from ppf.recipes.stored import prune_stored
 
     check_out(config.out, config.force, config.study)
     decider, progress = Decider(config.study), Progress()
     model = decider.study.record["model"]
     check_room(Path(config.out), int(decider.decide(config.target).params[1] * model["bytes_per_param"]))
     check_wish(config)
+    if config.no_measure:
+        return _print_pruned(config, decider, prune_stored(config, config.model or model["name"], progress))
     loaded = load_for(config.model or model["name"], progress)
     check_wish(config, loaded)
     candidates = config.candidates if config.refine else 0
@@ -89,15 +93,12 @@ def _prune(config: PruneConfig) -> None:
     with progress.stage("writing and checking"):
         size = pruned.save_pretrained(config.out, config.force)
         gguf = export_pruned(config, pruned)
-    plan = {
-        key: value for key, value in pruned.plan.items() if key not in ("mask", "policy", "report", "layout", "context", "format")
-    }
-    record = {
-        **plan,
-        "bytes": {"before": dense_bytes(loaded, model["bytes_per_param"]), "after": size},
-        "out": config.out,
-        "gguf": gguf,
-    }
+    weights = {"before": dense_bytes(loaded, model["bytes_per_param"]), "after": size}
+    _print_pruned(config, decider, {**pruned.plan, "bytes": weights, "out": config.out, "gguf": gguf, "checked": CHECKED})
+
+
+def _print_pruned(config: PruneConfig, decider: Any, whole: dict[str, Any]) -> None:
+    record = {key: whole[key] for key in whole if key not in ("mask", "policy", "report", "layout", "context", "format")}
     warn_range(record)
     warn_nothing(config.target, record)
     warn_missed(decider.missed_by)
@@ -105,7 +106,7 @@ def _prune(config: PruneConfig) -> None:
         print_json(record)
     else:
         print_pruned(record)
-    print_gguf(gguf, config.json)
+    print_gguf(record["gguf"], config.json)
 
 
 def _prune_by_plan(config: PruneConfig) -> None:

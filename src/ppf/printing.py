@@ -50,7 +50,7 @@ def print_planned(record: dict[str, Any], quiet: bool) -> None:
             **_whole(record),
             "weights": f"{human_size(record['bytes']['before'])} -> {human_size(record['bytes']['after'])}",
             "perplexity": "not measured; name a --text",
-            "written to": f"{record['out']}  (reloaded and checked)",
+            "written to": f"{record['out']}  ({record['checked']})",
         }
         if measured := record.get("measured"):
             low, high = measured["interval"]
@@ -130,26 +130,32 @@ def warn_nothing(target: Target, record: dict[str, Any]) -> None:
 def print_pruned(record: dict[str, Any]) -> None:
     """What was cut, what it was measured to cost, and where it lies."""
     before, after = record["params"]["before"], record["params"]["after"]
-    low, high = record["measured"]["interval"]
-    speed = record["tokens_per_second"]
-    protocol = record["protocol"]
     without = "" if record["compensation"]["method"] == "none" else " without compensation"
     lines = {
         "ratio": f"asked {record['ratio']['asked']:.4f}, met {record['ratio']['met']:.4f} of the prunable parameters",
         "parameters": f"{before:,} -> {after:,}  ({100 * (1 - after / before):.1f} % of all gone)",
         **_whole(record),
         "weights": f"{human_size(record['bytes']['before'])} -> {human_size(record['bytes']['after'])}",
-        "perplexity": f"predicted {record['predicted']['ppl']:.2f}{without}, measured {record['measured']['ppl']:.2f} "
-        f"(95 % {low:.2f} to {high:.2f}), dense {record['dense']['ppl']:.2f}",
-        "protocol": f"{protocol['text']}, {protocol['tokens']:,} tokens in blocks of {protocol['seq_len']}, {protocol['dtype']}",
-        "tokens/s": f"{speed['before']:,.0f} -> {speed['after']:,.0f}  (prompt, this machine)",
-        "written to": f"{record['out']}  (reloaded and checked)",
+        "perplexity": f"predicted {record['predicted']['ppl']:.2f}{without}, {_found(record)}, dense {record['dense']['ppl']:.2f}",
     }
+    protocol = record["protocol"]
+    lines["protocol"] = f"{protocol['text']}, {protocol['tokens']:,} tokens in blocks of {protocol['seq_len']}, {protocol['dtype']}"
+    if speed := record.get("tokens_per_second"):
+        lines["tokens/s"] = f"{speed['before']:,.0f} -> {speed['after']:,.0f}  (prompt, this machine)"
+    lines["written to"] = f"{record['out']}  ({record['checked']})"
     if rounding := record["rounding"]:
         steps = " ".join(f"--{name} {rounding[name]}" for name in ("align", "tp") if rounding[name] > 1)
         lines["perplexity"] += f"; with {steps} predicted {rounding['ppl']:.2f}, without {rounding['unrounded_ppl']:.2f}"
     for name, value in lines.items():
         print(f"{name:<11} {value}")
+
+
+def _found(record: dict[str, Any]) -> str:
+    """The measured perplexity, if there is one."""
+    if "measured" not in record:
+        return "not measured"
+    low, high = record["measured"]["interval"]
+    return f"measured {record['measured']['ppl']:.2f} (95 % {low:.2f} to {high:.2f})"
 
 
 def print_recovered(record: dict[str, Any]) -> None:

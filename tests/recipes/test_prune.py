@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 import ppf
 import tiny_models
 from builders import refuses
+from ppf import cli
 from ppf.config import EvalConfig, Target
 from ppf.decide import Decider
 from ppf.errors import DamagedError, InputError, ResourceError
@@ -167,3 +168,18 @@ def test_a_place_that_cannot_be_is_refused_before_the_work(fitted, tmp_path, whe
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(fitted):
     with refuses(ResourceError):
         check_out("/proc/out", False, fitted.folder)
+
+
+def test_without_measuring_the_checkpoint_is_the_same_and_no_model_is_loaded(place, fitted, tmp_path, capsys, monkeypatch):
+    fitted.prune(ratio=0.3, device="cpu").save_pretrained(tmp_path / "measured")
+    monkeypatch.setattr("ppf.recipes.lab.load_model", None)
+    command = ["prune", str(fitted.folder), "--ratio", "0.3", "--model", str(place / "model"), "--no-measure"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "not measured" in capsys.readouterr().out
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "measured" / name).read_bytes()
+    plans = [json.loads((tmp_path / name / "ppf.json").read_text()) for name in ("out", "measured")]
+    assert set(plans[1]) - set(plans[0]) == {"measured", "tokens_per_second"}
+    assert plans[0]["mask"] == plans[1]["mask"] and plans[0]["protocol"] == plans[1]["protocol"]
+    for wish in (["--refine"], ["--compensate", "ridge"], ["--gguf", "x.gguf"]):
+        assert cli.main([*command, *wish, "--out", str(tmp_path / "other")]) == 2

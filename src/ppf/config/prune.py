@@ -32,6 +32,8 @@ class PruneConfig:
     """How many policies --refine measures."""
     compensate: CompensateName = "none"
     """Make up for what goes: bias adds what it gave on average, ridge fits the weights that read what stays again."""
+    no_measure: bool = False
+    """Cut from the files without measuring: no model in memory, the largest shard and 1 GB at most."""
     force: bool = False
     """Replace an earlier export of that name."""
     model: Annotated[str | None, optional("MODEL")] = None
@@ -51,6 +53,7 @@ class PruneConfig:
         self._check_plan()
         if self.refine and self.target.nested:
             raise InputError("a nested policy must be taken as it comes; --refine and --nested came; leave one out")
+        self._check_measure()
         check_words(gguf=self.gguf)
         check_choice("--compensate", self.compensate, CompensateName)
         if self.quant is not None:
@@ -59,6 +62,13 @@ class PruneConfig:
                 raise InputError(f"--quant must come with --gguf FILE; {self.quant} came alone; say where the GGUF file goes")
         if self.gguf is not None and self.target.align is None:
             object.__setattr__(self, "target", replace(self.target, align=_BLOCK))
+
+    def _check_measure(self) -> None:
+        """What runs the model cannot go without it."""
+        wishes = {"refine": self.refine, "compensate": self.compensate != "none", "gguf": self.gguf, "text": self.text}
+        for name, wish in wishes.items() if self.no_measure else ():
+            if wish:
+                raise InputError(f"--no-measure must come without --{name}, which runs the model; both came; leave one out")
 
     def _check_plan(self) -> None:
         """A plan says what goes and needs no study; without one the target must."""

@@ -15,6 +15,8 @@ from ppf.llm.weights import readable, weight_files
 
 MODELING_FILE = "modeling_ppf.py"
 PLAN_FILE = "ppf.json"
+CHECKED = "reloaded and checked"
+"""What ``verify`` does, in words."""
 _ALIGNED = 64
 
 
@@ -42,12 +44,17 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: dic
             model.save_pretrained(folder)
         except SafetensorError as error:
             raise ResourceError(f"{out} must be writable; {error}; free the disk or choose another place") from error
-        tokenizer.save_pretrained(folder)
-        if model.config.model_type.startswith("ppf_"):  # a dense model needs no code of ours
-            (folder / MODELING_FILE).write_bytes(Path(pruned_model.__file__).read_bytes())
-        write_json(folder / PLAN_FILE, plan)
+        write_beside(folder, model, tokenizer, plan)
         verify(model, folder)
         return weight_bytes(folder)
+
+
+def write_beside(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: dict[str, Any]) -> None:
+    """Writes what lies beside config and weights; arguments as in ``export``."""
+    tokenizer.save_pretrained(folder)
+    if model.config.model_type.startswith("ppf_"):  # a dense model needs no code of ours
+        (folder / MODELING_FILE).write_bytes(Path(pruned_model.__file__).read_bytes())
+    write_json(folder / PLAN_FILE, plan)
 
 
 def verify(model: PreTrainedModel, folder: Path) -> None:

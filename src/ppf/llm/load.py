@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,39 @@ class LoadedModel:
         return convert(self.model if self.folder is not None and lossless else copy.deepcopy(self.model), device, dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model whose weights stay in their files.
+
+    Attributes:
+        config: As its folder has it.
+        shell: The model on the meta device: shapes, no weight.
+        tokenizer: As in ``LoadedModel``; so are ``layout``, ``name`` and ``folder``.
+    """
+
+    config: Any
+    shell: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layout: Layout
+    name: str
+    folder: Path
+
+
+def open_checkpoint(name: str) -> Checkpoint:
+    """All that is known of a model without reading its weights; their files' headers are checked. Arguments as in ``load_model``.
+
+    Raises:
+        InputError: As in ``load_model``, and so are the others.
+    """
+    folder = resolve(name)
+    with readable(folder):
+        config = read_config(folder)
+        shell = skeleton(config)
+        check_weights(folder, shell)
+    tokenizer = load_tokenizer(folder, config.vocab_size)
+    return Checkpoint(config, shell, tokenizer, layout_of_model(shell), name, folder)
+
+
 def load_model(name: str) -> LoadedModel:
     """Loads a causal LM on the CPU in the dtype of its checkpoint.
 
@@ -80,14 +114,9 @@ def load_model(name: str) -> LoadedModel:
         DamagedError: A weight is missing, extra, cut or of another shape than the config says.
         ResourceError: The hub cannot be reached, or a file cannot be read.
     """
-    folder = resolve(name)
-    with readable(folder):
-        config = read_config(folder)
-        shell = skeleton(config)
-        check_weights(folder, shell)
-    tokenizer = load_tokenizer(folder, config.vocab_size)
-    model = _read_weights(folder, config)
-    return LoadedModel(model.eval(), tokenizer, layout_of_model(shell), name, folder, model_digest(model), model.dtype)
+    opened = open_checkpoint(name)
+    model = _read_weights(opened.folder, opened.config).eval()
+    return LoadedModel(model, opened.tokenizer, opened.layout, name, opened.folder, model_digest(model), model.dtype)
 
 
 def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> LoadedModel:
@@ -234,17 +263,25 @@ def _read_weights(folder: Path, config: Any) -> PreTrainedModel:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Hash of what a model computes with: its config, and of every tensor the name, the shape and samples.
+    """Hash of what a model computes with: see ``digest_of``."""
+    return digest_of(model.config, sorted(model.named_parameters()))
+
+
+def digest_of(config: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hash of a config, and of every tensor the name, the shape and samples.
 
     Of the config only what differs from its family's defaults counts, so that a new field of a later transformers changes
     nothing. Of a tensor the first, the last and evenly spread values count, 4,096 of each, as float32.
+
+    Args:
+        config: Of the model.
+        tensors: Its parameters with their names, in the order of these, each once.
     """
-    defaults = type(model.config)().to_dict()
-    fields = model.config.to_dict().items()
-    own = {name: value for name, value in fields if name not in defaults or value != defaults[name]}
-    config = {name: value for name, value in own.items() if name not in _INCIDENTAL} | {"model_type": model.config.model_type}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.named_parameters()):
+    defaults = type(config)().to_dict()
+    own = {name: value for name, value in config.to_dict().items() if name not in defaults or value != defaults[name]}
+    fields = {name: value for name, value in own.items() if name not in _INCIDENTAL} | {"model_type": config.model_type}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
         some = torch.cat([flat[:_SAMPLE], flat[-_SAMPLE:], flat[:: max(1, flat.numel() // _SAMPLE)]]).float().cpu()
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

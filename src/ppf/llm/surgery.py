@@ -44,21 +44,37 @@ def cut(
     means = means_per_site(fill, layout)
     if fitted is not None:
         fitted.check(model, layout, mask)
-    register()  # so that the result's config is known to the auto classes too
-    config = pruned_config(model.config, layout, mask.allocation, reader_bias=fill is not None)
-    with torch.device("meta"):
-        smaller = PRUNED[layout.model_type][2]._from_config(config, dtype=model.dtype)
+    smaller = smaller_skeleton(model, layout, mask.allocation, model.dtype, reader_bias=fill is not None)
     source = model.state_dict()
     for site, bits, mean in zip(layout.sites, mask.bits, means, strict=True):
         cut_site(model, source, site, torch.from_numpy(bits.copy()), mean)
     for site, weight in zip(layout.sites, fitted.weights if fitted else (None,) * len(layout.sites), strict=True):
         if weight is not None:
             source[f"{site.reader}.weight"] = weight.to(source[f"{site.reader}.weight"])
-    _fill_buffers(smaller, model.device)
+    fill_buffers(smaller, model.device)
     stays = layout.kept_layers(mask.allocation.kept)
-    state = {name: source[_origin(name, stays)].clone() for name in smaller.state_dict()}
+    state = {name: source[origin_of(name, stays)].clone() for name in smaller.state_dict()}
     smaller.load_state_dict(state, strict=True, assign=True)
     smaller.tie_weights()
+    return smaller.eval()
+
+
+def smaller_skeleton(
+    model: PreTrainedModel, layout: Layout, allocation: Allocation, dtype: torch.dtype, reader_bias: bool = False
+) -> PreTrainedModel:
+    """The smaller model on the meta device: its classes, its config and the shapes of its tensors, no weight.
+
+    Args:
+        model: The dense model; its own skeleton is enough.
+        layout: Its layout.
+        allocation: Int[S] kept units.
+        dtype: Of the weights.
+        reader_bias: As in ``pruned_config``.
+    """
+    register()  # so that the result's config is known to the auto classes too
+    config = pruned_config(model.config, layout, allocation, reader_bias)
+    with torch.device("meta"):
+        smaller = PRUNED[layout.model_type][2]._from_config(config, dtype=dtype)
     smaller.generation_config = savable_generation_config(model)
     return smaller.eval()
 
@@ -115,7 +131,7 @@ def _widths(config: PreTrainedConfig, layout: Layout, allocation: Allocation, st
     return dict(enumerate(layers.values()))
 
 
-def _origin(name: str, stays: list[int]) -> str:
+def origin_of(name: str, stays: list[int]) -> str:
     """What a tensor of the smaller model is called in the dense one, whose layers are counted with those that went."""
     return re.sub(r"(?<=\.layers\.)\d+", lambda found: str(stays[int(found[0])]), name, count=1)
 
@@ -137,18 +153,29 @@ def cut_site(
     """
     for name in {site.reader, *(rows.module for rows in site.writers)}:
         linear(model, name)
-    keep = torch.nonzero(bits).squeeze(1)
-    by_module: dict[str, list[torch.Tensor]] = {}
-    for rows in (*site.writers, *site.norms):
-        by_module.setdefault(rows.module, []).append(rows.offset + _span(keep, rows.width))
-    for module, spans in by_module.items():
-        ids = torch.cat(spans).to(model.device)
-        for tensor in {f"{module}.weight", f"{module}.bias"} & state.keys():
-            state[tensor] = state[tensor][ids]
     if mean is not None:
         state[f"{site.reader}.bias"] = filled_bias(linear(model, site.reader), ~bits.repeat_interleave(site.columns), mean)
-    columns = _span(keep, site.columns).to(model.device)
-    state[f"{site.reader}.weight"] = state[f"{site.reader}.weight"][:, columns]
+    for name, (dim, ids) in slices_of(site, bits).items():
+        if name in state:
+            state[name] = state[name].index_select(dim, ids.to(model.device))
+
+
+def slices_of(site: Site, bits: torch.Tensor) -> dict[str, tuple[int, torch.Tensor]]:
+    """What of each tensor of a site stays: the dimension that is cut, and the ids that are kept along it, in order.
+
+    Args:
+        site: Where to cut.
+        bits: Bool[U], the units that stay.
+
+    Returns:
+        By name; a layer may be without some of the biases.
+    """
+    keep = torch.nonzero(bits).squeeze(1)
+    spans: dict[str, list[torch.Tensor]] = {}
+    for rows in (*site.writers, *site.norms):
+        spans.setdefault(rows.module, []).append(rows.offset + _span(keep, rows.width))
+    slices = {f"{module}.{part}": (0, torch.cat(ids)) for module, ids in spans.items() for part in ("weight", "bias")}
+    return {**slices, f"{site.reader}.weight": (1, _span(keep, site.columns))}
 
 
 def _span(units: torch.Tensor, width: int) -> torch.Tensor:
@@ -156,7 +183,7 @@ def _span(units: torch.Tensor, width: int) -> torch.Tensor:
     return (units[:, None] * width + torch.arange(width)).flatten()
 
 
-def _fill_buffers(smaller: PreTrainedModel, device: torch.device) -> None:
+def fill_buffers(smaller: PreTrainedModel, device: torch.device) -> None:
     """Computes what lies in no state dict, such as rotary frequencies: exact even if the dense model was cast as a whole."""
     for module in smaller.modules():
         absent = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}

@@ -12,9 +12,12 @@ from ppf.config import FitConfig, PruneConfig
 from ppf.decide import params_and_kept
 from ppf.errors import DamagedError, InputError
 from ppf.llm.depth import can_lose_sublayers, with_depth
+from ppf.llm.export import CHECKED
 from ppf.llm.load import LoadedModel
 from ppf.llm.perplexity import evaluate
 from ppf.llm.scores import score_units
+from ppf.llm.stored import stored
+from ppf.llm.streamed import stored_digest
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
 from ppf.recipes.choices import choose_device, choose_dtype, choose_seq_len, tokens_per_batch
@@ -22,7 +25,9 @@ from ppf.recipes.compensate import added_params, compensated
 from ppf.recipes.export import check_wish, export_pruned
 from ppf.recipes.lab import load_for
 from ppf.recipes.prune import Pruned, check_out, dense_bytes, leaf, measured_of
+from ppf.recipes.stored import open_stored, written
 from ppf.space.allocation import allocate
+from ppf.space.layout import Layout
 from ppf.space.mask import Mask, select
 from ppf.space.plan import is_export, mask_of, read_plan, wish_of
 from ppf.space.policy import Policy
@@ -51,15 +56,32 @@ def prune_by_plan(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     check_wish(config)
     if (Path(config.study) / "study.json").is_file():
         raise InputError(f"with --plan, MODEL must be a model; {config.study} is a study; give the model that it was fitted to")
+    if is_export(record) and config.text is None and config.gguf is None:
+        return _told(_stored(record, config, progress))
     loaded = load_for(config.study, progress)
     check_wish(config, loaded)
     pruned = apply_plan(record, loaded, config, progress)
     with progress.stage("writing and checking"):
         size = pruned.save_pretrained(config.out, config.force)
         gguf = export_pruned(config, pruned)
-    plan = {key: value for key, value in pruned.plan.items() if key not in ("mask", "policy", "layout", "format")}
     weights = {"before": dense_bytes(loaded, loaded.dtype.itemsize), "after": size}
-    return {**plan, "bytes": weights, "out": config.out, "gguf": gguf}
+    return _told({**pruned.plan, "bytes": weights, "out": config.out, "gguf": gguf, "checked": CHECKED})
+
+
+def _stored(record: Any, config: PruneConfig, progress: Progress) -> dict[str, Any]:
+    """What an export kept, cut from the model's files."""
+    _check_grid(config)
+    source = open_stored(config.study, progress)
+    source = replace(source, layout=_as_planned(record, source.shell, source.layout))
+    mask = mask_of(record, source.layout)
+    with progress.stage("reading"):
+        digest, dtype = stored_digest(source), stored(source.folder, source.shell).dtype
+    plan = _plan(record, leaf(source.name), digest, dtype, source.layout, mask, 0) | {"compensation": {"method": "none"}}
+    return written(config, source, mask, plan, progress)
+
+
+def _told(whole: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in whole.items() if key not in ("mask", "policy", "layout", "format")}
 
 
 def apply_plan(record: Any, loaded: LoadedModel, config: PruneConfig, progress: Progress) -> Pruned:
@@ -80,7 +102,7 @@ def apply_plan(record: Any, loaded: LoadedModel, config: PruneConfig, progress: 
     export = is_export(record)
     if export:
         _check_grid(config)
-        loaded = _as_planned(record, loaded)
+        loaded = replace(loaded, layout=_as_planned(record, loaded.model, loaded.layout))
         mask = mask_of(record, loaded.layout)
     else:
         policy, budget = wish_of(record, loaded.layout, *config.target.grid)
@@ -95,7 +117,7 @@ def apply_plan(record: Any, loaded: LoadedModel, config: PruneConfig, progress: 
     with progress.stage("cutting"):
         smaller, how = compensated(loaded, mask, blocks, config.compensate, device, dtype)
     added = added_params(loaded, config.compensate, mask.allocation.kept)
-    plan = _plan(record, loaded, mask, added) | wish | {"compensation": how}
+    plan = _plan(record, leaf(loaded.name), loaded.digest, loaded.dtype, loaded.layout, mask, added) | wish | {"compensation": how}
     if not export:
         plan["ratio"] = {"asked": budget.ratio(loaded.layout), **plan["ratio"]}
     if text:
@@ -104,12 +126,12 @@ def apply_plan(record: Any, loaded: LoadedModel, config: PruneConfig, progress: 
     return Pruned(smaller, loaded.tokenizer, None, plan)
 
 
-def _as_planned(record: Any, loaded: LoadedModel) -> LoadedModel:
-    """The model with the layout of depth, if that is what an export was planned in."""
-    if record.get("layout") == loaded.layout.fingerprint or not can_lose_sublayers(loaded.model):
-        return loaded
-    deep = with_depth(loaded.model, loaded.layout)
-    return replace(loaded, layout=deep) if record.get("layout") == deep.fingerprint else loaded
+def _as_planned(record: Any, model: PreTrainedModel, layout: Layout) -> Layout:
+    """The layout of depth, if that is what an export was planned in."""
+    if record.get("layout") == layout.fingerprint or not can_lose_sublayers(model):
+        return layout
+    deep = with_depth(model, layout)
+    return deep if record.get("layout") == deep.fingerprint else layout
 
 
 def _measured(
@@ -156,14 +178,14 @@ def _order(loaded: LoadedModel, text: Text | None, device: torch.device, dtype: 
     return score_units(model, loaded.layout, blocks, _SCORES[bool(text)], text.name if text else "", FitConfig.seed)
 
 
-def _plan(record: Any, loaded: LoadedModel, mask: Mask, added: int) -> dict[str, Any]:
+def _plan(record: Any, name: str, digest: str, dtype: torch.dtype, layout: Layout, mask: Mask, added: int) -> dict[str, Any]:
     """What goes into ``ppf.json`` whatever the plan is."""
-    layout, kept = loaded.layout, mask.allocation.kept
+    kept = mask.allocation.kept
     params, sites = params_and_kept(layout, kept)
     plan: dict[str, Any] = {
         "format": 1,
         "model": {
-            "name": leaf(loaded.name), "digest": loaded.digest, "type": layout.model_type, "bytes_per_param": loaded.dtype.itemsize,
+            "name": name, "digest": digest, "type": layout.model_type, "bytes_per_param": dtype.itemsize,
         },
         "layout": layout.fingerprint,
         "ratio": {"met": float(layout.ratio(kept))},
@@ -176,8 +198,8 @@ def _plan(record: Any, loaded: LoadedModel, mask: Mask, added: int) -> dict[str,
         source, compensation = record.get("model"), record.get("compensation")
         if not isinstance(source, dict) or not isinstance(compensation, dict):
             raise DamagedError("a plan must say of which model it is and what compensates; it does not; export it again")
-        digest, method = source.get("digest"), compensation.get("method")
-        plan["from"] = {"kind": "export", "same_model": digest == loaded.digest, "compensated": method != "none"}
+        method = compensation.get("method")
+        plan["from"] = {"kind": "export", "same_model": source.get("digest") == digest, "compensated": method != "none"}
         if "policy" in record:
             plan["policy"] = _policy(record["policy"], len(layout.sites)).to_json()
     return plan

@@ -20,7 +20,7 @@ from ppf.learn.search import refine as search
 from ppf.llm.collect import Wanted
 from ppf.llm.export import export, weight_bytes
 from ppf.llm.gguf import Written, write_gguf
-from ppf.llm.load import LoadedModel, convert
+from ppf.llm.load import Checkpoint, LoadedModel, convert
 from ppf.llm.perplexity import Evaluation, evaluate
 from ppf.llm.text import Text
 from ppf.lock import locked
@@ -117,7 +117,7 @@ def prune(
         InputError: More than the floors allow, candidates of nested policies, or a study that is not fitted.
         DamagedError: A study of another model.
     """
-    decider = _decider_for(folder, loaded, target, candidates)
+    decider = decider_for(folder, loaded.digest, target, candidates)
     most = added_params(loaded, compensate, loaded.layout.units)
     target = with_room(target, most, decider.study.record["model"]["bytes_per_param"])
     decision = decider.decide(target)
@@ -133,15 +133,15 @@ def prune(
     with progress.stage("measuring the result"):
         measured, speeds = measured_of(loaded, smaller, text.test, at, dtype)
     added = added_params(loaded, compensate, decision.allocation.kept)
-    plan = _with_compensation(_plan(decider, decision, measured, speeds, bool(candidates)), how, added)
+    plan = _with_compensation(plan_for(decider, decision, bool(candidates)) | _measured(measured, speeds), how, added)
     return Pruned(smaller, loaded.tokenizer, decision, plan | {"nested": target.nested, "rounding": decider.rounding(target)})
 
 
-def _decider_for(folder: str | Path, loaded: LoadedModel, target: Target, candidates: int) -> Decider:
-    """The study, if it is of this model."""
+def decider_for(folder: str | Path, digest: str, target: Target, candidates: int) -> Decider:
+    """The study, if it is of the model of this digest."""
     check_refinable(target, bool(candidates))
     decider = Decider(folder)
-    if decider.study.record["model"]["digest"] != loaded.digest:
+    if decider.study.record["model"]["digest"] != digest:
         name = decider.study.record["model"]["name"]
         raise DamagedError(f"{folder} must be a study of this model; it is one of {name} as it was then; give its own model")
     return decider
@@ -245,7 +245,8 @@ def tokens_per_second(models: list[PreTrainedModel], blocks: np.ndarray) -> list
     return [ids.numel() / statistics.median(times) for times in seconds]
 
 
-def _plan(decider: Decider, decision: Decision, measured: Evaluation, speeds: dict[str, float], refined: bool) -> dict[str, Any]:
+def plan_for(decider: Decider, decision: Decision, refined: bool) -> dict[str, Any]:
+    """What a decision says of itself in ``ppf.json``, before anything is measured."""
     study, report = decider.study, decider.study.report
     model = study.record["model"]
     text = study.record["settings"]["test_text"] or study.record["settings"]["text"]
@@ -257,15 +258,13 @@ def _plan(decider: Decider, decision: Decision, measured: Evaluation, speeds: di
         "importance": {"method": decider.importance.method, "source": leaf(decider.importance.source)},
         "refined": refined,
         **decision.to_json(decider.layout),
-        "measured": {"log_ppl": measured.log_ppl, "ppl": float(np.exp(measured.log_ppl)), "interval": _ppl(measured.interval)},
         "dense": {"log_ppl": decider.dense_log_ppl, "ppl": float(np.exp(decider.dense_log_ppl))},
         "protocol": {
             "text": leaf(text),
             "seq_len": study.record["seq_len"],
-            "tokens": measured.tokens,
+            "tokens": study.record["dense"]["test"]["tokens"],
             "dtype": study.record["dtype"],
         },
-        "tokens_per_second": {name: round(value, 1) for name, value in speeds.items()},
         "report": {
             "predictor": report["predictor"],
             "heldout": report["heldout"][report["predictor"]],
@@ -273,6 +272,14 @@ def _plan(decider: Decider, decision: Decision, measured: Evaluation, speeds: di
         },
         "policy": decision.policy.to_json(),
         "mask": [np.packbits(bits).tobytes().hex() for bits in decision.mask.bits],
+    }
+
+
+def _measured(measured: Evaluation, speeds: dict[str, float]) -> dict[str, Any]:
+    """What a plan says of measuring."""
+    return {
+        "measured": {"log_ppl": measured.log_ppl, "ppl": float(np.exp(measured.log_ppl)), "interval": _ppl(measured.interval)},
+        "tokens_per_second": {name: round(value, 1) for name, value in speeds.items()},
     }
 
 
@@ -291,7 +298,7 @@ def _ppl(interval: tuple[float, float]) -> list[float]:
     return [float(np.exp(end)) for end in interval]
 
 
-def dense_bytes(loaded: LoadedModel, bytes_per_param: float) -> int:
+def dense_bytes(loaded: LoadedModel | Checkpoint, bytes_per_param: float) -> int:
     """Bytes of the dense model's weight files; of its parameters if it has no files."""
     return weight_bytes(loaded.folder) if loaded.folder else int(loaded.layout.total * bytes_per_param)
 
