@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import tiny_models as tiny
 from builders import names_in, random_mask, refuses
 from ppf.errors import DamagedError, InputError
 from ppf.llm import streamed
+from ppf.llm.depth import with_depth
 from ppf.llm.export import export
 from ppf.llm.load import load_model, open_checkpoint
 from ppf.llm.streamed import export_streamed, stored_digest
@@ -47,6 +50,17 @@ def test_every_kind_of_mask_from_many_shards(tmp_path, case, monkeypatch):
     loaded, mask = load_model(str(tmp_path / "dense")), tiny.MASKS[case](source.layout)
     export(cut(loaded.model, loaded.layout, mask), loaded.tokenizer, PLAN, tmp_path / "one")
     export_streamed(source, mask, PLAN, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("case", tiny.DEPTH_MASKS)
+@pytest.mark.parametrize("name", ["llama-biases", "gemma2-gqa", "olmo2-gqa", "gpt_neox-parallel", "opt-mha"])
+def test_sublayers_that_are_gone_are_not_written(tmp_path, name, case):
+    source, loaded = dense(tmp_path / "dense", name), load_model(str(tmp_path / "dense"))
+    layout = with_depth(loaded.model, loaded.layout)
+    mask = tiny.DEPTH_MASKS[case](layout)
+    export(cut(loaded.model, layout, mask), loaded.tokenizer, PLAN, tmp_path / "one")
+    export_streamed(replace(source, layout=with_depth(source.shell, source.layout)), mask, PLAN, tmp_path / "two")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 

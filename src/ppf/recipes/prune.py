@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,7 @@ def prune(
         DamagedError: A study of another model.
     """
     decider = decider_for(folder, loaded.digest, target, candidates)
+    loaded = replace(loaded, layout=decider.layout)  # with floors of 0 where its study has them
     most = added_params(loaded, compensate, loaded.layout.units)
     target = with_room(target, most, decider.study.record["model"]["bytes_per_param"])
     decision = decider.decide(target)

@@ -1,5 +1,6 @@
 """stored: a smaller checkpoint from the dense one's files. The mask is known, nothing is measured, no model is in memory."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def prune_stored(config: PruneConfig, name: str, progress: Progress) -> dict[str
     source = open_stored(name, progress)
     with progress.stage("reading"):
         decider = decider_for(config.study, stored_digest(source), config.target, 0)
+    source = replace(source, layout=decider.layout)  # with floors of 0 where its study has them
     decision = decider.decide(config.target)
     plan = plan_for(decider, decision, False) | {"compensation": {"method": "none"}, "nested": config.target.nested}
     return written(config, source, decision.mask, plan | {"rounding": decider.rounding(config.target)}, progress)
