@@ -156,7 +156,10 @@ def read_sealed(path: Path) -> dict[str, Any]:
         DamagedError: Missing, no JSON object, or altered.
         ResourceError: It cannot be read.
     """
-    record = read_json(path)
+    try:
+        record = read_json(path)
+    except DamagedError as error:
+        raise DamagedError(f"{error}, or {_MEND}") from error
     if not isinstance(record, dict):
         raise DamagedError(f"{path} must hold a JSON object; it does not; {_MEND}")
     sealed, seal = _SEAL in record, record.pop(_SEAL, None)

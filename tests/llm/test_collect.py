@@ -1,6 +1,7 @@
 import math
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import LAYOUTS, examples, importance, layout, refuses
-from ppf.errors import InputError
-from ppf.llm.collect import Wanted, collect, probes, spread, stratified_ratios
-from ppf.samples import Measurement, SampleStore
+from ppf.errors import DamagedError, InputError, ResourceError
+from ppf.llm.collect import Failures, Wanted, collect, probes, spread, stratified_ratios
+from ppf.samples import Measurement, Sample, SampleStore
 from ppf.space.allocation import Allocation
 from ppf.space.mask import select
 from ppf.space.policy import Policy
@@ -233,3 +234,23 @@ def test_an_allocation_names_its_mask_by_importance(tmp_path):
         [sample], _ = gather(store, Lab(), [item])
         mask = select(item.allocation, ORDER, LAYOUT)
         assert (sample.mask, sample.digest) == (mask.pack(), mask.digest)
+
+
+def judged(statuses, reason="not finite: log-perplexity nan, KL nan"):
+    one, failures = wanted()[0], Failures()
+    good = Sample.of(select(one.allocation, ORDER, LAYOUT), "c", one.purpose, one.ratio, 0, Measurement(2.5, 0.1, 9, 1.0))
+    bad = replace(good, status="failed", reason=reason)
+    for status in statuses:
+        failures.count(good if status else bad)
+
+
+def test_a_run_in_which_more_than_a_fifth_fails_is_ended():
+    judged([False] * 10)
+    judged([False] * 10 + [True] * 50 + [False] * 10)
+    for statuses in ([False] * 11, [True] * 39 + [False] * 11, [False, True, True] * 20):
+        with refuses(DamagedError) as caught:
+            judged(statuses)
+        assert "11 of the latest" in str(caught.value) and "not finite" in str(caught.value)
+    with refuses(ResourceError) as caught:
+        judged([False] * 11, "too little memory")
+    assert "too little memory" in str(caught.value)

@@ -38,6 +38,8 @@ class Budget:
         Raises:
             InputError: Not a number in [0, 1), or more than the floors allow.
         """
+        if isinstance(ratio, int) and not -_MOST_STEP < ratio < _MOST_STEP:  # no float holds it, nor does Python print it
+            raise InputError("a pruning ratio must lie in [0, 1); a number far outside came; 0.3 removes 30 %")
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float, np.floating)) or not math.isfinite(ratio):
             raise InputError(f"a pruning ratio must be a number in [0, 1); {ratio!r} came; try 0.3")
         if not 0 <= ratio < 1:
