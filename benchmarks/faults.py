@@ -97,7 +97,7 @@ def _is_broken(place: Path) -> bool:
 
 def damaged_stores(folder: Path, seed: int) -> dict[str, Any]:
     """Flips, cuts and zeroed pages of a store: what SQLite reads of it, what a repair keeps, and whether a row came out altered."""
-    samples, path, damaged = stores.some(400), folder / "s", folder / "d"
+    samples, path, damaged = list({one.digest: one for one in stores.some(400)}.values()), folder / "s", folder / "d"
     stores.stored(path, samples)
     counts: dict[str, Counter[str]] = {}
     for kind, data in stores.damages(path.read_bytes(), random.Random(seed)):
