@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the main job on the embedded model
 # make test   set up .venv and run the default tests
+# make slow   the tests that take long: campaigns of kills, errors and damage at their full counts, every family
 # make ray    the tests of the Ray engine, on clusters that they start and kill
 # make check  lint, format and types
 # make bench  all benchmarks, and docs/results.md from them
@@ -10,13 +11,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test ray check bench docs wheel clean
+.PHONY: demo test slow ray check bench docs wheel clean
 
 demo: .venv/.ppf
 	$(BIN)/ppf demo
 
 test: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+slow: .venv/.test
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
 
 ray: .venv/.test
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
