@@ -63,6 +63,25 @@ def live() -> list[str]:
     return [section("The live model and its API", "live", record, words, table(header, parts), table(heads, api))]
 
 
+def busy() -> list[str]:
+    """The policy API while other work runs."""
+    record = load("load")
+    if record is None:
+        return []
+    result, rows = record["result"], []
+    names = {"minute": "a minute", "export": "beside `ppf prune`", "fit": "beside `ppf fit`, whose study it serves"}
+    for name, words in names.items():
+        found = result[name]
+        times = [f"{found['milliseconds'][which]:.1f}" for which in ("median", "p99")]
+        wrong = f"{found['wrong_masks']} of {found['masks']:,}"
+        rows.append([words, f"{found['requests_per_second']:,.0f}", *times, str(found["errors"]), wrong])
+    grown = result["minute"]["resident_bytes_grown"]
+    words = f"""Policies at 8 connections, every answer compared with the library's. In the minute the server grew by
+        {grown / 1e3:,.0f} kB. The new fit was taken into use between two requests."""
+    header = ["when", "policies/s", "median, ms", "p99, ms", "errors", "wrong masks"]
+    return [section("The policy API beside other work", "load", record, words, table(header, rows))]
+
+
 def _beside(found: dict[str, Any], clock: str) -> str:
     ratio = found[clock]["elastic_over_cut"]
     return f"{ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f})"

@@ -4,9 +4,10 @@ from textwrap import fill
 from typing import Any
 
 from evidence import agents, benches, learning, many_groups, ranking, texts
+from leaner import depth, memory
 from more_evidence import compensation, family_tasks, recovery
 from page import HERE, heading, load, table, within
-from running import engines, families, growth, kills, live, measuring, slider
+from running import busy, engines, families, growth, kills, live, measuring, slider
 
 INTRO = """# Results
 
@@ -161,9 +162,9 @@ def _quartiles(found: dict[str, float], digits: int) -> str:
 
 
 def main() -> None:
-    chosen = [*benches(), *texts(), *ranking(), *learning(), *many_groups(), *agents()]
+    chosen = [*benches(), *texts(), *ranking(), *learning(), *many_groups(), *agents(), *depth()]
     after = [*compensation(), *recovery(), *families(), *family_tasks()]
-    running = [speed(), *live(), *slider(), *measuring(), *growth(), *engines(), *kills()]
+    running = [speed(), *live(), *busy(), *slider(), *measuring(), *growth(), *memory(), *engines(), *kills()]
     parts = [INTRO, demo(), *chosen, *after, reference(), gguf(), *running]
     (HERE.parent / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")
 
