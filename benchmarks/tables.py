@@ -1,12 +1,13 @@
-"""Writes docs/results.md from benchmarks/results/*.json."""
+"""Writes docs/results.md, and the table of docs/reliability.md, from benchmarks/results/*.json."""
 
+import re
 from textwrap import fill
 from typing import Any
 
 from evidence import agents, benches, learning, ranking, texts
 from more_evidence import compensation, family_tasks, recovery
 from page import HERE, heading, load, table, within
-from running import engines, families, kills, live, slider
+from running import campaigns, engines, families, kills, live, slider
 
 INTRO = """# Results
 
@@ -166,6 +167,14 @@ def main() -> None:
     running = [speed(), *live(), *slider(), *engines(), *kills()]
     parts = [INTRO, demo(), *chosen, *after, reference(), gguf(), *running]
     (HERE.parent / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")
+    reliability()
+
+
+def reliability() -> None:
+    """Puts the counts of the campaigns into docs/reliability.md, between its marks."""
+    page = HERE.parent / "docs" / "reliability.md"
+    begin, _, end = re.split(r"(?<=-->\n)(.*?)(?=<!-- end of campaigns)", page.read_text(), maxsplit=1, flags=re.DOTALL)
+    page.write_text(f"{begin}\n{campaigns()}\n\n{end}")
 
 
 if __name__ == "__main__":
