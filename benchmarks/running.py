@@ -1,4 +1,7 @@
-"""The sections of docs/results.md on what holds and how fast it runs: families, the live model, the page, measuring, kills."""
+"""The sections of docs/results.md on what holds and how fast it runs: families, live model, page, measuring, kills.
+
+And the table of docs/reliability.md.
+"""
 
 from typing import Any
 
@@ -189,3 +192,58 @@ def kills() -> list[str]:
         acknowledged samples {writers["lost"]} were lost, {writers["twice"]} were there twice, {writers["damaged"]} damaged;
         SQLite's own check says {writers["integrity"]!r}."""
     return [section("Kills", "kills", record, words)]
+
+
+def campaigns() -> str:
+    """What the campaigns of docs/reliability.md counted; empty without their files."""
+    record, kills = load("faults"), load("kills")
+    if record is None or kills is None:
+        return ""
+    result, fits, writers = record["result"], kills["result"]["fits"], kills["result"]["writers"]
+    readers = result["fuzz"]["readers"].values()
+    fuzz = {name: sum(found[name] for found in readers) for name in ("cases", "refused", "foreign", "silent", "slow")}
+    at_calls, errors, hostile = result["kills_at_calls"], result["errors_at_calls"], result["hostile"]
+    rows = [
+        [
+            "kills of a fit",
+            f"{fits['kills']}",
+            f"{fits['lost']} of {fits['acknowledged']:,} samples lost, {fits['altered']} altered",
+        ],
+        ["kills of writers", f"{writers['killed']}", f"{writers['lost']} of {writers['acknowledged']:,} samples lost"],
+        ["kills at every system call that writes", f"{at_calls['points']}", f"{at_calls['broken']} files or folders broken"],
+        [
+            "errors at every such call, once and lasting",
+            f"{errors['injected']}",
+            f"{errors['silent']} silent, {errors['broken']} broken",
+        ],
+        ["damaged files, for each of the readers", f"{fuzz['cases']:,}", _fuzzed(fuzz, len(readers))],
+        *(
+            [f"stores with {words}", f"{result['stores'][kind]['cases']:,}", _kept(result["stores"][kind])]
+            for kind, words in _DAMAGES
+        ),
+        ["beginnings and flipped bits of artefacts", *_all_refused(result["artefacts"])],
+        ["hostile configs", *_all_refused(hostile["configs"])],
+        ["hostile GGUF files", *_all_refused(hostile["gguf"])],
+        ["wrong masks", *_all_refused(hostile["masks"])],
+    ]
+    where = f"`benchmarks/results/faults.json`: `{record['command']}`, seed {record['seed']}, commit {record['commit'][:8]};"
+    return "\n".join([f"{where} kills of fits and writers: `kills.json`.\n", table(["campaign", "cases", "outcome"], rows)])
+
+
+_DAMAGES = (("flip", "a flipped bit"), ("cut", "their end cut off"), ("zeroed", "a zeroed page"))
+
+
+def _fuzzed(found: dict[str, int], readers: int) -> str:
+    bad = f"{found['foreign']} other errors, {found['silent']} altered, {found['slow']} over 1 s"
+    return f"{readers} readers: {found['refused']:,} refused, {bad}"
+
+
+def _kept(found: dict[str, int]) -> str:
+    share, sqlite = found["kept"] / found["rows"], found["kept_by_sqlite"] / found["rows"]
+    bad = f"{found['altered']} altered, {found.get('foreign', 0)} other errors"
+    return f"{share:.1%} of the rows kept (SQLite reads {sqlite:.1%}), {bad}"
+
+
+def _all_refused(found: dict[str, Any]) -> tuple[str, str]:
+    outcomes = {name: found.get(name, 0) for name in ("refused", "read", "foreign")}
+    return f"{sum(outcomes.values()):,}", f"{outcomes['refused']:,} refused"

@@ -1,5 +1,6 @@
-"""Writes docs/results.md from benchmarks/results/*.json."""
+"""Writes docs/results.md, and the table of docs/reliability.md, from benchmarks/results/*.json."""
 
+import re
 from textwrap import fill
 from typing import Any
 
@@ -7,7 +8,7 @@ from evidence import agents, benches, learning, many_groups, ranking, texts
 from leaner import depth, memory
 from more_evidence import compensation, family_tasks, recovery
 from page import HERE, heading, load, table, within
-from running import busy, engines, families, growth, kills, live, measuring, slider
+from running import busy, campaigns, engines, families, growth, kills, live, measuring, slider
 
 INTRO = """# Results
 
@@ -167,6 +168,14 @@ def main() -> None:
     running = [speed(), *live(), *busy(), *slider(), *measuring(), *growth(), *memory(), *engines(), *kills()]
     parts = [INTRO, demo(), *chosen, *after, reference(), gguf(), *running]
     (HERE.parent / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")
+    reliability()
+
+
+def reliability() -> None:
+    """Puts the counts of the campaigns into docs/reliability.md, between its marks."""
+    page = HERE.parent / "docs" / "reliability.md"
+    begin, _, end = re.split(r"(?<=-->\n)(.*?)(?=<!-- end of campaigns)", page.read_text(), maxsplit=1, flags=re.DOTALL)
+    page.write_text(f"{begin}\n{campaigns()}\n\n{end}")
 
 
 if __name__ == "__main__":

@@ -1,36 +1,19 @@
-import json
 import math
-import os
-import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import FrozenInstanceError, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from builders import examples, layout, random_mask, refuses
+from builders import examples, random_mask, refuses
 from ppf import samples
 from ppf.errors import DamagedError, InUseError, ResourceError
 from ppf.samples import Measurement, Sample, SampleStore, kept_matrix
 from ppf.space.mask import Mask
-
-LAYOUT = layout(layers=1, ffn=200)
-WRITER = """
-import sys
-from ppf.samples import Sample, SampleStore
-store = SampleStore(sys.argv[1], "c", write=True)
-for index in range(int(sys.argv[2]), 10**9):
-    digest = f"{index:032d}"
-    store.add(Sample("c", digest, "spread", 0.3, (index, 2), bytes(9), "done", "", 2.5, index / 7, 4096, 0.1))
-    print(digest, flush=True)
-"""
+from stores_made import LAYOUT, opened, sample, stored
 
 
 @pytest.fixture(scope="module")
@@ -38,31 +21,6 @@ def shared(tmp_path_factory):
     """A store for many small writes."""
     with opened(tmp_path_factory.mktemp("shared") / "s", write=True) as store:
         yield store
-
-
-def opened(path, context="c", write=False):
-    return closing(SampleStore(path, context, write))
-
-
-def sample(seed=0, context="c", purpose="spread", log_ppl=2.5, **changes):
-    result = Measurement(log_ppl, 0.125, 4096, 1.5)
-    return replace(Sample.of(random_mask(LAYOUT, seed), context, purpose, 0.3, 0, result), **changes)
-
-
-def stored(folder, *samples):
-    """A closed store, in one file."""
-    path = folder / "samples.sqlite"
-    with opened(path, write=True) as store:
-        for one in samples:
-            store.add(one)
-    assert [file.name for file in folder.iterdir()] == [path.name]
-    return path
-
-
-def change(path, sql, *values):
-    """Alters a store behind its back."""
-    with closing(sqlite3.connect(path)) as db, db:
-        db.execute(sql, values)
 
 
 # --- samples ---
@@ -218,194 +176,3 @@ def test_any_file_name_will_do(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
     with opened(tmp_path / name) as store:
         assert store.all() == [sample()]
-
-
-# --- damage ---
-
-CHANGES = {
-    "purpose": "probe", "ratio": 0.31, "kept": "[2, 19]", "mask": bytes(3), "status": "failed", "reason": "x", "log_ppl": 2.5000001,
-    "kl": None, "tokens": 4097, "seconds": 1.25, "round": 1, "crc": 0,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("column", "value"), [*CHANGES.items(), ("kept", "5"), ("kept", "[2,"), ("mask", "text"), ("log_ppl", "text"), ("tokens", 1.5)]
-)
-def test_an_altered_row_counts_as_not_measured(tmp_path, column, value):
-    path = stored(tmp_path, sample(1), sample(2), sample(3))
-    change(path, f"UPDATE samples SET {column} = ? WHERE digest = ?", value, sample(2).digest)
-    with opened(path, write=True) as store:
-        assert store.all() == [sample(1), sample(3)] and store.damaged == 1
-        assert store.failed() == [] and store.get(sample(2).digest) is None
-        store.add(sample(2))
-        assert store.all() == [sample(1), sample(3), sample(2)] and store.damaged == 0
-
-
-def test_an_altered_mask_name_counts_as_not_measured(tmp_path):
-    path = stored(tmp_path, sample(1), sample(2))
-    change(path, "UPDATE samples SET digest = ? WHERE digest = ?", sample(3).digest, sample(2).digest)
-    with opened(path) as store:
-        assert store.all() == [sample(1)] and store.damaged == 1 and store.get(sample(3).digest) is None
-
-
-@pytest.mark.parametrize("column", ["purpose", "kept", "status", "reason"])
-def test_a_row_that_is_no_text_any_more_spoils_no_other(tmp_path, column):
-    path = stored(tmp_path, sample(1), sample(2))
-    change(path, f"UPDATE samples SET {column} = CAST(x'ff5b' AS TEXT) WHERE digest = ?", sample(2).digest)
-    with opened(path) as store:
-        assert store.all() == [sample(1)] and store.damaged == 1
-
-
-def outcome(folder, data, samples, write=False):
-    """What a store with these bytes gives: "whole" (or its losses counted), "lost", "altered", or the name of an error."""
-    folder.mkdir()
-    (folder / "s").write_bytes(data)
-    try:
-        with opened(folder / "s", write=write) as store:
-            found = store.all()
-            if not set(found) <= set(samples):
-                return "altered"
-            return "whole" if len(found) + store.damaged == len(samples) else "lost"
-    except Exception as error:
-        return type(error).__name__ + (" of several lines" if "\n" in str(error) else "")
-    finally:
-        shutil.rmtree(folder)
-
-
-def test_a_flipped_bit_anywhere_never_alters_a_sample(tmp_path):
-    samples, rng = [sample(seed) for seed in range(30)], np.random.default_rng(0)
-    data = stored(tmp_path, *samples).read_bytes()
-    outcomes = {}
-    for place in [*range(100), *range(3600, 4096, 4), *rng.integers(0, len(data), 300).tolist()]:
-        flipped = data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1 :]
-        outcomes.setdefault(outcome(tmp_path / "flipped", flipped, samples), []).append(place)
-    assert set(outcomes) <= {"whole", "lost", "DamagedError"}, outcomes
-
-
-def test_a_zeroed_page_never_alters_a_sample(tmp_path):
-    samples = [sample(seed) for seed in range(120)]
-    data = stored(tmp_path, *samples).read_bytes()
-    pages = range(0, len(data), 4096)
-    outcomes = {
-        outcome(tmp_path / "zeroed", data[:page] + bytes(4096) + data[page + 4096 :], samples, write)
-        for page in pages
-        for write in (False, True)
-    }
-    assert len(pages) > 8 and outcomes <= {"whole", "lost", "DamagedError"}, outcomes
-
-
-@pytest.mark.parametrize("write", [False, True])
-@pytest.mark.parametrize(
-    ("old", "new"), [(b"log_ppl", b"log\nppl"), (b"CREATE TABLE", b"CREATE\n\xffABLE"), (b"samples (", b"sampl\xff\n(("),
-                     (b"NOT NULL", b"NOT\n\xffULL"), (b"SQLite format 3", b"SQLite format 4"),
-                     (bytes([0, 0, 0, 4]), bytes([0, 0, 0, 9]))],
-)  # fmt: skip
-def test_a_damaged_schema_is_refused_and_the_file_given_back(tmp_path, monkeypatch, old, new, write):
-    data, opens, connect = stored(tmp_path, sample()).read_bytes(), [], sqlite3.connect
-    assert data.count(old) >= 1
-    (tmp_path / "s").write_bytes(data.replace(old, new))
-    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kw: opens.append(connect(*args, **kw)) or opens[-1])
-    with refuses(DamagedError), opened(tmp_path / "s", write=write) as store:
-        store.all()
-    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
-        opens[0].execute("SELECT 1")
-
-
-@pytest.mark.parametrize("name", ["a\nb", "a\rb"])
-def test_a_message_about_an_odd_name_is_one_line(tmp_path, name):
-    with refuses(DamagedError):
-        SampleStore(tmp_path / name, "c")
-    (tmp_path / name).mkdir()
-    with refuses(ResourceError):
-        SampleStore(tmp_path / name, "c", write=True)
-
-
-@pytest.mark.parametrize("write", [False, True])
-def test_a_cut_file_is_refused_or_its_losses_are_counted(tmp_path, write):
-    samples = [sample(seed) for seed in range(60)]
-    data = stored(tmp_path, *samples).read_bytes()
-    for cut in [2, 15, 16, 99, 100, 511, 512, 1000, *range(4096, len(data), 4096)]:
-        assert outcome(tmp_path / "cut", data[:cut], samples, write) == "DamagedError", cut
-    for cut in range(1, 4096, 100):
-        assert outcome(tmp_path / "cut", data[:-cut], samples, write) in ("DamagedError", "whole"), cut
-
-
-@pytest.mark.parametrize("data", [b"", b"not a database, but long enough to look like one" * 30])
-def test_a_file_of_another_program_is_refused(tmp_path, data):
-    (tmp_path / "s").write_bytes(data)
-    with refuses(DamagedError):
-        SampleStore(tmp_path / "s", "c")
-
-
-def test_a_database_of_another_program_is_refused(tmp_path):
-    change(tmp_path / "s", "CREATE TABLE samples (name TEXT)")
-    with opened(tmp_path / "s") as store, refuses(DamagedError):
-        store.all()
-
-
-def test_two_writers_at_once_lose_nothing_and_refuse_nothing(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}
-    commands = [[sys.executable, "-c", WRITER, str(tmp_path / "s"), str(start)] for start in (0, 10**6)]
-    done = []
-    with ExitStack() as stack:
-        opening = (subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for command in commands)
-        writers = [stack.enter_context(process) for process in opening]
-        for writer in writers:
-            stack.callback(writer.kill)
-        for writer in writers:
-            done += [writer.stdout.readline() for _ in range(150)]
-        for writer in writers:
-            writer.kill()
-            done += writer.stdout.readlines()
-    done = [line.strip() for line in done if line.endswith("\n")]
-    with opened(tmp_path / "s") as store:
-        found = [one.digest for one in store.all()]
-    assert {line[-7] for line in done} == {"0", "1"} and len(done) >= 300
-    assert store.damaged == 0 and len(found) == len(set(found)) <= len(done) + 2 and set(done) <= set(found)
-
-
-def test_a_hundred_kills_of_two_writers_lose_nothing_that_was_acknowledged(tmp_path):
-    command = [sys.executable, str(Path(__file__).parent / "killing.py"), str(tmp_path / "s"), "100"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["killed"] == 200 and found["acknowledged"] > 200
-    assert (found["lost"], found["twice"], found["damaged"], found["integrity"]) == (0, 0, 0, "ok")
-    assert found["stored"] <= found["acknowledged"] + found["killed"]  # at most one each that was written and not yet told
-
-
-def test_a_full_disk_loses_nothing_and_the_store_goes_on_when_there_is_room(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
-    done = []
-    for code in (limit + WRITER, limit + WRITER, WRITER):
-        command = [sys.executable, "-c", code, str(tmp_path / "s"), str(len(done))]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as writer:
-            lines = writer.stdout.readlines() if code != WRITER else [writer.stdout.readline() for _ in range(9)]
-            writer.kill()
-            errors = writer.stderr.read()
-        done += [line.strip() for line in lines]
-        if code != WRITER:
-            assert "ResourceError" in errors and len(done) > 50
-            with opened(tmp_path / "s") as store:
-                assert [one.digest for one in store.all()] == done and store.damaged == 0
-    assert len(set(done)) == len(done)
-
-
-def test_killing_the_writer_loses_nothing_that_it_acknowledged(tmp_path):
-    path, done = tmp_path / "s", []
-    environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}
-    for count in (1, 7, 40):
-        command = [sys.executable, "-c", WRITER, str(path), str(len(done))]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as writer:
-            lines = [writer.stdout.readline() for _ in range(count)]
-            os.kill(writer.pid, signal.SIGKILL)
-            lines += writer.stdout.readlines()
-        assert writer.returncode == -signal.SIGKILL
-        done += [line.strip() for line in lines if line.endswith("\n")]
-        with opened(path) as store:
-            found = {one.digest for one in store.all()}
-            assert store.damaged == 0 and found >= set(done) and len(found) <= len(done) + 1
-        done = sorted(found)
-    assert len(done) >= 48
