@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from builders import layout, random_mask, refuses
-from ppf.errors import DamagedError
+from ppf.errors import DamagedError, NewerError
 from ppf.samples import STORE_VERSION, Measurement, Sample, SampleStore
 from ppf.study import STUDY_VERSION, StudyFolder
 
@@ -48,7 +48,7 @@ def test_a_newer_one_is_refused_without_a_change(tmp_path, write):
     newer = re.sub(r"user_version=\d+", f"user_version={STORE_VERSION + 1}", STORES[-1].read_text())
     path = restored(newer, tmp_path / "s")
     before = path.read_bytes()
-    with refuses(DamagedError) as caught:
+    with refuses(NewerError) as caught:
         SampleStore(path, "c", write)
     assert "newer ppf" in str(caught.value) and path.read_bytes() == before
 

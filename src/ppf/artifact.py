@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ppf.errors import DamagedError, InputError, PPFError, ResourceError
+from ppf.errors import DamagedError, InputError, NewerError, PPFError, ResourceError
 
 FORMAT_VERSION = 1
 MAX_HEADER = 16 * 2**20
@@ -316,6 +316,10 @@ def _reading(path: Path, what: str, advice: str = "restore it or make it again")
 def _check_partner(path: Path, header: Any, kind: str, fingerprint: str | None) -> None:
     if not isinstance(header, dict):
         raise ValueError("its record is not a JSON object")
+    version = header.get("version")
+    if header.get("kind") == kind and isinstance(version, int) and version > FORMAT_VERSION:
+        what = f"{path} must be of version {FORMAT_VERSION} or older"
+        raise NewerError(f"{what}; it is of version {version}; use the newer ppf that made it")
     if header.get("kind") != kind or header.get("version") != FORMAT_VERSION:
         found = f"{reprlib.repr(header.get('kind'))} version {reprlib.repr(header.get('version'))}"
         raise DamagedError(f"{path} must be a {kind!r} artefact of version {FORMAT_VERSION}; it is {found}; fit again")

@@ -184,8 +184,9 @@ class Decider:
         policy = Policy(kept / self.layout.units)
         return self._decision(target, self.budget(target), policy, Allocation(kept), time.perf_counter())
 
-    def _widened(self, prediction: Prediction) -> Prediction:
-        by = max(1.0, self.missed_by)
+    def predict(self, kept: np.ndarray) -> Prediction:
+        """What the predictor says of Int[N, S] kept units, its errors widened as held-out masks showed they must be."""
+        prediction, by = self.predictor.predict(kept), max(1.0, self.missed_by)
         return replace(prediction, std=by * prediction.std, log_ppl_std=by * prediction.log_ppl_std)
 
     def _asked(self, target: Target, budget: Budget) -> float:
@@ -194,7 +195,7 @@ class Decider:
     def _decision(self, target: Target, budget: Budget, policy: Policy, allocation: Allocation, start: float) -> Decision:
         asked = self._asked(target, budget)
         mask = select(allocation, self.importance, self.layout)
-        prediction = self._widened(self.predictor.predict(allocation.kept[None]))
+        prediction = self.predict(allocation.kept[None])
         after = int(self.layout.kept_params(allocation.kept))
         return Decision(
             asked,

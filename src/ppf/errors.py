@@ -39,6 +39,10 @@ class DamagedError(PPFError, ValueError):
     exit_code = 4
 
 
+class NewerError(DamagedError):
+    """A file of a newer ppf: whole, and not to be touched."""
+
+
 class ResourceError(PPFError, OSError):
     """The surroundings fail: disk, memory, network, or an optional package that is not installed."""
 

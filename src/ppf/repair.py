@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ppf.artifact import load_artifact, remove_unfinished
-from ppf.errors import DamagedError, InputError, PPFError, ResourceError
+from ppf.errors import DamagedError, InputError, NewerError, PPFError, ResourceError
 from ppf.learn.agent import Agent
 from ppf.learn.nested import Chain
 from ppf.learn.predictor import Predictor
@@ -90,6 +90,8 @@ def set_aside_damaged(study: StudyFolder) -> list[Aside]:
         try:
             if path.exists():
                 check(path)
+        except NewerError:
+            raise
         except DamagedError as error:
             aside.append(_set_aside(path, _reason(error)))
     return aside
@@ -173,7 +175,8 @@ def _mend_store(folder: Path) -> tuple[list[Aside], int]:
         with closing(SampleStore(new, "", write=True)) as store:
             for sample in samples:
                 store.add(sample)
-        aside = [_set_aside(path, why)] if path.exists() else []
+        is_left = any(Path(f"{path}{end}").exists() for end in ("", _LOG, _INDEX))  # a log alone would be played over the new one
+        aside = [_set_aside(path, why)] if is_left else []
         os.rename(new, path)
     return aside, len(samples)
 
@@ -185,5 +188,7 @@ def _damage(path: Path) -> tuple[str, int]:
     try:
         with closing(SampleStore(path, "")) as store:
             return store.damage()
+    except NewerError:
+        raise
     except DamagedError as error:
         return _reason(error), 0

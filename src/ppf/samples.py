@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ppf.errors import DamagedError, InUseError, ResourceError
+from ppf.errors import DamagedError, InUseError, NewerError, ResourceError
 from ppf.space.layout import Layout
 from ppf.space.mask import Mask
 
@@ -208,7 +208,7 @@ class SampleStore:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > STORE_VERSION:
             what = f"{self.path} must be a sample store of version {STORE_VERSION} or older"
-            raise DamagedError(f"{what}; it is of version {version}; use the newer ppf that made it")
+            raise NewerError(f"{what}; it is of version {version}; use the newer ppf that made it")
         return version
 
     def _rows(self, where: str, *values: str) -> Iterator[Sample]:

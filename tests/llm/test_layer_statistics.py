@@ -34,11 +34,15 @@ def of_layer(model, found, layer):
     return values.pop()
 
 
+def depth(model):
+    return len(stack_of(model))
+
+
 def heavy_tailed(name):
     """A model with outliers among its weights, more in later layers."""
     model = tiny.model(name)
     with torch.no_grad():
-        for layer in range(3):
+        for layer in range(depth(model)):
             for module in projections(model, layer):
                 module.weight.copy_(module.weight.sign() * (module.weight.abs() / 0.15) ** (1.5 + layer) * 0.1)
     return model
@@ -47,7 +51,7 @@ def heavy_tailed(name):
 def inputs(model, blocks):
     """Per linear module Float[T, C]: what it read of all tokens."""
     seen, handles = {}, []
-    for module in [module for layer in range(3) for module in projections(model, layer)]:
+    for module in [module for layer in range(depth(model)) for module in projections(model, layer)]:
         hook = lambda module, args: seen.update({module: args[0].reshape(-1, args[0].shape[-1]).double().numpy()})  # noqa: E731
         handles.append(module.register_forward_pre_hook(hook))
     tiny.logits(model, blocks)
@@ -159,17 +163,17 @@ def test_what_comes_out_of_a_sub_layer_is_what_changed_the_stream(name):
     layout, stack = layout_of_model(model), stack_of(model)
     ends = [ends_of(model, site) for site in layout.sites]
     ends = [pair for index, pair in enumerate(ends) if pair not in ends[:index]]  # all experts of a layer share theirs
-    assert len(ends) == 6
+    assert len(ends) == 2 * depth(model)
     for index, (entrance, exit) in enumerate(ends):
         entrance.register_forward_pre_hook(lambda _, inputs, at=index: seen.update({(at, "in"): inputs[0].reshape(-1, 32)}))
         exit.register_forward_hook(lambda _, __, output, at=index: seen.update({(at, "out"): output.reshape(-1, 32)}))
-    for layer in range(3):
+    for layer in range(depth(model)):
         stack[layer].register_forward_pre_hook(lambda _, inputs, at=layer: seen.update({at: inputs[0].reshape(-1, 32)}))
         stack[layer].register_forward_hook(lambda _, __, output, at=layer: seen.update({at + 1: output.reshape(-1, 32)}))
     tiny.logits(model, BLOCKS[:1])
     factor = getattr(model.config, "residual_multiplier", 1)
-    norms = [getattr(stack[layer], f"{kind}_layer_norm", None) for layer in range(3) for kind in ("self_attn", "final")]
-    for index in range(0, 6, 2):
+    norms = [getattr(stack[layer], f"{kind}_layer_norm", None) for layer in range(depth(model)) for kind in ("self_attn", "final")]
+    for index in range(0, 2 * depth(model), 2):
         first, second = factor * seen[index, "out"], factor * seen[index + 1, "out"]
         between = seen[index, "in"] + first
         if getattr(model.config, "do_layer_norm_before", True) is False:
@@ -204,8 +208,8 @@ def test_statistics_are_finite_differ_between_layers_and_have_the_right_sizes(na
     model = heavy_tailed(name)
     found, sites = measured(model), layout_of_model(model).sites
     for values in (found.outliers, found.alpha):
-        assert values.shape == (len(sites),) and len({of_layer(model, values, layer) for layer in range(3)}) == 3
-    assert found.influence.shape == (len(sites),) and len(set(found.influence)) == 6  # the sub-layers'
+        assert values.shape == (len(sites),) and len({of_layer(model, values, at) for at in range(depth(model))}) == depth(model)
+    assert found.influence.shape == (len(sites),) and len(set(found.influence)) == 2 * depth(model)  # the sub-layers'
     assert found.spread.shape == (len(sites),) and len(set(found.spread)) == len(sites)
     assert (found.influence > 0).all() and (found.spread > 0).all()
     assert (found.alpha > 1).all() and (found.influence < 2).all()

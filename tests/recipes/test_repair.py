@@ -2,6 +2,7 @@ import json
 import os
 import random
 import shutil
+import sqlite3
 from contextlib import closing
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from builders import full_disk, names_in, refuses
 from fit_runs import again, measured
 from ppf import cli
 from ppf import repair as module
-from ppf.errors import DamagedError, InputError, InUseError, PPFError, ResourceError
+from ppf.errors import DamagedError, InputError, InUseError, NewerError, PPFError, ResourceError
 from ppf.lock import locked
 from ppf.repair import repair
 from ppf.study import StudyFolder, read_sealed, write_sealed
@@ -90,6 +91,27 @@ def test_a_damaged_store_is_refused_and_repaired(copy):
     assert (copy / "samples.sqlite.damaged").read_bytes() == damaged
     assert set(samples_of(copy)) <= set(before) and len(samples_of(copy)) == found["samples"]
     assert repair(copy)["aside"] == []
+
+
+def test_a_log_without_its_store_is_not_played_over_the_repaired_one(copy):
+    with closing(StudyFolder(copy).store(write=True)) as store:
+        sample = store.all()[0]
+        store.add(sample)
+        log = (copy / "samples.sqlite-wal").read_bytes()
+    assert log
+    (copy / "samples.sqlite").unlink()
+    (copy / "samples.sqlite-wal").write_bytes(log)
+    found = repair(copy)
+    assert len(samples_of(copy)) == found["samples"] and "samples.sqlite" in [one["file"] for one in found["aside"]]
+
+
+def test_a_store_of_a_newer_ppf_is_left_alone(copy):
+    with closing(sqlite3.connect(copy / "samples.sqlite")) as database:
+        database.execute("PRAGMA user_version=99")
+    before = names_in(copy)
+    with refuses(NewerError):
+        repair(copy)
+    assert names_in(copy) == before
 
 
 def test_altered_rows_are_left_behind(copy):

@@ -56,6 +56,8 @@ def prune_by_plan(config: PruneConfig, progress: Progress) -> dict[str, Any]:
     check_wish(config)
     if (Path(config.study) / "study.json").is_file():
         raise InputError(f"with --plan, MODEL must be a model; {config.study} is a study; give the model that it was fitted to")
+    if config.no_measure and not is_export(record):
+        raise InputError("--no-measure needs the ppf.json of an export; ratios came, for which weights are scored; leave it out")
     if is_export(record) and config.text is None and config.gguf is None:
         return _told(_stored(record, config, progress))
     loaded = load_for(config.study, progress)

@@ -60,3 +60,13 @@ def choose_workers(asked: int | None, model_bytes: int) -> int:
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines() if ":" in line)
         free = int(lines.get("MemAvailable", f"{free // 1024} kB").split()[0]) * 1024
     return max(1, min(cores(), int(free / (2 * model_bytes + 5e8))))
+
+
+def check_named(name: str) -> None:
+    """Refuses to guess the model of a study that was fitted to an object.
+
+    Raises:
+        InputError: It has no name.
+    """
+    if not name:
+        raise InputError("the dense model must be named; this study was fitted to an object; give --model or model=")

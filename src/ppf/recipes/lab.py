@@ -23,7 +23,15 @@ from ppf.llm.perplexity import Evaluation, evaluate
 from ppf.llm.scores import score_units
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
-from ppf.recipes.choices import TOKENS_PER_BATCH, choose_device, choose_dtype, choose_seq_len, choose_workers, tokens_per_batch
+from ppf.recipes.choices import (
+    TOKENS_PER_BATCH,
+    check_named,
+    choose_device,
+    choose_dtype,
+    choose_seq_len,
+    choose_workers,
+    tokens_per_batch,
+)
 from ppf.recipes.protocol import check_protocol, protocol_of
 from ppf.samples import Measurement, Sample
 from ppf.space.allocation import Allocation
@@ -337,7 +345,6 @@ def load_for(name: str, progress: Progress) -> LoadedModel:
     Raises:
         InputError: The study was fitted to an object that came from no folder.
     """
-    if not name:
-        raise InputError("the dense model must be named; this study was fitted to an object; give --model or model=")
+    check_named(name)
     with progress.stage("loading"):
         return load_model(name)

@@ -9,6 +9,7 @@ from ppf.llm.load import Checkpoint, open_checkpoint
 from ppf.llm.streamed import CHECKED, export_streamed, stored_digest
 from ppf.llm.weights import readable
 from ppf.progress import Progress
+from ppf.recipes.choices import check_named
 from ppf.recipes.prune import decider_for, dense_bytes, plan_for
 from ppf.space.mask import Mask
 
@@ -38,7 +39,12 @@ def prune_stored(config: PruneConfig, name: str, progress: Progress) -> dict[str
 
 
 def open_stored(name: str, progress: Progress) -> Checkpoint:
-    """Opens a model's files under a progress stage."""
+    """Opens a model's files under a progress stage.
+
+    Raises:
+        InputError: The study was fitted to an object that came from no folder.
+    """
+    check_named(name)
     with progress.stage("opening"):
         return open_checkpoint(name)
 

@@ -119,7 +119,7 @@ class Facts:
     def fine(self) -> tuple[np.ndarray, Prediction]:
         """Ratios from 0 to the largest, and what is predicted of the agent's policy at each."""
         ratios = np.linspace(0, self.max_ratio, _FINE)
-        return ratios, self.decider.predictor.predict(self.kept(ratios.tolist()))
+        return ratios, self.decider.predict(self.kept(ratios.tolist()))
 
     def masks(self, *purposes: str) -> Masks:
         """Measured masks of some purposes."""

@@ -95,8 +95,10 @@ class Live:
         self.context = int(elastic.config.max_position_embeddings)
         self.meter = Meter()
         self.set_ratio(ratio)
-        seconds = step_seconds(self.elastic, [size.view for size in self._sizes()], timing_seconds)
-        self.costs = self._costs(1e3 * np.minimum.accumulate(seconds))
+        sizes = self._sizes()
+        seconds = step_seconds(self.elastic, [size.view for size in sizes], timing_seconds)
+        ratios, latency = [self.ratio_of(size.view) for size in sizes], 1e3 * np.minimum.accumulate(seconds)
+        self.costs = self._costs(lambda ratio: float(np.interp(ratio, ratios, latency)))
         self._jobs: set[Job] = set()
         self._workers = min(_RUNNING, cores())
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="ppf-live")
@@ -118,14 +120,20 @@ class Live:
         """
         old, new = self.decider, decider
         same = old.study.record["model"]["digest"] == new.study.record["model"]["digest"]
+        same = same and old.layout.fingerprint == new.layout.fingerprint
         orders = zip(old.importance.order, new.importance.order, strict=same)
         if not same or not all(np.array_equal(one, other) for one, other in orders):
             raise InputError(
                 "a study fitted anew must keep its model and the order of the units; it has another; start the server again"
             )
-        self.decider = decider
-        self.set_ratio(self.size.decision.asked)
-        self.costs = self._costs(self.costs.latency_ms)
+        known, self.decider = self.costs, decider
+        try:
+            self.set_ratio(min(self.size.decision.asked, largest_ratio(decider)))
+            self.costs = self._costs(known.latency_at)
+        except BaseException:  # all of the new fit, or nothing
+            self.decider, self.costs = old, known
+            self.set_ratio(self.size.decision.asked)
+            raise
 
     def set_ratio(self, ratio: float) -> Size:
         """Changes what runs where a request names no ratio, requests under way included."""
@@ -240,12 +248,13 @@ class Live:
         asked = np.linspace(0.0, min(float(self.decider.agent.max_ratio), largest_ratio(self.decider)), _TIMED)
         return [self.size_for(float(ratio)) for ratio in asked]
 
-    def _costs(self, latency: np.ndarray) -> Costs:
-        """What these sizes cost, at the times that they, or those of an earlier fit, took."""
+    def _costs(self, latency_at: Callable[[float], float]) -> Costs:
+        """What these sizes cost, at the times that a ratio takes."""
         sizes = self._sizes()
         kept = [size.view.allocation.kept for size in sizes]
         weights, kv = (np.array([count(one) for one in kept], dtype=float) for count in (self._weights, self._kv_bytes))
-        return Costs(np.array([self.ratio_of(size.view) for size in sizes]), latency, weights, kv)
+        ratios = [self.ratio_of(size.view) for size in sizes]
+        return Costs(np.array(ratios), np.array([latency_at(ratio) for ratio in ratios]), weights, kv)
 
     def _weights(self, kept: np.ndarray) -> int:
         return int(self.decider.layout.kept_params(kept)) * self._item

@@ -53,7 +53,7 @@ class Budget:
         Raises:
             InputError: Below what the floors leave.
         """
-        return cls(max(0, layout.total - params))._feasible(layout, align, tp, f"{params:,} parameters")
+        return cls._leaving(params, layout, align, tp)._feasible(layout, align, tp, f"{params:,} parameters")
 
     @classmethod
     def from_memory(
@@ -64,8 +64,15 @@ class Budget:
         Raises:
             InputError: Below what the floors leave.
         """
-        budget = cls(max(0, layout.total - math.floor((size - headers) / bytes_per_param)))
+        budget = cls._leaving(math.floor((size - headers) / bytes_per_param), layout, align, tp)
         return budget._feasible(layout, align, tp, f"{size:,} bytes")
+
+    @classmethod
+    def _leaving(cls, params: int, layout: Layout, align: int, tp: int) -> "Budget":
+        """What must go for so many to stay. What goes with the last units of sites may do the rest."""
+        floors, remove = aligned_floors(layout, align, tp), max(0, layout.total - params)
+        most = int((layout.units - floors) @ layout.costs)
+        return cls(min(remove, most) if params >= int(layout.kept_params(floors)) else remove)
 
     def ratio(self, layout: Layout) -> float:
         """The share of the prunable parameters that this budget removes."""

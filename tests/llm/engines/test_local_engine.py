@@ -16,6 +16,7 @@ import ppf
 import tiny_models as tiny
 from builders import full_disk, layout, random_mask, refuses
 from ppf.errors import ResourceError
+from ppf.llm.depth import with_depth
 from ppf.llm.engines.bench import InProcessEngine
 from ppf.llm.engines.local import LocalEngine
 from ppf.llm.load import convert, load_model
@@ -280,6 +281,18 @@ def test_processes_give_the_results_of_this_one_even_if_one_is_killed(real, dtyp
     for index, result in {**found, **dict(rest)}.items():
         assert (result.log_ppl, result.kl) == pytest.approx((expected[index].log_ppl, expected[index].kl), abs=1e-6)
         assert (result.tokens, result.reason) == (BLOCKS.size, "") and result.seconds > 0
+
+
+def test_a_worker_knows_the_floors_of_the_fit(real):
+    folder, text, of = real
+    model = load_model(str(folder)).model
+    deep = with_depth(model, of)
+    Text("a", BLOCKS[:1], BLOCKS, BLOCKS[:0], BLOCKS[:3]).save(text, deep.fingerprint)
+    gone = [tiny.DEPTH_MASKS[kind](deep) for kind in ("ffn", "layer", "all")]
+    expected = dict(InProcessEngine(model, deep, Text.load(text, deep.fingerprint), 4096).measure(gone))
+    with closing(LocalEngine(folder, text, deep, "float32", 1, 4096)) as engine:
+        for index, result in engine.measure(gone):
+            assert result.reason == "" and result.kl == pytest.approx(expected[index].kl, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -247,7 +247,7 @@ def test_nothing_of_ray_is_imported_without_being_asked_for():
 
 def setup_of(folder, of, **changes):
     settings = {
-        "folder": str(folder), "digest": load_model(str(folder)).digest, "fingerprint": of.fingerprint, "dtype": "float32",
+        "folder": str(folder), "digest": load_model(str(folder)).digest, "layout": of.to_json(), "dtype": "float32",
         "device": "cpu", "tokens_per_batch": 4096, "version": importlib.metadata.version("ppf"),
     }  # fmt: skip
     return json.dumps(settings | changes)

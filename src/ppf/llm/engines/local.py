@@ -41,7 +41,7 @@ class LocalEngine(Pool["_Process"]):
         setup = {
             "folder": str(folder),
             "text": str(text),
-            "fingerprint": layout.fingerprint,
+            "layout": layout.to_json(),
             "dtype": dtype,
             "device": "cpu",
             "tokens_per_batch": tokens_per_batch,

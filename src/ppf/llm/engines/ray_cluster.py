@@ -71,7 +71,7 @@ class RayEngine(Pool["_Actor"]):
         setup = {
             "folder": model,
             "digest": digest,
-            "fingerprint": layout.fingerprint,
+            "layout": layout.to_json(),
             "dtype": dtype,
             "device": "cuda" if cluster.gpus else "cpu",
             "tokens_per_batch": tokens_per_batch,

@@ -1,6 +1,6 @@
 """What a worker does, wherever it runs: it opens a model and answers lines. All that travels is text: JSON, a line each way.
 
-set-up   {"folder", "text", "fingerprint", "dtype", "device", "tokens_per_batch"}   ->  {} when it is ready
+set-up   {"folder", "text", "layout", "dtype", "device", "tokens_per_batch"}   ->  {} when it is ready
 question {"mask", "part", "rows"}                                                   ->  a measurement
 """
 
@@ -17,6 +17,7 @@ from ppf.llm.engines.bench import Bench
 from ppf.llm.load import convert, load_model, quiet_transformers
 from ppf.llm.text import Text
 from ppf.samples import Measurement
+from ppf.space.layout import Layout
 from ppf.space.mask import Mask
 
 READY = "{}"
@@ -49,9 +50,9 @@ class Service:
         torch.set_num_threads(1)
         loaded = load_model(setup["folder"])
         model = convert(loaded.model, torch.device(setup["device"]), getattr(torch, setup["dtype"]))
-        self.digest, self._layout = loaded.digest, loaded.layout
-        text = Text.load(Path(setup["text"]), setup["fingerprint"])
-        self._bench = Bench(model, loaded.layout, text, setup["tokens_per_batch"])
+        self.digest, self._layout = loaded.digest, Layout.from_json(setup["layout"])  # that of the fit, with its floors
+        text = Text.load(Path(setup["text"]), self._layout.fingerprint)
+        self._bench = Bench(model, self._layout, text, setup["tokens_per_batch"])
         self._bench.prepare("search")
 
     def answer(self, line: str) -> str:
