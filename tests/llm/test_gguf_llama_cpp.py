@@ -56,7 +56,7 @@ def test_llama_cpp_answers_as_the_model_does(name, kind, tmp_path):
 PATTERNED = "smollm3-fourth-layer-plain"
 """Without a layer, others than each fourth have no rotary embedding, which llama.cpp cannot be told."""
 GONE = [(name, kind) for name in builders.HELD for kind in ("layer", "attention") if (name, kind) != (PATTERNED, "layer")]
-GONE += [(name, kind) for name in ("llama-biases", "qwen2-gqa", "qwen3-mha-tied", "gemma2-gqa") for kind in ("ffn", "first", "all")]
+GONE += [("gemma2-gqa", kind) for kind in ("ffn", "first", "all")]
 
 
 @pytest.mark.parametrize(("name", "kind"), GONE)
@@ -128,7 +128,8 @@ def test_llama_cpp_does_without_what_is_gone(name, kind, tmp_path):
     for quant in ("f32", "q8_0") if kind == "all" else ("f32",):
         found, result = difference(smaller, tmp_path / "a.gguf", quant)
         assert found < (1e-5 if quant == "f32" else result.check.bound)
-    assert any("without an FFN" in note for note in result.notes) is (kind in ("ffn", "first", "all"))
+    without_ffn = name != "qwen3-gqa" and kind in ("ffn", "first", "all")  # that one is padded to its widest layer
+    assert any("without an FFN" in note for note in result.notes) is without_ffn
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "llama-biases", "mistral-gqa", "qwen2-gqa"])
