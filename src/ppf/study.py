@@ -23,7 +23,7 @@ from ppf.space.layout import Layout
 STUDY_VERSION = 3
 MEASURE_VERSION = 1
 """To be raised when the same mask would give other figures."""
-_SEAL = "sha256"
+_SEALED, _SEAL = "sealed", "sha256"
 _MEND = "ppf repair STUDY sets it aside"
 _FIELDS: dict[str, tuple[type, ...]] = {
     "model.name": (str,),
@@ -146,7 +146,7 @@ class StudyFolder:
 
 def write_sealed(path: Path, record: dict[str, Any]) -> None:
     """Writes a JSON object with a checksum of its content."""
-    write_json(path, {**record, _SEAL: _digest(record)})
+    write_json(path, {_SEALED: True, **record, _SEAL: _digest(record)})  # told at both ends: damage may take one of them
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -162,7 +162,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
         raise DamagedError(f"{error}, or {_MEND}") from error
     if not isinstance(record, dict):
         raise DamagedError(f"{path} must hold a JSON object; it does not; {_MEND}")
-    sealed, seal = _SEAL in record, record.pop(_SEAL, None)
+    sealed, seal = not {_SEALED, _SEAL}.isdisjoint(record), record.pop(_SEAL, None)
+    record.pop(_SEALED, None)
     if sealed and seal != _digest(record):
         raise DamagedError(f"{path} must be as it was written; its checksum differs; {_MEND}")
     return record
