@@ -1,14 +1,15 @@
 """The command line: flags come from the config dataclasses, answers go to standard output, all else to standard error.
 
-Exit codes: 0 done, 2 input, 3 unsupported, 4 damaged, 5 environment, 6 in use, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 2 input, 3 unsupported, 4 damaged, 5 environment, 6 in use, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 import contextlib
 import io
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Union
 
 import tyro
@@ -41,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except PPFError as error:
         return _fail(str(error), error.exit_code, debug)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         what = "what was measured is kept, and the same command goes on" if keeps else "nothing was written"
-        return _fail(f"stopped; {what}", 130, debug)
+        return _fail(f"stopped; {what}", 143 if isinstance(stop, _Terminated) else 130, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -63,7 +64,30 @@ def _run(command: Any, debug: bool) -> None:
         from ppf.llm.load import quiet_transformers
 
         quiet_transformers()
-    next(run for config, run in COMMANDS.values() if isinstance(command, config))(command)
+    with contextlib.nullcontext() if isinstance(command, ServeConfig) else _terminable():  # a server has its own way to end
+        next(run for config, run in COMMANDS.values() if isinstance(command, config))(command)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came, as schedulers and containers send it."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Ends as Ctrl-C does where SIGTERM comes; outside the main thread, where no signal arrives, nothing changes."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

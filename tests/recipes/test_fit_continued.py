@@ -136,7 +136,7 @@ def test_a_fit_says_whom_it_follows_and_tidies_up(fitted, tmp_path, capsys):
     assert not list((tmp_path / "copy").glob(".*.ppf-*")) and (tmp_path / "copy" / "lock").read_text() == ""
 
 
-@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_fit_goes_on_without_losing_a_sample(place, tmp_path, way):
     study = tmp_path / "study"
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -148,8 +148,9 @@ def test_a_stopped_fit_goes_on_without_losing_a_sample(place, tmp_path, way):
         _, errors = first.communicate()
     kept = measured(study)
     assert len(kept) >= 10 and not (study / "report.json").exists()
-    if way == signal.SIGINT:
-        assert first.returncode == 130 and errors.strip().splitlines()[-1].startswith("error: stopped")
+    if way != signal.SIGKILL:
+        assert first.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[way]
+        assert errors.strip().splitlines()[-1].startswith("error: stopped")
     second = subprocess.run(command(place, study), capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert measured(study)[: len(kept)] == kept
