@@ -66,7 +66,8 @@ def test_a_flipped_bit_anywhere_never_alters_a_sample(tmp_path):
     for place in [*range(100), *range(3600, 4096, 4), *rng.integers(0, len(data), 300).tolist()]:
         flipped = data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1 :]
         outcomes.setdefault(outcome(tmp_path / "flipped", flipped, samples), []).append(place)
-    assert set(outcomes) <= {"whole", "lost", "DamagedError"}, outcomes
+    assert set(outcomes) <= {"whole", "lost", "DamagedError", "NewerError"}, outcomes
+    assert len(outcomes.get("NewerError", ())) <= 31  # the bits of the version's own number
 
 
 def test_a_zeroed_page_never_alters_a_sample(tmp_path):
