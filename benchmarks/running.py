@@ -234,7 +234,7 @@ _DAMAGES = (("flip", "a flipped bit"), ("cut", "their end cut off"), ("zeroed", 
 
 
 def _fuzzed(found: dict[str, int], readers: int) -> str:
-    bad = f"{found['foreign']} other errors, {found['silent']} altered, {found['slow']} over 1 s"
+    bad = f"{found['foreign']} other errors, {found['silent']} altered where a checksum guards, {found['slow']} over 1 s"
     return f"{readers} readers: {found['refused']:,} refused, {bad}"
 
 
