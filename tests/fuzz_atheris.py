@@ -52,7 +52,7 @@ def main(name: str, runs: str) -> None:
         except PPFError as error:
             assert str(error).isprintable()
 
-    options = [f"-runs={runs}", "-max_len=65536", "-timeout=0", "-rss_limit_mb=2048"]  # a timeout's alarm may outlive the run
+    options = [f"-runs={runs}", "-max_len=65536", "-timeout=60", "-rss_limit_mb=2048"]
     atheris.Setup([sys.argv[0], *options, str(corpus)], one)
     atheris.Fuzz()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-RUNS = 20_000
+RUNS = 3_000
 
 
 @pytest.mark.slow

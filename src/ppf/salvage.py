@@ -105,13 +105,16 @@ def _row(page: bytes, place: int, by_number: dict[int, bytes]) -> tuple[int, lis
     least = (usable - 12) * 32 // 255 - 23
     here = least + (length - least) % (usable - 4)
     here = here if here <= usable - 35 else least
-    payload, following = page[place : place + here], int.from_bytes(page[place + here : place + here + 4], "big")
+    payload, following = bytearray(page[place : place + here]), int.from_bytes(page[place + here : place + here + 4], "big")
+    seen = set[int]()
     while len(payload) < length:
         more = by_number.get(following, b"")
-        if len(more) < 5:
-            raise ValueError("a page is missing")
-        payload, following = payload + more[4:], int.from_bytes(more[:4], "big")
-    return number, _values(payload[:length])
+        if len(more) < 5 or following in seen:
+            raise ValueError("a page is missing, or leads back")
+        seen.add(following)
+        payload += more[4:]
+        following = int.from_bytes(more[:4], "big")
+    return number, _values(bytes(payload[:length]))
 
 
 def _values(payload: bytes) -> list[Any]:
