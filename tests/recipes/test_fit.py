@@ -72,7 +72,7 @@ def test_held_out_masks_are_of_one_size_and_never_fitted(fitted):
 
 def test_held_out_masks_come_last_and_lie_around_the_agent_s_policies(fitted):
     folder = StudyFolder(fitted.folder)
-    purposes = [one.purpose for one in folder.store().all() if one.purpose != "refine"]  # which belongs to pruning
+    purposes = [one.purpose for one in folder.store().all()]
     heldout = folder.store().all("heldout")
     assert purposes[-len(heldout) :] == ["heldout"] * len(heldout)
     keep = np.array([one.kept for one in heldout]) / folder.layout.units

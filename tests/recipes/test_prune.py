@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -94,7 +95,9 @@ def test_sizes_may_be_said_in_other_words(fitted):
     assert (by_params.allocation.kept == by_memory.allocation.kept).all()
 
 
-def test_refining_measures_candidates_and_chooses_a_measured_one(fitted):
+def test_refining_measures_candidates_and_chooses_a_measured_one(fitted, tmp_path):
+    folder = shutil.copytree(fitted.folder, tmp_path / "study")  # what is measured here must teach no other test
+    fitted = ppf.Study(folder, tiny_models.model("llama-mha"), tiny_models.tokenizer())
     refined = fitted.prune(ratio=0.45, refine=True, candidates=6, device="cpu")
     store = Decider(fitted.folder).study.store()
     candidates = [one for one in store.all("refine") if one.ratio == 0.45]
