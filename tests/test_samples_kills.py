@@ -40,6 +40,15 @@ def test_two_writers_at_once_lose_nothing_and_refuse_nothing(tmp_path):
     assert store.damaged == 0 and len(found) == len(set(found)) <= len(done) + 2 and set(done) <= set(found)
 
 
+def test_two_who_make_a_store_at_once_both_write(tmp_path):
+    code = "import killing, pathlib, sys; at = pathlib.Path(sys.argv[1])\n"
+    code += "print([killing.kill_twice(at / str(index), index, 0.05)[1] for index in range(60)])"
+    source, tests = Path(sys.modules["ppf.samples"].__file__).parents[1], Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{tests}"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and json.loads(done.stdout) == [2] * 60, done
+
+
 def test_a_hundred_kills_of_two_writers_lose_nothing_that_was_acknowledged(tmp_path):
     command = [sys.executable, str(Path(__file__).parent / "killing.py"), str(tmp_path / "s"), "100"]
     environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sqlite3
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -150,12 +151,23 @@ class SampleStore:
             # A text that is damaged comes back altered, not as an error, so that it costs its own row only.
             self._db.text_factory = lambda raw: raw.decode(errors="surrogateescape")
             version = self._version()
-            for statement in _PREPARE if write else ():
-                self._db.execute(statement)
-            if write and version < STORE_VERSION:
-                self._db.execute(f"PRAGMA user_version={STORE_VERSION}")
+            if write:
+                self._prepare(version)
             self._db.execute("SELECT 1 FROM samples LIMIT 1")
             on_error.pop_all()
+
+    def _prepare(self, version: int) -> None:
+        """Makes the table, or finds it made. Where two make a store at once, SQLite refuses one of them without waiting."""
+        statements = [*_PREPARE, *([f"PRAGMA user_version={STORE_VERSION}"] if version < STORE_VERSION else [])]
+        until = time.monotonic() + _PATIENCE
+        while statements:
+            try:
+                self._db.execute(statements[0])
+                del statements[0]
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF not in _BUSY or time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
 
     def add(self, sample: Sample) -> None:
         """Commits one sample; an earlier one of the same mask is replaced.
