@@ -23,6 +23,7 @@ def heading(title: str, name: str, record: dict[str, Any]) -> str:
     machine = record["machine"]
     where = f"{machine['cores']} cores of {machine['cpu']}, load {machine['load']}, torch {machine['torch']}"
     seed, commit = record.get("seed", record["result"].get("seeds")), record["commit"][:8]
+    commit += " with changes" if record["commit"].endswith("-dirty") else ""
     place = f"`benchmarks/results/{name}.json`: `{record['command']}`, seed {seed}, commit {commit}; {where}."
     return f"## {title}\n\n{place}\n"
 

@@ -28,6 +28,13 @@ IDS = tiny.blocks(2, 9)
 REPLY = SimpleNamespace(headers={}, request=None)
 
 
+def answers(model):
+    """Its logits, all weights aligned alike: products of few rows, as experts have, round by where in memory a weight begins."""
+    for tensor in model.parameters():
+        tensor.data = tensor.data.clone()
+    return tiny.logits(model, IDS)
+
+
 # --- what loads ---
 
 
@@ -37,11 +44,9 @@ def test_a_folder_loads_as_it_was_saved(tmp_path, name, dtype):
     loaded, saved = load_model(str(tiny.save(tmp_path, name, 3, dtype))), tiny.model(name, 3, dtype)
     assert loaded.model.state_dict().keys() == saved.state_dict().keys() and loaded.dtype == dtype
     assert tiny.snapshot(loaded.model)["state"] == tiny.snapshot(saved)["state"]
-    torch.testing.assert_close(
-        tiny.logits(loaded.model, IDS), tiny.logits(saved, IDS), rtol=0, atol=1e-6
-    )  # files align tensors otherwise
+    assert loaded.digest == model_digest(saved) and torch.equal(answers(loaded.model), answers(saved))
     assert loaded.layout == layout_of_model(saved) and not loaded.model.training
-    assert (loaded.name, loaded.folder, loaded.digest) == (str(tmp_path), tmp_path.resolve(), model_digest(saved))
+    assert (loaded.name, loaded.folder) == (str(tmp_path), tmp_path.resolve())
 
 
 def test_the_tokenizer_is_the_one_beside_the_model(whole):
@@ -314,9 +319,7 @@ def test_converting_gives_what_loading_in_that_precision_gives(tmp_path, name):
         loaded = separate_experts(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
         assert converted.dtype == dtype
         assert tiny.snapshot(converted)["state"] == tiny.snapshot(loaded)["state"]
-        torch.testing.assert_close(
-            tiny.logits(converted, IDS), tiny.logits(loaded, IDS), rtol=0, atol=1e-6
-        )  # files align tensors otherwise
+        assert torch.equal(answers(converted), answers(loaded))
         tied = converted.get_input_embeddings().weight is converted.get_output_embeddings().weight
         assert tied is bool(converted.config.tie_word_embeddings)
 

@@ -6,7 +6,7 @@ from builders import refuses
 from ppf.errors import UnsupportedError
 from ppf.llm.load import load_model, open_checkpoint
 from ppf.llm.stored import running_stored, stored
-from ppf.llm.weights import parts_of
+from ppf.llm.weights import places_of
 
 
 @pytest.mark.parametrize("name", tiny.TINY)
@@ -42,4 +42,4 @@ def test_experts_in_an_unknown_form_are_refused(tmp_path):
     source = open_checkpoint(str(tmp_path))
     source.shell.config.model_type = "mixtral of tomorrow"
     with refuses(UnsupportedError):
-        parts_of(tmp_path, source.shell)
+        places_of(tmp_path, source.shell)

@@ -33,7 +33,7 @@ class PruneConfig:
     compensate: CompensateName = "none"
     """Make up for what goes: bias adds what it gave on average, ridge fits the weights that read what stays again."""
     no_measure: bool = False
-    """Cut from the files without measuring: no model in memory, the largest shard and 1 GB at most."""
+    """Cut from the weight files, tensor by tensor, without measuring: no model in memory."""
     force: bool = False
     """Replace an earlier export of that name."""
     model: Annotated[str | None, optional("MODEL")] = None

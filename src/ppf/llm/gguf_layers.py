@@ -69,7 +69,7 @@ def layers(model: PreTrainedModel) -> Iterator[Layer]:
     """All decoder layers in order; their parts are views of the model's weights.
 
     Raises:
-        UnsupportedError: A layer lacks attention or an FFN.
+        UnsupportedError: A mixture that has experts in some layers only.
     """
     family = family_of(model.config)
     by_layer: dict[int, list[Site]] = {index: [] for index in range(len(stack_of(model)))}
@@ -83,8 +83,6 @@ def _layer(model: PreTrainedModel, family: str, index: int, sites: list[Site]) -
     attention = [site for site in sites if site.role == "attn"]
     shared = [site for site in sites if "shared_expert" in site.reader]
     ffns = [site for site in sites if site not in attention and site not in shared]
-    if len(attention) != 1 or not ffns:
-        raise UnsupportedError(f"layers of a GGUF file need attention and an FFN; layer {index} lacks one; use the folder instead")
     if "ffn_gate_inp" in OTHERS.get(family, _PRE) and ffns[0].role != "expert":
         raise UnsupportedError(f"llama.cpp needs experts in all layers; layer {index} has none; use the folder instead")
     module = stack_of(model)[index]

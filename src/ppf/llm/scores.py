@@ -65,8 +65,8 @@ def taylor(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int
     """Squared first-order effect on the loss of scaling a column, summed over blocks (empirical Fisher of the mask).
 
     Gradients are taken for the masks alone; the weights need none. The loss is the sum over a block's tokens: the mean's
-    gradients would vanish in float16. Of the layers only what enters each is kept, and each runs again on the way back: it
-    costs half a pass more, and the memory of one layer.
+    gradients would vanish in float16. Of the layers only what enters each is kept; each runs once more on the way back, which
+    saves the memory of what happens inside them.
 
     Reference: arXiv:1906.10771, method with gates (differs: gates on reader columns, one square a block).
     """

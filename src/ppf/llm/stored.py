@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ppf.llm.surgery import fill_buffers
-from ppf.llm.weights import DTYPES, Place, parts_of
+from ppf.llm.weights import DTYPES, Place, places_of
 
 _INDEX = "model.safetensors.index.json"
 _PATTERN = "model{suffix}.safetensors"
@@ -58,7 +58,7 @@ def stored(folder: Path, shell: PreTrainedModel) -> Stored:
     Raises:
         UnsupportedError: Experts that the files hold in a form that is not known.
     """
-    parts = parts_of(folder, shell)
+    parts = places_of(folder, shell)
     first = next(iter(parts.values()))[0].dtype
     said = shell.config.dtype
     return Stored(parts, said if isinstance(said, torch.dtype) else DTYPES[first])

@@ -61,7 +61,7 @@ def check_weights(folder: Path, shell: PreTrainedModel) -> None:
         raise DamagedError(f"{folder} must hold only weights of its config; {extra[0]} is extra; is config.json its own?")
 
 
-def parts_of(folder: Path, shell: PreTrainedModel) -> dict[str, tuple[Place, ...]]:
+def places_of(folder: Path, shell: PreTrainedModel) -> dict[str, tuple[Place, ...]]:
     """Where the tensors of a model lie, by the model's names; the parts of one that files hold in parts are in its order of rows.
 
     Raises:

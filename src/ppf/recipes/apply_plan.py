@@ -24,7 +24,7 @@ from ppf.recipes.choices import choose_device, choose_dtype, choose_seq_len, tok
 from ppf.recipes.compensate import added_params, compensated
 from ppf.recipes.export import check_wish, export_pruned
 from ppf.recipes.lab import load_for
-from ppf.recipes.prune import Pruned, check_out, dense_bytes, leaf, measured_of
+from ppf.recipes.prune import Pruned, check_out, dense_bytes, leaf, measured_of, told_of
 from ppf.recipes.stored import open_stored, written
 from ppf.space.allocation import allocate
 from ppf.space.layout import Layout
@@ -143,11 +143,7 @@ def _measured(
     measured, speeds = measured_of(loaded, smaller, text.test, device, dtype)
     dense = evaluate(loaded.on(device, dtype), text.test, tokens_per_batch(device)).log_ppl
     return {
-        "measured": {
-            "log_ppl": measured.log_ppl,
-            "ppl": float(np.exp(measured.log_ppl)),
-            "interval": [float(np.exp(end)) for end in measured.interval],
-        },
+        **told_of(measured, speeds),
         "dense": {"log_ppl": dense, "ppl": float(np.exp(dense))},
         "protocol": {
             "text": leaf(text.name),
@@ -155,7 +151,6 @@ def _measured(
             "tokens": measured.tokens,
             "dtype": str(dtype).removeprefix("torch."),
         },
-        "tokens_per_second": {name: round(value, 1) for name, value in speeds.items()},
     }
 
 

@@ -134,7 +134,7 @@ def prune(
     with progress.stage("measuring the result"):
         measured, speeds = measured_of(loaded, smaller, text.test, at, dtype)
     added = added_params(loaded, compensate, decision.allocation.kept)
-    plan = _with_compensation(plan_for(decider, decision, bool(candidates)) | _measured(measured, speeds), how, added)
+    plan = _with_compensation(plan_for(decider, decision, bool(candidates)) | told_of(measured, speeds), how, added)
     return Pruned(smaller, loaded.tokenizer, decision, plan | {"nested": target.nested, "rounding": decider.rounding(target)})
 
 
@@ -276,7 +276,7 @@ def plan_for(decider: Decider, decision: Decision, refined: bool) -> dict[str, A
     }
 
 
-def _measured(measured: Evaluation, speeds: dict[str, float]) -> dict[str, Any]:
+def told_of(measured: Evaluation, speeds: dict[str, float]) -> dict[str, Any]:
     """What a plan says of measuring."""
     return {
         "measured": {"log_ppl": measured.log_ppl, "ppl": float(np.exp(measured.log_ppl)), "interval": _ppl(measured.interval)},
