@@ -130,7 +130,8 @@ class Walk:
         """Every command of one page, in its order."""
         text = (self.clone / "docs" / "howto" / f"{name}.md").read_text(encoding="utf-8")
         self.said.append(f"## [{text.splitlines()[0].removeprefix('# ')}](howto/{name}.md)\n")
-        for line in "\n".join(re.findall(r"```console\n(.*?)```", text, re.DOTALL)).splitlines():
+        shown = "".join(re.findall(r"```console\n(.*?)```", text, re.DOTALL)).splitlines()
+        for line in (line.partition("  #")[0].rstrip() for line in shown if line.strip()):
             reasons = [reason for part, reason in LEFT_OUT.items() if part in line]
             if reasons:
                 self.said.append(f"Not typed here, for it {reasons[0]}:\n\n```text\n{line}\n```\n")
