@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +29,13 @@ from ppf.llm.text import Text, take_blocks, whole_text
 from ppf.samples import Sample, kept_matrix
 from ppf.space.allocation import Allocation
 from ppf.space.mask import select
+from ppf.study import StudyFolder
 from record import write
 
 BLOCKS = (1, 2, 4, 8)
 """Of the validation text: what a short true measurement may read."""
 TOKENS_PER_BATCH = 1024
+SEARCHED = "measured on the search text"
 
 
 class Truth:
@@ -72,6 +75,19 @@ def within(judged: np.ndarray, truth: np.ndarray, ratios: np.ndarray) -> dict[st
     return {f"{ratio:g}": round(tau(judged[ratios == ratio], truth[ratios == ratio]), 3) for ratio in np.unique(ratios)}
 
 
+def judges_of(
+    study: StudyFolder, heldout: list[Sample], fitted: list[Sample], validation: np.ndarray
+) -> dict[str, tuple[Any, int]]:
+    """By name: what each expects of the held-out masks, and the tokens it ran a mask through."""
+    dense, settings = study.record["dense"]["search"]["log_ppl"], study.record["settings"]
+    kept, length = kept_matrix(heldout, study.layout), study.record["seq_len"]
+    predictors = {kind: fit_predictor(kind, fitted, [], study.layout, dense, settings["seed"]) for kind in FITS}
+    found = {kind: (predictor.predict(kept).damage, 0) for kind, predictor in predictors.items()}
+    for count in BLOCKS:
+        found[f"measured on {count * length} other tokens"] = validation[:, :count].mean(axis=1), count * length
+    return {**found, SEARCHED: (np.array([sample.kl for sample in heldout]), heldout[0].tokens)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--study", required=True)
@@ -82,40 +98,31 @@ def main() -> None:
     torch.set_num_threads(1)
     decider = Decider(arguments.study)
     study = decider.study
-    samples = study.store().all()
+    samples, length = study.store().all(), study.record["seq_len"]
     heldout = [sample for sample in samples if sample.purpose == "heldout"]
     fitted = sorted((s for s in samples if s.purpose in ("probe", "spread", "search")), key=lambda s: (s.round, s.digest))
-    dense, seed = study.record["dense"]["search"]["log_ppl"], study.record["settings"]["seed"]
     kept, ratios = kept_matrix(heldout, study.layout), np.array([sample.ratio for sample in heldout])
     truth = Truth(decider, heldout, arguments.texts, arguments.tokens)
     validation = truth.blocks["validation"]
-    judges = {kind: fit_predictor(kind, fitted, [], study.layout, dense, seed).predict(kept).damage for kind in FITS}
-    costs = dict.fromkeys(judges, 0)
-    length = study.record["seq_len"]
     if validation.shape[1] <= max(BLOCKS):
         parser.error(f"--study must have more than {max(BLOCKS)} validation blocks; it has {validation.shape[1]}")
-    for count in BLOCKS:
-        name = f"measured on {count * length} other tokens"
-        judges[name], costs[name] = validation[:, :count].mean(axis=1), count * length
-    searched = np.array([sample.kl for sample in heldout])
-    judges["measured on the search text"], costs["measured on the search text"] = searched, heldout[0].tokens
+    judges = judges_of(study, heldout, fitted, validation)
     # What a judge reads is no part of the truth that it is judged by.
     truths = {"validation": validation[:, max(BLOCKS) :].mean(axis=1)}
     truths |= {name: found.mean(axis=1) for name, found in truth.blocks.items() if name != "validation"}
-    found = {
-        judge: {"tokens": costs[judge], "tau_within": {name: within(judged, real, ratios) for name, real in truths.items()}}
-        for judge, judged in judges.items()
-    }
-    for judge in found:  # on the very text that the predictors were fitted on
-        if judge != "measured on the search text":
-            found[judge]["tau_within"]["search"] = within(judges[judge], searched, ratios)
+    found: dict[str, Any] = {}
+    for judge, (expected, tokens) in judges.items():
+        taus = {name: within(expected, real, ratios) for name, real in truths.items()}
+        if judge != SEARCHED:  # on the very text that the predictors were fitted on
+            taus["search"] = within(expected, judges[SEARCHED][0], ratios)
+        found[judge] = {"tokens": tokens, "tau_within": taus}
     start = time.perf_counter()
     for row in kept:
         decider.predictor.predict(row[None])
     seconds = {"prediction": (time.perf_counter() - start) / len(kept), "token_measured": truth.seconds["validation"]}
     write(
         f"ranking-{arguments.name}",
-        seed,
+        study.record["settings"]["seed"],
         {
             "masks": len(heldout),
             "fitted": len(fitted),

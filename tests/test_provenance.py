@@ -10,7 +10,7 @@ import pytest
 
 import ppf
 from ppf import provenance as module
-from ppf.provenance import machine, provenance
+from ppf.provenance import machine, own_name, portable, provenance
 
 HERE = Path(module.__file__).parent
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="no git here")
@@ -134,3 +134,32 @@ def test_without_git_there_is_none(checkout, monkeypatch, tmp_path_factory):
     _, found = checkout
     monkeypatch.setenv("PATH", str(tmp_path_factory.mktemp("empty")))
     assert found.provenance()["commit"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("ref-a", "ref-a"), ("org/model", "org/model"), ("/a/b/model", "model"), ("./b/model", "model"), ("~/m", "m"), ("a/b/c", "c")],
+)
+def test_names_without_folders(name, told):
+    assert own_name(name) == told
+
+
+def test_a_path_that_is_there_is_named_by_its_last_part(tmp_path, monkeypatch):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    assert own_name("books/a.txt") == "a.txt" and own_name("books/b.txt") == "books/b.txt"
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("/a/b/m0", "m0"),
+        ("--study=/a/b/m0", "--study=m0"),
+        ("runs/m0", "runs/m0"),
+        ("--ratio=0.3", "--ratio=0.3"),
+        ("x=/a", "x=/a"),
+    ],
+)
+def test_arguments_that_may_be_passed_on(argument, told):
+    assert portable(argument) == told

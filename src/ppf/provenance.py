@@ -21,7 +21,7 @@ def provenance() -> dict[str, Any]:
     else:
         name = ["python", f"{program.parent.name}/{program.name}"] if program.suffix == ".py" else [program.name]
     return {
-        "command": " ".join([*name, *map(_inside, sys.argv[1:])]),
+        "command": " ".join([*name, *map(portable, sys.argv[1:])]),
         "version": ppf.__version__,
         "commit": _commit(),
         "machine": machine(),
@@ -43,13 +43,19 @@ def machine() -> dict[str, Any]:
     }
 
 
+def own_name(name: str) -> str:
+    """What may be told of a model or a text: a place's own name, nothing of the folders of this machine; a hub id stays whole."""
+    is_place = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).exists()
+    return Path(name).name or name if is_place else name
+
+
 def cores() -> int:
     """Cores that this process may use; all where the system does not say (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _inside(argument: str) -> str:
-    """A path outside the project is named by its last part: results say nothing of the machine's folders."""
+def portable(argument: str) -> str:
+    """An argument of a command that may be passed on: an absolute path is named by its last part."""
     flag, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
     return flag + equals + (Path(value).name if Path(value).is_absolute() else value)
 

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny_models as tiny
 from builders import random_mask, refuses
+from exports import label, run_without_ppf
 from ppf.errors import DamagedError
 from ppf.llm.architectures import layout_of_model
 from ppf.llm.auto import register
@@ -39,7 +37,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-def smaller(name="llama-gqa-tied", dtype=torch.float32, filled=True):
+def compensated(name="llama-gqa-tied", dtype=torch.float32, filled=True):
     model = tiny.model(name, dtype=dtype)
     layout = layout_of_model(model)
     return cut(model, layout, random_mask(layout, 3), reader_means(model, layout, BLOCKS) if filled else None)
@@ -49,23 +47,15 @@ def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def label(name, dtype):
-    return f"{name}-{str(dtype).removeprefix('torch.')}"
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Every case as a folder with its model, and where a process without ppf put its answers."""
     folders, answers, home = (tmp_path_factory.mktemp(name) for name in ("folders", "answers", "home"))
     made = {}
     for case in EXPORTS:
-        made[case] = smaller(*case), folders / label(*case), answers
+        made[case] = compensated(*case), folders / label(*case), answers
         export(made[case][0], tiny.tokenizer(), {}, made[case][1])
-    command = [sys.executable, "-W", "error", "-c", STRANGER, str(folders), json.dumps(IDS.tolist()), str(answers)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=home, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_without_ppf(STRANGER, home, folders, json.dumps(IDS.tolist()), answers)
     return made
 
 
@@ -102,7 +92,7 @@ def test_a_process_with_ppf_answers_bit_for_bit_and_can_go_on(exported, case):
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_biases_that_the_config_denies_or_invents_are_refused(tmp_path, biased):
-    export(smaller(filled=biased), tiny.tokenizer(), {}, tmp_path / "out")
+    export(compensated(filled=biased), tiny.tokenizer(), {}, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text()) | {"reader_bias": not biased}
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with refuses(DamagedError):

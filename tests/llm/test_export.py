@@ -1,11 +1,6 @@
 import ast
 import copy
 import json
-import os
-import resource
-import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +14,12 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import tiny_models as tiny
 from builders import random_mask, refuses
-from ppf.errors import DamagedError, InputError, ResourceError
+from exports import label, run_without_ppf, smaller
+from ppf.errors import DamagedError
 from ppf.llm import export as module
 from ppf.llm import pruned_model
 from ppf.llm.architectures import layout_of_model, linear
 from ppf.llm.auto import register
-from ppf.llm.depth import with_depth
 from ppf.llm.export import export, verify, weight_bytes
 from ppf.llm.load import convert, load_model
 from ppf.llm.surgery import cut
@@ -80,19 +75,6 @@ class Exported:
     answers: dict[str, torch.Tensor]
 
 
-def smaller(name="llama-gqa-tied", seed=3, dtype=torch.float32):
-    name, _, gone = name.partition("+")  # which sub-layers are gone as a whole
-    model = tiny.model(name, dtype=dtype)
-    layout = layout_of_model(model)
-    if gone:
-        layout = with_depth(model, layout)
-    return cut(model, layout, tiny.DEPTH_MASKS[gone](layout) if gone else random_mask(layout, seed))
-
-
-def label(name, dtype):
-    return f"{name}-{str(dtype).removeprefix('torch.')}"
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Every case as a folder, and what a process without ppf made of it."""
@@ -101,12 +83,8 @@ def exported(tmp_path_factory):
     for name, dtype in CASES:
         model, folder = smaller(name, dtype=dtype), folders / label(name, dtype)
         made[name, dtype] = Exported(folder, model, export(model, tiny.tokenizer(), PLAN, folder), {})
-    command = [sys.executable, "-W", "error", "-c", STRANGER, str(folders), json.dumps(IDS.tolist()), str(answers)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert all(f"{label(*case)} is refused without the flag" in done.stdout for case in CASES)
+    said = run_without_ppf(STRANGER, home, folders, json.dumps(IDS.tolist()), answers)
+    assert all(f"{label(*case)} is refused without the flag" in said for case in CASES)
     for (name, dtype), one in made.items():
         one.answers.update(load_file(answers / label(name, dtype)))
     return made
@@ -254,104 +232,6 @@ def test_any_attention_is_checked_with_itself(tmp_path, attention):
     layout = layout_of_model(dense)
     export(cut(dense, layout, random_mask(layout)), tiny.tokenizer(), PLAN, tmp_path / "out")  # refuses the least difference
     assert "attn" not in (tmp_path / "out" / "config.json").read_text()
-
-
-# --- refusals ---
-
-
-def test_only_an_earlier_export_is_replaced_and_only_by_force(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine").write_text("keep")
-    with refuses(InputError):
-        export(smaller(), tiny.tokenizer(), PLAN, out)
-    with refuses(InputError):
-        export(smaller(), tiny.tokenizer(), PLAN, out, force=True)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
-    (out / "ppf.json").touch()
-    export(smaller(), tiny.tokenizer(), PLAN, out, force=True)
-    assert not (out / "mine").exists() and (out / "config.json").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_a_file_in_the_way_is_never_replaced(tmp_path, force):
-    (tmp_path / "out").write_text("keep")
-    with refuses(InputError):
-        export(smaller(), tiny.tokenizer(), PLAN, tmp_path / "out", force=force)
-    assert (tmp_path / "out").read_text() == "keep" and len(list(tmp_path.iterdir())) == 1
-
-
-def flip_a_bit(folder):
-    path = folder / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-2] ^= 0x40
-    path.write_bytes(data)
-
-
-def cut_weights(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-4])
-
-
-def widen_a_layer(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config["per_layer_config"]["1"] = {"intermediate_size": 40}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-DAMAGES = {
-    "a flipped bit": flip_a_bit,
-    "cut weights": cut_weights,
-    "no config": lambda folder: (folder / "config.json").unlink(),
-    "another width": widen_a_layer,
-}
-
-
-@pytest.mark.parametrize("there", ["nothing", "an older export"])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_what_does_not_reload_alike_leaves_nothing_behind(tmp_path, monkeypatch, damage, there):
-    out, save = tmp_path / "out", PreTrainedModel.save_pretrained
-    if there != "nothing":
-        export(smaller(seed=9), tiny.tokenizer(), {"older": True}, out)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-
-    def save_badly(model, folder):
-        save(model, folder)
-        DAMAGES[damage](folder)
-
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_badly)
-    with refuses(DamagedError):
-        export(smaller(), tiny.tokenizer(), PLAN, out, force=True)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert {path.name for path in tmp_path.iterdir()} == ({"out"} if before else set())
-
-
-def test_a_model_that_answers_nothing_finite_is_refused(tmp_path):
-    model = smaller()
-    with torch.no_grad():
-        model.model.norm.weight.fill_(torch.nan)
-    with refuses(DamagedError):
-        export(model, tiny.tokenizer(), PLAN, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path):
-    model, limits = smaller(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
-    try:
-        with refuses(ResourceError):
-            export(model, tiny.tokenizer(), PLAN, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with refuses(ResourceError) as caught:
-        export(smaller(), tiny.tokenizer(), PLAN, tmp_path / "not" / "yet" / "out")
-    assert "1,000 are free" in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
 def test_verify_compares_answers_and_not_files(exported, monkeypatch):

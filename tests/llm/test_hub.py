@@ -4,14 +4,19 @@ import hashlib
 import http.server
 import json
 import threading
+from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import errors
 
 from builders import refuses
-from ppf.errors import DamagedError, PPFError, ResourceError
+from ppf.errors import DamagedError, InputError, PPFError, ResourceError, UnsupportedError
+from ppf.llm import hub as module
 from ppf.llm.hub import revision_of
 from ppf.llm.load import load_model
 
+REPLY = SimpleNamespace(headers={}, request=None)
 COMMITS = ("a" * 40, "b" * 40)
 
 
@@ -121,3 +126,63 @@ def test_a_model_that_moves_on_between_two_questions_is_read_as_it_was(hub):
 
 def test_a_folder_has_no_commit(whole):
     assert revision_of(whole) is None and revision_of(None) is None
+
+
+def test_a_hub_id_is_fetched_without_code_or_pickles(whole, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "snapshot_download", lambda *args, **options: asked.append((args, options)) or str(whole))
+    assert load_model("someone/model").folder == whole
+    assert [args for args, _ in asked] == [("someone/model",)] * 2
+    config, rest = (options["allow_patterns"] for _, options in asked)
+    assert config == ["config.json"]
+
+    def fetched(name):
+        return any(fnmatch(name, pattern) for pattern in rest)
+
+    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", "chat_template.jinja", "tokenizer.model"):
+        assert fetched(name)
+    assert fetched("model.safetensors") and fetched("model-00001-of-00002.safetensors") and fetched("merges.txt")
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "modeling_x.py", "onnx/model.safetensors", "original/a.pth"):
+        assert not fetched(name)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("gpt2", UnsupportedError), (None, UnsupportedError), (..., DamagedError)])
+def test_a_hub_model_of_another_family_is_refused_before_its_weights_are_fetched(tmp_path, monkeypatch, kind, error):
+    def download(name, allow_patterns):
+        assert allow_patterns == ["config.json"]
+        return str(tmp_path)
+
+    (tmp_path / "config.json").write_text("{}" if kind is ... else json.dumps({"model_type": kind}))
+    monkeypatch.setattr(module, "snapshot_download", download)
+    with refuses(error):
+        load_model("someone/model")
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (errors.HFValidationError("Repo id must be\nshorter"), InputError),
+        (errors.RepositoryNotFoundError("404\nnot found", response=REPLY), InputError),
+        (errors.GatedRepoError("403\nlog in first", response=REPLY), ResourceError),
+        (errors.LocalEntryNotFoundError("offline\nand not cached"), ResourceError),
+        (errors.HfHubHTTPError("500\nserver error", response=REPLY), ResourceError),
+        (ConnectionError("no route\nto host"), ResourceError),
+        (Exception("read\ntimed out"), ResourceError),
+        (OSError(28, "No space left on device"), ResourceError),
+    ],
+)
+def test_what_the_hub_answers_is_translated(monkeypatch, failure, kind):
+    def download(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(module, "snapshot_download", download)
+    with refuses(kind) as caught:
+        load_model("someone/model")
+    assert "someone/model" in str(caught.value)
+
+
+def test_being_offline_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with refuses(ResourceError):
+        load_model("no-such-owner/no-such-model")

@@ -5,13 +5,11 @@ import os
 import pickle
 import subprocess
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, LlamaModel, PreTrainedConfig
 
@@ -107,66 +105,6 @@ def test_a_file_is_no_model(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with refuses(InputError):
         load_model(str(tmp_path / "model.safetensors"))
-
-
-def test_a_hub_id_is_fetched_without_code_or_pickles(whole, monkeypatch):
-    asked = []
-    monkeypatch.setattr(module, "snapshot_download", lambda *args, **options: asked.append((args, options)) or str(whole))
-    assert load_model("someone/model").folder == whole
-    assert [args for args, _ in asked] == [("someone/model",)] * 2
-    config, rest = (options["allow_patterns"] for _, options in asked)
-    assert config == ["config.json"]
-
-    def fetched(name):
-        return any(fnmatch(name, pattern) for pattern in rest)
-
-    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", "chat_template.jinja", "tokenizer.model"):
-        assert fetched(name)
-    assert fetched("model.safetensors") and fetched("model-00001-of-00002.safetensors") and fetched("merges.txt")
-    for name in ("consolidated.safetensors", "pytorch_model.bin", "modeling_x.py", "onnx/model.safetensors", "original/a.pth"):
-        assert not fetched(name)
-
-
-@pytest.mark.parametrize(("kind", "error"), [("gpt2", UnsupportedError), (None, UnsupportedError), (..., DamagedError)])
-def test_a_hub_model_of_another_family_is_refused_before_its_weights_are_fetched(tmp_path, monkeypatch, kind, error):
-    def download(name, allow_patterns):
-        assert allow_patterns == ["config.json"]
-        return str(tmp_path)
-
-    (tmp_path / "config.json").write_text("{}" if kind is ... else json.dumps({"model_type": kind}))
-    monkeypatch.setattr(module, "snapshot_download", download)
-    with refuses(error):
-        load_model("someone/model")
-
-
-@pytest.mark.parametrize(
-    ("failure", "kind"),
-    [
-        (hub.HFValidationError("Repo id must be\nshorter"), InputError),
-        (hub.RepositoryNotFoundError("404\nnot found", response=REPLY), InputError),
-        (hub.GatedRepoError("403\nlog in first", response=REPLY), ResourceError),
-        (hub.LocalEntryNotFoundError("offline\nand not cached"), ResourceError),
-        (hub.HfHubHTTPError("500\nserver error", response=REPLY), ResourceError),
-        (ConnectionError("no route\nto host"), ResourceError),
-        (Exception("read\ntimed out"), ResourceError),
-        (OSError(28, "No space left on device"), ResourceError),
-    ],
-)
-def test_what_the_hub_answers_is_translated(monkeypatch, failure, kind):
-    def download(*_, **__):
-        raise failure
-
-    monkeypatch.setattr(module, "snapshot_download", download)
-    with refuses(kind) as caught:
-        load_model("someone/model")
-    assert "someone/model" in str(caught.value)
-
-
-def test_being_offline_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with refuses(ResourceError):
-        load_model("no-such-owner/no-such-model")
 
 
 # --- nothing is run ---

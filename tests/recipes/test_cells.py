@@ -28,8 +28,8 @@ def study(tmp_path):
     return made
 
 
-def current(study, config=CONFIG):
-    return [cell["method"] for cell in current_cells(study, config).values()]
+def current(study):
+    return [cell["method"] for cell in current_cells(study)]
 
 
 def test_all_hold_while_nothing_changes(study):
@@ -48,14 +48,24 @@ def test_what_was_fitted_again_gives_other_cells(study, artefact, gone):
     assert current(study) == [name for name in METHODS if name not in gone]
 
 
-def test_other_terms_are_other_cells(study):
-    assert "cma" not in current(study, BenchConfig(("s",), budget=5)) and "static" not in current(
-        study, BenchConfig(("s",), candidates=3)
-    )
+@pytest.mark.parametrize("usual", [True, False])
+def test_of_several_terms_the_usual_ones_count_or_else_the_newest(study, usual):
+    path, taught = study.folder / "bench.json", taught_by(study)
+    cells = json.loads(path.read_text())
+    if not usual:
+        cells = {key: cell for key, cell in cells.items() if cell["method"] not in ("cma", "static")}
+    for spent in (5, 7):
+        other = BenchConfig(("s",), budget=spent, candidates=spent)
+        for name in ("cma", "static"):
+            cells[cell_key(name, 0.2, other, taught)] = {"method": name, "ratio": 0.2, "spent": spent}
+    path.write_text(json.dumps(cells))
+    found = {cell["method"]: cell.get("spent") for cell in current_cells(study)}
+    assert len(current(study)) == len(METHODS)
+    assert {found["cma"], found["static"]} == {None if usual else 7}
 
 
 @pytest.mark.parametrize("content", ["[]", '{"a": 1}', '{"a": {}}'])
 def test_a_file_of_other_things_is_refused(study, content):
     (study.folder / "bench.json").write_text(content)
     with refuses(DamagedError):
-        current_cells(study, CONFIG)
+        current_cells(study)

@@ -6,7 +6,8 @@ import pytest
 from builders import copied
 from ppf.config import Target
 from ppf.decide import Decider
-from ppf.server.answers import largest_ratio, points, policy_record, shown, study_record
+from ppf.server.answers import points, policy_record, study_record
+from ppf.space.budget import largest_ratio
 from ppf.study import StudyFolder
 
 
@@ -21,7 +22,7 @@ def test_the_study_in_one_record(decider):
     assert record["model"] == {
         "name": "tiny", "type": "llama", "layers": 3, "params": layout.total, "prunable": layout.prunable, "bytes_per_param": 4,
     }  # fmt: skip
-    assert record["ratios"]["max"] == 0.6 and record["ratios"]["floor"] == largest_ratio(decider)
+    assert record["ratios"]["max"] == 0.6 and record["ratios"]["floor"] == largest_ratio(decider.layout)
     assert record["dense"] == {"log_ppl": 2.5, "ppl": pytest.approx(np.exp(2.5))}
     assert record["predictor"] == {"kind": "additive", "heldout": {"count": 9, "tau_mean": 0.9}}
     assert record["protocol"] == {"text": "text.txt", "seq_len": 16, "tokens": 200, "dtype": "float32"}
@@ -33,20 +34,12 @@ def test_no_folder_of_this_machine_is_told(decider, study):
     assert str(study.parent) not in text and "/" not in text
 
 
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [("ref-a", "ref-a"), ("org/model", "org/model"), ("/a/b/model", "model"), ("./b/model", "model"), ("~/m", "m"), ("a/b/c", "c")],
-)
-def test_names_without_folders(name, told):
-    assert shown(name) == told
-
-
 def test_the_largest_ratio_can_be_decided_and_no_larger(decider):
-    largest = largest_ratio(decider)
+    largest = largest_ratio(decider.layout)
     assert decider.decide(Target(ratio=largest)).allocation.kept.tolist() == decider.layout.floors.tolist()
     with pytest.raises(ValueError, match="ask for less"):
         decider.decide(Target(ratio=largest + 2e-4))
-    assert largest_ratio(decider, 8) < largest
+    assert largest_ratio(decider.layout, 8) < largest
 
 
 def test_points_are_the_measured_samples_on_the_axis_of_predictions(decider):

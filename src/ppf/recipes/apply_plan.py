@@ -20,11 +20,12 @@ from ppf.llm.stored import stored
 from ppf.llm.streamed import stored_digest
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
+from ppf.provenance import own_name
 from ppf.recipes.choices import choose_device, choose_dtype, choose_seq_len, tokens_per_batch
 from ppf.recipes.compensate import added_params, compensated
 from ppf.recipes.export import check_wish, export_pruned
 from ppf.recipes.lab import load_for
-from ppf.recipes.prune import Pruned, check_out, dense_bytes, leaf, measured_of, told_of
+from ppf.recipes.prune import Pruned, check_out, dense_bytes, measured_of, told_of
 from ppf.recipes.stored import open_stored, written
 from ppf.space.allocation import allocate
 from ppf.space.layout import Layout
@@ -78,7 +79,7 @@ def _stored(record: Any, config: PruneConfig, progress: Progress) -> dict[str, A
     mask = mask_of(record, source.layout)
     with progress.stage("reading"):
         digest, dtype = stored_digest(source), stored(source.folder, source.shell).dtype
-    plan = _plan(record, leaf(source.name), digest, dtype, source.layout, mask, 0) | {"compensation": {"method": "none"}}
+    plan = _plan(record, source.name, digest, dtype, source.layout, mask, 0) | {"compensation": {"method": "none"}}
     return written(config, source, mask, plan, progress)
 
 
@@ -115,11 +116,11 @@ def apply_plan(record: Any, loaded: LoadedModel, config: PruneConfig, progress: 
         with progress.stage("importance"):
             order = _order(loaded, text, device, dtype)
         mask = select(allocate(policy, budget, loaded.layout, *config.target.grid), order, loaded.layout)
-        wish = {"policy": policy.to_json(), "importance": {"method": order.method, "source": leaf(order.source)}}
+        wish = {"policy": policy.to_json(), "importance": {"method": order.method, "source": own_name(order.source)}}
     with progress.stage("cutting"):
         smaller, how = compensated(loaded, mask, blocks, config.compensate, device, dtype)
     added = added_params(loaded, config.compensate, mask.allocation.kept)
-    plan = _plan(record, leaf(loaded.name), loaded.digest, loaded.dtype, loaded.layout, mask, added) | wish | {"compensation": how}
+    plan = _plan(record, loaded.name, loaded.digest, loaded.dtype, loaded.layout, mask, added) | wish | {"compensation": how}
     if not export:
         plan["ratio"] = {"asked": budget.ratio(loaded.layout), **plan["ratio"]}
     if text:
@@ -146,7 +147,7 @@ def _measured(
         **told_of(measured, speeds),
         "dense": {"log_ppl": dense, "ppl": float(np.exp(dense))},
         "protocol": {
-            "text": leaf(text.name),
+            "text": own_name(text.name),
             "seq_len": int(text.test.shape[1]),
             "tokens": measured.tokens,
             "dtype": str(dtype).removeprefix("torch."),
@@ -182,7 +183,7 @@ def _plan(record: Any, name: str, digest: str, dtype: torch.dtype, layout: Layou
     plan: dict[str, Any] = {
         "format": 1,
         "model": {
-            "name": name, "digest": digest, "type": layout.model_type, "bytes_per_param": dtype.itemsize,
+            "name": own_name(name), "digest": digest, "type": layout.model_type, "bytes_per_param": dtype.itemsize,
         },
         "layout": layout.fingerprint,
         "ratio": {"met": float(layout.ratio(kept))},

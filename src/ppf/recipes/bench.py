@@ -35,10 +35,11 @@ from ppf.llm.scores import score_units
 from ppf.llm.statistics import layer_statistics
 from ppf.lock import locked
 from ppf.progress import Progress
+from ppf.provenance import own_name
 from ppf.recipes.cells import cell_key, taught_by
 from ppf.recipes.fit import additive_agent
 from ppf.recipes.lab import Lab, load_for, settings_of
-from ppf.recipes.prune import FINALISTS, leaf, refined
+from ppf.recipes.prune import FINALISTS, refined
 from ppf.recipes.summary import summarise
 from ppf.samples import Measurement
 from ppf.space.allocation import Allocation, allocate
@@ -261,8 +262,8 @@ def bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
     cells = [cell for decider in deciders for cell in _cells(decider.study, loaded, config, progress)]
     settings = first["settings"]
     return {
-        "model": leaf(first["model"]["name"]),
-        "text": leaf(settings["test_text"] or settings["text"]),
+        "model": own_name(first["model"]["name"]),
+        "text": own_name(settings["test_text"] or settings["text"]),
         "test_tokens": first["dense"]["test"]["tokens"],
         "search_tokens": first["dense"]["search"]["tokens"],
         "dense_ppl": [float(np.exp(decider.dense_log_ppl)) for decider in deciders],

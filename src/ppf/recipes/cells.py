@@ -10,18 +10,29 @@ from ppf.learn.black_box import SEARCHES
 from ppf.study import StudyFolder
 
 
-def current_cells(study: StudyFolder, config: BenchConfig) -> dict[str, dict[str, Any]]:
-    """The cells of a study that its present predictor and policies gave, by method, ratio and terms; none if it has no bench.
+def current_cells(study: StudyFolder) -> list[dict[str, Any]]:
+    """The cells of a study that its present predictor and policies gave; none if it has no bench.
+
+    Where a method ran on several terms at one ratio, what a plain ``ppf bench`` gives counts, else the newest.
 
     Raises:
         DamagedError: Its file of cells holds something else.
     """
-    path, taught = study.folder / "bench.json", taught_by(study)
+    path, taught, plain = study.folder / "bench.json", taught_by(study), BenchConfig((str(study.folder),))
     cells = read_json(path) if path.is_file() else {}
+    found: dict[tuple[str, float], dict[str, Any]] = {}
+    usual = set()
     try:
-        return {key: cell for key, cell in cells.items() if key == cell_key(cell["method"], cell["ratio"], config, taught)}
+        for key, cell in cells.items():
+            name, ratio = cell["method"], cell["ratio"]
+            if not (key.startswith(f"{name} {ratio!r} ") and key.endswith(_learnt(name, taught))) or (name, ratio) in usual:
+                continue
+            found[name, ratio] = cell
+            if key == cell_key(name, ratio, plain, taught):
+                usual.add((name, ratio))
     except (AttributeError, KeyError, TypeError) as error:
         raise DamagedError(f"{path} must hold the cells of a bench; {error!r} came; remove it and run ppf bench again") from error
+    return list(found.values())
 
 
 def cell_key(name: str, ratio: float, config: BenchConfig, taught: dict[str, str]) -> str:
@@ -40,8 +51,10 @@ def taught_by(study: StudyFolder) -> dict[str, str]:
 def _terms(name: str, config: BenchConfig, taught: dict[str, str]) -> str:
     if name in SEARCHES:
         return f"budget {config.budget or taught['budget']}"
-    if name == "static":
-        return f"candidates {config.candidates} of {taught['agent']}"
-    if name == "dynamic" or name.endswith("_on_predictor"):
+    return (f"candidates {config.candidates} " if name == "static" else "") + _learnt(name, taught)
+
+
+def _learnt(name: str, taught: dict[str, str]) -> str:
+    if name in ("static", "dynamic") or name.endswith("_on_predictor"):
         return f"of {taught['agent']}"
     return f"of {taught['nested']}" if name == "nested" else ""

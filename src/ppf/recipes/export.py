@@ -9,7 +9,8 @@ from ppf.errors import InputError
 from ppf.llm.gguf import Written, check_gguf, write_gguf
 from ppf.llm.gguf_shape import shape_of
 from ppf.llm.load import LoadedModel
-from ppf.recipes.prune import Pruned, leaf
+from ppf.provenance import own_name
+from ppf.recipes.prune import Pruned
 
 
 def export(config: ExportConfig, loaded: LoadedModel) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def export(config: ExportConfig, loaded: LoadedModel) -> dict[str, Any]:
         DamagedError: The check failed; nothing is left behind.
         ResourceError: A package is missing, or the file cannot be written.
     """
-    written = write_gguf(loaded.model, loaded.tokenizer, Path(config.gguf), config.quant, leaf(loaded.name), config.force)
+    written = write_gguf(loaded.model, loaded.tokenizer, Path(config.gguf), config.quant, own_name(loaded.name), config.force)
     return record_of(written, config.gguf)
 
 

@@ -36,7 +36,7 @@ from ppf.recipes.lab import Lab, check_engine, check_study_place, layout_for, le
 from ppf.repair import set_aside_damaged
 from ppf.samples import Sample, kept_matrix
 from ppf.space.allocation import allocate
-from ppf.space.budget import Budget
+from ppf.space.budget import Budget, largest_ratio
 from ppf.space.layout import Layout
 from ppf.space.policy import Policy
 from ppf.study import StudyFolder
@@ -185,8 +185,7 @@ def _spread(lab: Lab, count: int) -> list[Wanted]:
 
 def _most(lab: Lab) -> float:
     """The largest ratio that is asked for and that the floors allow."""
-    layout = lab.layout
-    return min(lab.config.max_ratio, float((layout.units - layout.floors) @ layout.costs / layout.prunable) - 1e-6)
+    return min(lab.config.max_ratio, largest_ratio(lab.layout))
 
 
 def _found(lab: Lab, round: int, count: int) -> list[Wanted]:

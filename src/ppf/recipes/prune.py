@@ -25,6 +25,7 @@ from ppf.llm.perplexity import Evaluation, evaluate
 from ppf.llm.text import Text
 from ppf.lock import locked
 from ppf.progress import Progress
+from ppf.provenance import own_name
 from ppf.recipes.choices import choose_device, tokens_per_batch
 from ppf.recipes.compensate import added_params, compensated, with_room
 from ppf.recipes.fit import incumbents, refit
@@ -253,15 +254,15 @@ def plan_for(decider: Decider, decision: Decision, refined: bool) -> dict[str, A
     text = study.record["settings"]["test_text"] or study.record["settings"]["text"]
     return {
         "format": 1,
-        "model": {**model, "name": leaf(model["name"])},
+        "model": {**model, "name": own_name(model["name"])},
         "layout": decider.layout.fingerprint,
         "context": study.context,
-        "importance": {"method": decider.importance.method, "source": leaf(decider.importance.source)},
+        "importance": {"method": decider.importance.method, "source": own_name(decider.importance.source)},
         "refined": refined,
         **decision.to_json(decider.layout),
         "dense": {"log_ppl": decider.dense_log_ppl, "ppl": float(np.exp(decider.dense_log_ppl))},
         "protocol": {
-            "text": leaf(text),
+            "text": own_name(text),
             "seq_len": study.record["seq_len"],
             "tokens": study.record["dense"]["test"]["tokens"],
             "dtype": study.record["dtype"],
@@ -288,11 +289,6 @@ def _with_compensation(plan: dict[str, Any], how: dict[str, Any], added: int) ->
     """The record with what made up for what went, of which its prediction knows nothing, and the parameters that it added."""
     params = {**plan["params"], "after": plan["params"]["after"] + added}
     return {**plan, "compensation": how, "params": params, "predicted": {**plan["predicted"], "compensation": "none"}}
-
-
-def leaf(name: str) -> str:
-    """A file's or folder's own name: an export says nothing of the machine on which it was made. A hub id stays whole."""
-    return Path(name).name if Path(name).exists() else name
 
 
 def _ppl(interval: tuple[float, float]) -> list[float]:

@@ -20,9 +20,10 @@ from ppf.llm.recover import recover as train
 from ppf.llm.surgery import savable_generation_config
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
+from ppf.provenance import own_name
 from ppf.recipes.choices import choose_device, choose_dtype, choose_seq_len, tokens_per_batch
 from ppf.recipes.lab import load_for
-from ppf.recipes.prune import Pruned, check_out, leaf
+from ppf.recipes.prune import Pruned, check_out
 from ppf.recipes.teacher import check_teacher, find_teacher, plan_of
 
 RANK = 16
@@ -160,8 +161,8 @@ def _record(config: RecoverConfig, how: Training, text: Text, teacher: LoadedMod
     return {
         "method": "full" if how.rank is None else "lora",
         "rank": how.rank,
-        "teacher": None if teacher is None else {"name": leaf(teacher.name), "digest": teacher.digest},
-        "text": leaf(config.text),
+        "teacher": None if teacher is None else {"name": own_name(teacher.name), "digest": teacher.digest},
+        "text": own_name(config.text),
         "tokens": how.steps * how.sequences * length,
         "distinct_tokens": int(text.calibration.size + text.search.size),
         "steps": how.steps,
@@ -169,7 +170,7 @@ def _record(config: RecoverConfig, how: Training, text: Text, teacher: LoadedMod
         "lr": how.lr,
         "seed": how.seed,
         "protocol": {
-            "text": leaf(config.test_text or config.text),
+            "text": own_name(config.test_text or config.text),
             "seq_len": length,
             "tokens": int(text.test.size),
             "dtype": str(how.dtype).removeprefix("torch."),

@@ -11,8 +11,8 @@ from ppf.errors import DamagedError, InputError
 from ppf.llm.export import PLAN_FILE
 from ppf.llm.load import EMBEDDED, LoadedModel
 from ppf.progress import Progress
+from ppf.provenance import own_name
 from ppf.recipes.lab import load_for
-from ppf.recipes.prune import leaf
 
 
 def plan_of(folder: Path) -> dict[str, Any]:
@@ -73,5 +73,5 @@ def check_teacher(loaded: LoadedModel, teacher: LoadedModel | None) -> None:
         return
     sizes = [one.model.config.vocab_size for one in (loaded, teacher)]
     if sizes[0] != sizes[1] or loaded.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
-        came = f"{leaf(teacher.name)} has {sizes[1]:,} tokens, the model {sizes[0]:,}, or others"
+        came = f"{own_name(teacher.name)} has {sizes[1]:,} tokens, the model {sizes[0]:,}, or others"
         raise InputError(f"a teacher must have the model's own vocabulary; {came}; give its dense model")

@@ -6,9 +6,9 @@ from ppf.config import EvalConfig
 from ppf.llm.load import LoadedModel
 from ppf.llm.zeroshot import check_harness, task_manager, task_names, zeroshot
 from ppf.progress import Progress
+from ppf.provenance import own_name
 from ppf.recipes.choices import choose_device, choose_dtype, tokens_per_batch
 from ppf.recipes.lab import load_for
-from ppf.recipes.prune import leaf
 
 _TOKENS_A_SEQUENCE = 128
 
@@ -35,7 +35,7 @@ def evaluate_tasks(config: EvalConfig, progress: Progress) -> dict[str, Any]:
     for role, name in {"against": config.against, "model": config.model}.items():
         if name is not None:
             loaded = load_for(name, progress)
-            with progress.stage(f"tasks on {leaf(name)}"):
+            with progress.stage(f"tasks on {own_name(name)}"):
                 found[role] = _answers(loaded, names, manager, config)
     return {
         "models": found,

@@ -1,6 +1,5 @@
 """What a report tells, read from a study folder: measurements, predictions, tables. No plots, no HTML, no torch."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,14 +9,15 @@ from typing import Any
 import numpy as np
 
 from ppf.artifact import load_artifact, read_json
-from ppf.config import BenchConfig
 from ppf.decide import Decider
 from ppf.errors import DamagedError
 from ppf.learn.learning_curve import Known, learning_curve
 from ppf.learn.predictor import Prediction
+from ppf.provenance import own_name
 from ppf.recipes.cells import current_cells
 from ppf.recipes.summary import summarise
 from ppf.samples import Sample, kept_matrix
+from ppf.space.budget import largest_ratio
 from ppf.space.layout import Layout
 from ppf.study import StudyFolder, read_sealed
 
@@ -102,9 +102,7 @@ class Facts:
     @cached_property
     def max_ratio(self) -> float:
         """The largest ratio that the agent was trained on and that the floors allow."""
-        layout = self.layout
-        most = float((layout.units - layout.floors) @ layout.costs / layout.prunable)
-        return min(float(self.decider.agent.max_ratio), math.floor(most * 1e4) / 1e4)
+        return min(float(self.decider.agent.max_ratio), largest_ratio(self.layout))
 
     @property
     def shown_ratios(self) -> list[float]:
@@ -154,7 +152,7 @@ class Facts:
 
     def own_table(self) -> Table | None:
         """The bench of this study alone, if one was run since it was fitted."""
-        cells = list(current_cells(self.study, BenchConfig((str(self.study.folder),))).values())
+        cells = current_cells(self.study)
         settings = self.study.record["settings"]
         if not cells:
             return None
@@ -166,7 +164,7 @@ class Facts:
             ) from error
         text, tokens = settings.get("test_text") or settings.get("text"), self.study.record["dense"]["test"].get("tokens", 0)
         return Table(
-            last_part(self.study.record["model"]["name"]), last_part(text), tokens, settings["samples"], (settings["seed"],), rows
+            own_name(self.study.record["model"]["name"]), own_name(text), tokens, settings["samples"], (settings["seed"],), rows
         )
 
 
@@ -196,8 +194,3 @@ def _checked(path: Path) -> dict[str, Any]:
     if not {record["predictor"], "additive"} <= set(record["heldout"]):
         raise DamagedError(f"{path} must have the figures of its predictors; it has not; fit again with the same command")
     return record
-
-
-def last_part(name: Any) -> str:
-    """A model or text as people call it: the last part of a path."""
-    return Path(str(name)).name or str(name)

@@ -3,16 +3,15 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ppf import __version__
 from ppf.config import FitConfig
-from ppf.provenance import machine
+from ppf.provenance import machine, own_name, portable
 from ppf.report import plots
-from ppf.report.facts import Facts, Table, last_part
+from ppf.report.facts import Facts, Table
 from ppf.report.page import code, page, plot, section, table, tiles
 
 _VERSIONS = ("python", "torch", "transformers", "numpy", "scipy")
@@ -25,9 +24,9 @@ def report_page(facts: Facts, tables: Sequence[Table] = ()) -> str:
         facts: Of the study.
         tables: Benches to show besides the study's own.
     """
-    name, settings = last_part(facts.study.record["model"]["name"] or "a model"), facts.study.record["settings"]
+    name, settings = own_name(facts.study.record["model"]["name"] or "a model"), facts.study.record["settings"]
     own = facts.own_table()
-    text = last_part(settings["text"])
+    text = own_name(settings["text"])
     lead = f"What stays of {name} at any ratio, what that costs, and how well it was predicted. Fitted on the text {text}."
     sections = [
         tiles(_glance(facts)), _stays(facts), _damage(facts), _predictor(facts), _sensitivity(facts),
@@ -164,8 +163,8 @@ def _again(facts: Facts) -> str:
     made, here = report.get("made") or {}, machine()
     of_fit = made.get("machine") or {}
     rows = [
-        ["model", f"{last_part(record['model']['name'] or 'an object')} (digest {record['model']['digest']})"],
-        ["text", f"{last_part(record['settings']['text'])} (token blocks, sha256 {facts.text_digest})"],
+        ["model", f"{own_name(record['model']['name'] or 'an object')} (digest {record['model']['digest']})"],
+        ["text", f"{own_name(record['settings']['text'])} (token blocks, sha256 {facts.text_digest})"],
         ["blocks", f"{record['seq_len']} tokens, {record['dtype']}"],
         ["seed", str(record["settings"]["seed"])],
         ["importance", str(report["importance"]["method"])],
@@ -185,17 +184,12 @@ def _again(facts: Facts) -> str:
 
 def fit_command(settings: dict[str, Any]) -> str:
     """The command that gives a study of these settings, with those that differ from the defaults."""
-    words = ["ppf", "fit", _inside(settings.get("model") or "MODEL"), "--study", last_part(settings.get("study") or "STUDY")]
+    words = ["ppf", "fit", portable(settings.get("model") or "MODEL"), "--study", own_name(settings.get("study") or "STUDY")]
     for field in fields(FitConfig):
-        value = _inside(settings.get(field.name))
+        value = settings.get(field.name)
         if field.default is not MISSING and value is not None and value != field.default:
-            words += ["--" + field.name.replace("_", "-"), str(value)]
+            words += ["--" + field.name.replace("_", "-"), portable(str(value))]
     return " ".join(map(shlex.quote, [str(word) for word in words]))
-
-
-def _inside(value: Any) -> Any:
-    """A report may be passed on: it says nothing of the folders of a machine."""
-    return last_part(value) if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _versions(own: Any, others: dict[str, Any]) -> str:

@@ -7,8 +7,9 @@ import numpy as np
 
 from ppf.config import Target
 from ppf.decide import Decider
+from ppf.provenance import own_name
 from ppf.samples import kept_matrix
-from ppf.space.budget import aligned_floors
+from ppf.space.budget import largest_ratio
 
 _POINTS = 600
 
@@ -26,14 +27,14 @@ def study_record(decider: Decider, live: bool) -> dict[str, Any]:
     settings = study.record["settings"]
     return {
         "model": {
-            "name": shown(study.record["model"]["name"]),
+            "name": own_name(study.record["model"]["name"]),
             "type": layout.model_type,
             "layers": layout.layers,
             "params": layout.total,
             "prunable": layout.prunable,
             "bytes_per_param": study.record["model"]["bytes_per_param"],
         },
-        "ratios": {"max": float(decider.agent.max_ratio), "floor": largest_ratio(decider)},
+        "ratios": {"max": float(decider.agent.max_ratio), "floor": largest_ratio(decider.layout)},
         "dense": {"log_ppl": dense, "ppl": float(np.exp(dense))},
         "predictor": {"kind": report.get("predictor"), "heldout": heldout.get(report.get("predictor"))},
         "protocol": {
@@ -45,13 +46,6 @@ def study_record(decider: Decider, live: bool) -> dict[str, Any]:
         "points": points(decider),
         "live": live,
     }
-
-
-def largest_ratio(decider: Decider, align: int = 1, tp: int = 1) -> float:
-    """The ratio at which every site is at its floor, rounded down."""
-    layout = decider.layout
-    most = int((layout.units - aligned_floors(layout, align, tp)) @ layout.costs)
-    return int(most / layout.prunable * 1e4) / 1e4
 
 
 def points(decider: Decider, most: int = _POINTS) -> list[dict[str, Any]]:
@@ -86,9 +80,3 @@ def policy_record(decider: Decider, target: Target) -> dict[str, Any]:
         "memory": int(decision.params[1] * item),
         "kv_bytes_per_token": int(cache * item),
     }
-
-
-def shown(name: str) -> str:
-    """A name without the folders of this machine; a hub id stays whole."""
-    is_local = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).is_dir()
-    return Path(name).name if is_local else name

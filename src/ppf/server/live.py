@@ -21,10 +21,10 @@ from ppf.llm.perplexity import is_memory
 from ppf.llm.prefix import View
 from ppf.llm.timing import step_seconds
 from ppf.provenance import cores
-from ppf.server.answers import largest_ratio
 from ppf.server.controller import Costs, Load
 from ppf.server.metrics import Meter
 from ppf.server.wire import Refusal
+from ppf.space.budget import largest_ratio
 
 _RUNNING = 4
 _WAITING = 32
@@ -128,7 +128,7 @@ class Live:
             )
         known, self.decider = self.costs, decider
         try:
-            self.set_ratio(min(self.size.decision.asked, largest_ratio(decider)))
+            self.set_ratio(min(self.size.decision.asked, largest_ratio(decider.layout)))
             self.costs = self._costs(known.latency_at)
         except BaseException:  # all of the new fit, or nothing
             self.decider, self.costs = old, known
@@ -245,7 +245,7 @@ class Live:
 
     def _sizes(self) -> list[Size]:
         """From the whole model to the smallest that the agent was trained on."""
-        asked = np.linspace(0.0, min(float(self.decider.agent.max_ratio), largest_ratio(self.decider)), _TIMED)
+        asked = np.linspace(0.0, min(float(self.decider.agent.max_ratio), largest_ratio(self.decider.layout)), _TIMED)
         return [self.size_for(float(ratio)) for ratio in asked]
 
     def _costs(self, latency_at: Callable[[float], float]) -> Costs:

@@ -15,14 +15,14 @@ from ppf.decide import Decider
 from ppf.errors import InputError
 from ppf.llm.load import quiet_transformers
 from ppf.progress import Progress
+from ppf.provenance import own_name
 from ppf.recipes.live import elastic_for
-from ppf.server.answers import largest_ratio, shown
 from ppf.server.completions import Exchange
 from ppf.server.controller import Costs, Goal, State, step
 from ppf.server.live import Live
 from ppf.server.schemas import ChatBody, CompletionBody
 from ppf.server.wire import JsonResponse, Refusal
-from ppf.space.budget import parse_size
+from ppf.space.budget import largest_ratio, parse_size
 
 _LOOK_SECONDS = 0.5
 _BYTES_PER_TOKEN = 16
@@ -137,7 +137,7 @@ def open_served(config: ServeConfig, decider: Decider) -> Served:
         UnsupportedError: A model that cannot be elastic.
     """
     quiet_transformers()
-    top = largest_ratio(decider)
+    top = largest_ratio(decider.layout)
     high = min(float(decider.agent.max_ratio), top) if config.max_ratio is None else config.max_ratio
     if max(high, config.min_ratio) > top:
         raise InputError(f"the limits must lie below {top:g}, the largest ratio of this model; a larger one came; lower them")
@@ -153,5 +153,5 @@ def open_served(config: ServeConfig, decider: Decider) -> Served:
         live.close()
         least = f"{live.costs.weights[-1]:,.0f} bytes of weights at ratio {live.costs.ratios[-1]:.2f}"
         raise InputError(f"--target-memory must hold {least}; {config.target_memory} came; raise it")
-    name = shown(config.model or decider.study.record["model"]["name"])
+    name = own_name(config.model or decider.study.record["model"]["name"])
     return Served(live, name, config.max_tokens, goal)

@@ -71,21 +71,18 @@ class Budget:
     def _leaving(cls, params: int, layout: Layout, align: int, tp: int) -> "Budget":
         """What must go for so many to stay. What goes with the last units of sites may do the rest."""
         floors, remove = aligned_floors(layout, align, tp), max(0, layout.total - params)
-        most = int((layout.units - floors) @ layout.costs)
-        return cls(min(remove, most) if params >= int(layout.kept_params(floors)) else remove)
+        return cls(min(remove, _most(layout, align, tp)) if params >= int(layout.kept_params(floors)) else remove)
 
     def ratio(self, layout: Layout) -> float:
         """The share of the prunable parameters that this budget removes."""
         return self.remove / layout.prunable
 
     def _feasible(self, layout: Layout, align: int, tp: int, wish: str) -> "Budget":
-        most = int((layout.units - aligned_floors(layout, align, tp)) @ layout.costs)
-        if self.remove > most:
-            reach = most / layout.prunable
+        if self.remove > _most(layout, align, tp):
             smallest = int(layout.kept_params(aligned_floors(layout, align, tp)))
             grid = " and ".join(f"--{name} {step}" for name, step in (("align", align), ("tp", tp)) if step > 1)
             raise InputError(
-                f"at most ratio {math.floor(reach * 1e4) / 1e4:g} of what is prunable can go{' with ' if grid else ''}{grid} "
+                f"at most ratio {largest_ratio(layout, align, tp):g} of what is prunable can go{' with ' if grid else ''}{grid} "
                 f"({smallest:,} parameters stay); {wish} asks for ratio {self.ratio(layout):.4g}; "
                 f"ask for less{', or for smaller steps' if grid else ''}"
             )
@@ -95,6 +92,16 @@ class Budget:
 def removed(ratio: float, layout: Layout) -> int:
     """Parameters that a ratio asks to remove: the share of the prunable ones, rounded up."""
     return math.ceil(ratio * layout.prunable - 1e-6)
+
+
+def largest_ratio(layout: Layout, align: int = 1, tp: int = 1) -> float:
+    """The ratio at which every site is at its floor, rounded down to four digits, so that it can be asked for."""
+    return math.floor(_most(layout, align, tp) / layout.prunable * 1e4) / 1e4
+
+
+def _most(layout: Layout, align: int, tp: int) -> int:
+    """Parameters that can go."""
+    return int((layout.units - aligned_floors(layout, align, tp)) @ layout.costs)
 
 
 def aligned_floors(layout: Layout, align: int, tp: int = 1) -> np.ndarray:
