@@ -215,7 +215,8 @@ class Page {
   drawState(state) {
     const { controller, memory, requests } = state;
     this.controlled = controller.on;
-    get("count").max = state.max_tokens;
+    get("count").max = Math.min(state.max_tokens, Number(get("count").max));
+    get("count").value = Math.min(Number(get("count").max), Number(get("count").value)) || "";
     get("follow-row").hidden = controller.on;
     const speed = state.latency_ms === null ? "idle" : `${state.tokens_per_second.toFixed(0)} tokens/s, ${state.latency_ms.toFixed(1)} ms a token`;
     const facts = {
