@@ -19,28 +19,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
 import numpy as np
 from playwright.sync_api import Page, sync_playwright
 
 from decision_speed import MODELS, synthetic_study
 from ppf.llm.architectures import layout_of
 from record import write
+from slider_moves import move
 
 MOVES = 120
 LARGE = "Llama-3-70B"
-MOVE = """
-async (value) => {
-  const slider = document.getElementById("ratio");
-  const shown = () => document.getElementById("tiles").textContent;
-  const before = shown();
-  const start = performance.now();
-  slider.value = value;
-  slider.dispatchEvent(new Event("input"));
-  while (shown() === before) await new Promise((done) => setTimeout(done, 0));
-  await new Promise(requestAnimationFrame);
-  return performance.now() - start;
-}
-"""
 
 
 @contextmanager
@@ -56,7 +46,7 @@ def served(study: Path) -> Iterator[str]:
 
 def times(page: Page, ratios: np.ndarray) -> dict[str, float]:
     """Milliseconds from the event to the frame after everything changed."""
-    found = [page.evaluate(MOVE, f"{ratio:.4f}") for ratio in ratios]
+    found = [move(page, ratio) for ratio in ratios]
     return {"median": round(float(np.median(found)), 1), "p99": round(float(np.quantile(found, 0.99)), 1)}
 
 
@@ -78,7 +68,7 @@ def picture(page: Page, study: Path, path: Path) -> None:
         page.set_viewport_size({"width": 1000, "height": 900})
         page.goto(address)
         page.wait_for_selector("body[data-ready=all]")
-        page.evaluate(MOVE, "0.5")
+        move(page, 0.5)
         box = page.locator("#chart").bounding_box()
         page.screenshot(path=path, full_page=True, clip={"x": 0, "y": 0, "width": 1000, "height": box["y"] + box["height"] + 48})
 

@@ -180,7 +180,9 @@ def test_biases_and_refitted_weights_leave_what_is_gone_alone(name, case):
 
 
 @pytest.mark.parametrize("case", tiny.DEPTH_MASKS)
-@pytest.mark.parametrize("name", ["llama-biases", "gemma2-gqa", "qwen3-gqa", "gpt_neox-parallel"])
+@pytest.mark.parametrize(
+    "name", ["llama-biases", "gemma2-gqa", "qwen3-gqa", "gpt_neox-parallel", "phi3-gqa", "olmo2-gqa", "opt-mha", "mixtral-gqa"]
+)
 def test_an_elastic_model_runs_without_sublayers_and_gets_them_back(name, case):
     one = prepared(name, case)
     dense, order = tiny.logits(one.model, IDS), importance(one.layout, 5)

@@ -44,6 +44,7 @@ def test_a_policy_is_that_of_the_library(decisions, study, query, target):
     status, record = get(decisions, "/api/policy", **query)
     expected = answers.policy_record(Decider(study), target)
     assert status == 200
+    assert record.pop("fit") == get(decisions, "/api/study")[1]["fit"]
     del record["milliseconds"], expected["milliseconds"]
     assert record == json.loads(json.dumps(expected))
 
@@ -70,7 +71,8 @@ def test_a_field_that_comes_twice_is_refused(decisions):
 
 
 def test_without_a_model_it_says_so(decisions):
-    assert get(decisions, "/api/state") == (200, {"live": False, "fits": 1})
+    fit = get(decisions, "/api/study")[1]["fit"]
+    assert get(decisions, "/api/state") == (200, {"live": False, "fit": fit, "fits": 1})
     assert get(decisions, "/v1/models") == (200, {"object": "list", "data": []})
     for path in ("/v1/completions", "/v1/chat/completions"):
         status, record = post(decisions, path, {"model": "tiny", "prompt": "w3"})
@@ -106,6 +108,7 @@ def test_a_model_adds_times_to_policies(live):
     for ratio in (0, 0.3, 0.6):
         _, record = get(port, "/api/policy", ratio=ratio)
         assert record["latency_ms"] == pytest.approx(served.costs.latency_at(record["ratio"]["met"]))
+        assert record["memory_in_use"] == 4 * record["params"]["after"]
         assert record["tokens_per_second"] == pytest.approx(1000 / record["latency_ms"])
     status, record = get(port, "/api/policy", latency_ms=served.costs.latency_ms[0] + 1)
     assert (status, record["ratio"]["asked"]) == (200, 0)

@@ -1,4 +1,5 @@
 import json
+import re
 import time
 
 import httpx
@@ -63,6 +64,59 @@ def test_a_stream_brings_the_same_text(client, live):
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == whole.choices[0].finish_reason
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage and chunks[-1].ppf == whole.ppf
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def begun(live, monkeypatch, then=lambda: None):
+    """What a long answer, whole and as a stream, says at its end; ``then`` is called as soon as it runs."""
+    at, called = live[1].live.elastic.at, []
+
+    def slow(*view):
+        time.sleep(0.02)
+        if not called:
+            called.append(then())
+        return at(*view)
+
+    records = []
+    for stream in (False, True):
+        called.clear()
+        monkeypatch.setattr(live[1].live.elastic, "at", slow)
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "temperature": 0, "stop": "never", "stream": stream}
+        status, _, found = request(live[0], "POST", "/v1/completions", json.dumps(body).encode(), seconds=20)
+        assert status == 200
+        events = re.findall(r"data: (\{.*\})", found.decode()) if stream else [found]
+        records.append(strict(events[-1]))
+    return records
+
+
+def test_an_answer_says_what_ended_it(client, live):
+    words = greedy(live, 0, 8).split()
+    for more, ended in (({}, "length"), ({"stop": words[2]}, "stop")):
+        options = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "temperature": 0, **more}
+        whole, *_, last = client.completions.create(**options), *client.completions.create(**options, stream=True)
+        assert whole.ppf["ended"] == last.ppf["ended"] == ended
+        assert whole.choices[0].finish_reason == last.choices[0].finish_reason == ended
+        chat = {**options, "messages": MESSAGES}
+        del chat["prompt"]
+        whole, *_, last = client.chat.completions.create(**chat), *client.chat.completions.create(**chat, stream=True)
+        assert whole.ppf["ended"] == last.ppf["ended"] == whole.choices[0].finish_reason
+
+
+def test_an_answer_whose_time_is_up_says_so(live, monkeypatch):
+    monkeypatch.setattr("ppf.server.live._SECONDS", 0.1)
+    for record in begun(live, monkeypatch):
+        assert record["ppf"]["ended"] == "time" and record["choices"][0]["finish_reason"] == "length"
+
+
+def test_an_answer_that_the_server_s_end_cuts_says_so(live, monkeypatch):
+    served = live[1].live
+
+    def stop():
+        for job in list(served._jobs):  # as closing does, which this server outlives
+            job.ended = "shutdown"
+            job.cancelled.set()
+
+    for record in begun(live, monkeypatch, stop):
+        assert record["ppf"]["ended"] == "shutdown" and record["choices"][0]["finish_reason"] == "length"
 
 
 def test_a_chat(client):

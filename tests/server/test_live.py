@@ -4,7 +4,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from transformers import DynamicCache
 
+import tiny_models
 from builders import refuses
 from http_client import request, strict
 from ppf.decide import Decider
@@ -16,7 +19,8 @@ from ppf.server.controller import Goal
 from ppf.server.live import Job, Live
 from ppf.server.metrics import Meter
 from ppf.server.served import Served
-from server_runs import running
+from ppf.space.allocation import Allocation
+from server_runs import running, study_of
 
 PROMPT = [5, 9, 40, 7]
 
@@ -120,6 +124,19 @@ def test_costs_fall_with_the_ratio(model):
     assert costs.weights[0] == 4 * model.decider.layout.total
 
 
+def test_attention_that_is_gone_still_takes_its_part_of_the_cache(tmp_path):
+    live = opened(study_of(tmp_path / "study", tiny_models.save(tmp_path / "tiny", "llama-mha"), depth=True).folder)
+    layout = live.decider.layout
+    for kept in (layout.units, layout.floors, np.where(layout.floors, layout.units, 0)):
+        cache, view = DynamicCache(config=live.elastic.config), live.elastic.view(Allocation(kept))
+        with live.elastic.at(view) as model:
+            model(input_ids=torch.tensor([PROMPT]), past_key_values=cache, use_cache=True)
+        held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+        assert live._kv_bytes(kept) * len(PROMPT) == held
+    assert not layout.floors.all()
+    live.close()
+
+
 def test_a_request_whose_time_is_up_ends(model, monkeypatch):
     monkeypatch.setattr("ppf.server.live._SECONDS", 0.1)
     slowed(model, monkeypatch)
@@ -147,7 +164,7 @@ def test_a_ratio_beyond_the_floors_is_refused(study):
 def test_the_controller_changes_the_ratio_and_tells_why(study, caplog):
     live = opened(study)
     goal = Goal(None, int(live.costs.weights[0] * 0.8), 0.0, 0.6)
-    served = Served(live, "tiny", 8, goal)
+    served = Served(live, "tiny", 8, lambda _: goal)
     served.look(goal)
     state = served.state()
     assert state["memory"]["weights"] <= goal.memory and state["ratio"] == live.size.decision.asked > 0.1

@@ -1,27 +1,21 @@
 """The page in a real browser: Chromium, and no network but the server."""
 
 import re
+import shutil
 
 import pytest
 
 from chromium import chromium
+from http_client import request, strict
+from ppf.config import Target
+from ppf.decide import Decider
+from ppf.server import refit
+from ppf.study import StudyFolder
+from server_runs import fit_anew, running
+from slider_moves import move
 
 pytestmark = pytest.mark.browser
 sync_api = pytest.importorskip("playwright.sync_api")
-
-LIVELY = """
-async (value) => {
-  const slider = document.getElementById("ratio");
-  const shown = () => document.getElementById("tiles").textContent;
-  const before = shown();
-  const start = performance.now();
-  slider.value = value;
-  slider.dispatchEvent(new Event("input"));
-  while (shown() === before) await new Promise((done) => setTimeout(done, 0));
-  await new Promise(requestAnimationFrame);
-  return performance.now() - start;
-}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +68,14 @@ def tiles(page):
     return dict(zip(names, values, strict=True))
 
 
-def move(page, value):
-    page.evaluate(LIVELY, value)
-
-
 def test_the_slider_moves_bars_numbers_and_marker(visit, decisions):
     page = ready(visit(decisions))
-    move(page, "0.1")
+    move(page, 0.1)
     before, bars, at = tiles(page), heights(page), page.get_attribute("#chart svg g", "transform")
-    move(page, "0.5")
+    move(page, 0.5)
     after = tiles(page)
     assert page.inner_text("#ratio-shown") == "50.0 %"
-    for name in ("predicted perplexity", "parameters", "weights on disk"):
+    for name in ("predicted perplexity", "parameters", "file size", "memory"):
         assert float(re.sub(r"[^\d.]", "", after[name])) != float(re.sub(r"[^\d.]", "", before[name])), name
     assert int(after["parameters"].replace(",", "")) < int(before["parameters"].replace(",", ""))
     assert heights(page) != bars and page.get_attribute("#chart svg g", "transform") != at
@@ -93,7 +83,7 @@ def test_the_slider_moves_bars_numbers_and_marker(visit, decisions):
 
 def test_what_is_shown_is_what_the_server_decides(visit, decisions):
     page = ready(visit(decisions))
-    move(page, "0.25")
+    move(page, 0.25)
     record = page.evaluate("async () => (await fetch('/api/policy?ratio=0.25')).json()")
     assert tiles(page)["parameters"] == f"{record['params']['after']:,}"
     assert tiles(page)["predicted perplexity"] == f"{record['predicted']['ppl']:.2f}"
@@ -102,14 +92,13 @@ def test_what_is_shown_is_what_the_server_decides(visit, decisions):
     expected = [100 * site["kept"] / site["of"] for kind in kinds for site in record["kept"] if site["kind"] == kind]
     assert shown == pytest.approx(expected, abs=0.01)
     page.click("summary")
-    cells = page.locator("#table td").all_inner_texts()
-    assert f"{record['kept'][0]['kept']} of {record['kept'][0]['of']}" in cells
+    told(page, "#table", f"{record['kept'][0]['kept']} of {record['kept'][0]['of']}")
 
 
 def test_it_is_redrawn_at_once(visit, decisions):
     page = ready(visit(decisions))
     page.wait_for_selector("body[data-ready=all]")
-    times = sorted(page.evaluate(LIVELY, str(value)) for value in [0.015 + 0.01 * place for place in range(30)])
+    times = sorted(move(page, value) for value in [0.015 + 0.01 * place for place in range(30)])
     print(f"event to redraw: median {times[15]:.1f} ms, worst {times[-1]:.1f} ms")
     assert times[15] <= 50
 
@@ -182,7 +171,7 @@ def test_of_many_moves_the_live_model_takes_the_last(visit, live):
 
 def test_text_comes_dense_and_pruned(visit, live):
     page = ready(visit(live[0]))
-    move(page, "0.5")
+    move(page, 0.5)
     bodies = []
     page.on("request", lambda one: bodies.append(one.post_data_json) if one.url.endswith("/v1/completions") else None)
     page.fill("#prompt", "w5 w6 w7")
@@ -220,6 +209,63 @@ def test_a_token_opens_the_page(visit, guarded_port):
     assert not page.is_visible("#token-form")
     page = ready(visit(port, path=f"/#token={token}"))
     assert token not in page.url
+
+
+@pytest.fixture
+def own(study, tmp_path, monkeypatch):
+    """A copy of the study, to be fitted anew; servers look often."""
+    monkeypatch.setattr(refit, "_LOOK_SECONDS", 0.05)
+    return StudyFolder(shutil.copytree(study, tmp_path / "own"))
+
+
+def shows(page, own, ratio):
+    """Whether bars and numbers are those that the library decides."""
+    decision = Decider(own.folder).decide(Target(ratio=ratio))
+    sites = sorted(zip(own.layout.sites, decision.allocation.kept, strict=True), key=lambda pair: pair[0].kind)
+    bars = [100 * kept / site.units for site, kept in sites]
+    assert [float(height.rstrip("%")) for height in heights(page)] == pytest.approx(bars, abs=0.01)
+    assert tiles(page)["parameters"] == f"{decision.params[1]:,}"
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_a_page_that_is_open_follows_a_study_that_is_fitted_anew(visit, own, with_model):
+    with running(own.folder, no_model=not with_model) as (port, _):
+        page = ready(visit(port))
+        page.wait_for_selector("body[data-ready=all]")
+        move(page, 0.4)
+        shows(page, own, 0.4)
+        assert not page.is_visible("#news")
+        line = page.get_attribute("#chart .line", "d")
+        fit_anew(own, 0.8, most=0.5)
+        told(page, "#news", "fitted anew")
+        page.wait_for_selector("body[data-ready=all]")
+        assert (page.input_value("#ratio"), page.get_attribute("#ratio", "max")) == ("0.4", "0.5")
+        shows(page, own, 0.4)
+        assert "tau 0.50" in page.inner_text("#chart-lead") and page.get_attribute("#chart .line", "d") != line
+        move(page, 0.2)
+        shows(page, own, 0.2)
+        move(page, 0.5)
+        fit_anew(own, 0.2, most=0.3)
+        sync_api.expect(page.locator("#ratio")).to_have_attribute("max", "0.3", timeout=20_000)
+        page.wait_for_selector("body[data-ready=all]")
+        assert page.input_value("#ratio") == "0.3" and page.inner_text("#ratio-shown") == "30.0 %"
+        shows(page, own, 0.3)
+        page.close()  # before the server, which it would miss
+
+
+def test_an_answer_of_another_fit_is_enough_to_follow(visit, own):
+    with running(own.folder, no_model=True) as (port, _):
+        page = ready(visit(port))
+        page.wait_for_selector("body[data-ready=all]")
+        page.route("**/api/state", lambda route: None)  # asked, and never answered
+        fit_anew(own, 0.8)
+        while strict(request(port, "GET", "/api/state")[2])["fits"] != 2:
+            page.wait_for_timeout(20)
+        page.evaluate("document.getElementById('ratio').step = '0.0001'")
+        move(page, 0.4021)
+        shows(page, own, 0.4021)
+        assert page.is_visible("#news")
+        page.close()
 
 
 def test_names_are_text(visit, decisions, browser):

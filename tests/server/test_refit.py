@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from http_client import request, strict
 from ppf.artifact import read_json, write_json
 from ppf.config import Target
 from ppf.decide import Decider
-from ppf.errors import DamagedError, InputError
+from ppf.errors import DamagedError, InputError, ResourceError
 from ppf.server import refit
 from ppf.server.refit import mark_of, open_whole
 from ppf.study import StudyFolder
@@ -135,6 +136,7 @@ def test_while_a_fit_runs_the_last_policies_are_served_and_then_the_new_ones(own
 def test_a_swap_fails_no_request_and_every_answer_is_of_one_fit(own, caplog):
     paths = [f"/api/policy?ratio=0.4&nested={nested}" for nested in ("false", "true")] + ["/api/study"]
     answers = [[library(own, 0.4, nested) for nested in (False, True)]]
+    told = {}
     with running(own.folder, no_model=True) as (port, _), asking(port, paths) as (failed, answered):
         for fit in (2, 3, 4):
             fit_anew(own, 0.8 if fit % 2 == 0 else 0.2)
@@ -142,7 +144,11 @@ def test_a_swap_fails_no_request_and_every_answer_is_of_one_fit(own, caplog):
             until(lambda fit=fit: get(port, "/api/state")["fits"] == fit)
             assert [kept(get(port, path)) for path in paths[:2]] == answers[-1]
             assert get(port, "/api/study")["predictor"]["heldout"]["tau_mean"] == 0.5
+            told |= {get(port, path)["fit"]: fit for path in [*paths, "/api/state"]}
     known = [tuple(one) for pair in answers for one in pair]
+    assert sorted(told.values()) == [2, 3, 4]
+    for one in (one for one in answered if "kept" in one and one["fit"] in told):
+        assert kept(one) in answers[told[one["fit"]] - 1]
     assert not failed and len(answered) > 20 and len(set(known)) > 2
     assert {tuple(kept(one)) for one in answered if "kept" in one} <= set(known)
     assert caplog.text.count("its new policies are served from now on") == 3
@@ -181,6 +187,55 @@ def test_a_fit_that_the_model_in_memory_cannot_run_is_not_taken(own, caplog):
         assert get(port, "/api/state")["fits"] == 1 and served.live.size.view.allocation.kept.tolist() == before
         with refuses(InputError):
             served.adopt(Decider(own.folder))
+
+
+def test_what_the_surroundings_kept_from_being_opened_is_tried_again_after_a_pause(own, monkeypatch, caplog):
+    monkeypatch.setattr(refit, "_PAUSES", (0.2, 0.4))
+    errors = [ResourceError("a file must be readable; too many are open; close some"), MemoryError(), ResourceError("a; b; c")]
+    tried, adopted = [], []
+
+    def opened(*_):
+        tried.append(time.monotonic())
+        if len(tried) <= len(errors):
+            raise errors[len(tried) - 1]
+        return "decider", {}, mark_of(own.folder)
+
+    monkeypatch.setattr(refit, "_opened", opened)
+
+    async def watched():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(refit.follow(own.folder, (0, 0, 0), False, lambda *given: adopted.append(given)), 1.6)
+
+    asyncio.run(watched())
+    pauses = [after - before for before, after in zip(tried, tried[1:], strict=False)]
+    assert adopted == [("decider", {})] and len(tried) == 4
+    assert all(pause >= least for pause, least in zip(pauses, (0.2, 0.4, 0.4), strict=True)) and sum(pauses) < 1.5
+    assert caplog.text.count("cannot be opened now; another try in") == 3 and "Traceback" not in caplog.text
+
+
+def test_the_controller_takes_the_limits_of_the_new_fit(own):
+    with running(own.folder, target_latency_ms=1e6, ratio=0.5) as (port, served):
+
+        def limits():
+            return get(port, "/api/state")["controller"]["limits"]
+
+        served.goal = replace(served.goal, low=0.5)  # so that it stays there until the fit
+        assert limits()["max_ratio"] == 0.6 and served.live.size.decision.asked == 0.5
+        fit_anew(own, 0.8, most=0.3)
+        until(lambda: get(port, "/api/state")["fits"] == 2)
+        assert limits() == {"min_ratio": 0, "max_ratio": 0.3} and served.live.size.decision.asked <= 0.3
+        decision = get(port, "/api/state")["controller"]["decisions"][0]
+        assert (decision["from"], decision["to"]) == (0.5, 0.3) and "fitted anew" in decision["reason"]
+        fit_anew(own, 0.2, most=0.6)
+        until(lambda: get(port, "/api/state")["fits"] == 3)
+        assert limits()["max_ratio"] == 0.6
+
+
+def test_limits_that_were_given_stay(own):
+    with running(own.folder, target_latency_ms=1e6, min_ratio=0.1, max_ratio=0.4) as (port, _):
+        fit_anew(own, 0.8, most=0.3)
+        until(lambda: get(port, "/api/state")["fits"] == 2)
+        assert get(port, "/api/state")["controller"]["limits"] == {"min_ratio": 0.1, "max_ratio": 0.4}
 
 
 def test_a_failure_of_ours_does_not_end_the_watch(own, monkeypatch, caplog):

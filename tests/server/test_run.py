@@ -1,11 +1,8 @@
 import contextlib
-import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 
@@ -18,26 +15,10 @@ from ppf.config import ServeConfig
 from ppf.errors import InputError
 from ppf.server import guard, run
 from ppf.server.run import access_of
-from server_runs import running
+from server_runs import process, running
 
-SERVES = [sys.executable, "-W", "error", "-m", "ppf", "serve"]
 ANYWHERE = ".".join("0000")
 LONG = "0123456789abcdefghijklmnop"
-
-
-@contextlib.contextmanager
-def process(study, *options):
-    """A server process; yields it and its port."""
-    with subprocess.Popen(
-        [*SERVES, str(study), "--port", "0", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as started:
-        try:
-            line = started.stdout.readline()
-            assert line.startswith("serving http://127.0.0.1:"), started.stderr.read()
-            yield started, int(line.rsplit(":", 1)[1])
-        finally:
-            if started.poll() is None:
-                started.kill()
 
 
 def refused_start(capsys, *arguments):
@@ -76,6 +57,15 @@ def test_the_token_may_come_from_the_environment(study, monkeypatch):
     assert run._with_token(ServeConfig(str(study), host=ANYWHERE)).token == LONG
     given = ServeConfig(str(study), token=LONG[::-1])
     assert run._with_token(given) == given
+
+
+def test_the_token_is_never_written_anywhere(study):
+    with process(study, "--no-model", "--token", LONG) as (server, port):
+        for given in (f"Bearer {LONG}", f"Basic {LONG}", f"Bearer {LONG} {LONG}"):
+            answers = [request(port, "GET", f"/api/state?token={LONG}", Authorization=given), request(port, "GET", f"/{LONG}")]
+            assert all(LONG.encode() not in body and LONG not in str(headers) for _, headers, body in answers)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=10) == 0 and LONG not in server.stdout.read() + server.stderr.read()
 
 
 def test_who_may_ask_depends_on_where_it_listens():
@@ -188,7 +178,7 @@ def test_half_a_second_request_is_closed_too(study, hasty):
     with running(study, no_model=True) as (port, _), socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
         whole = f"GET /api/state HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n"
         connection.sendall(whole.encode())
-        assert answer(connection)[2] == b'{"live":false,"fits":1}'
+        assert answer(connection)[2].startswith(b'{"live":false,')
         connection.sendall(whole[:20].encode())
         assert connection.recv(65536) == b""
 
@@ -246,42 +236,3 @@ def test_three_hundred_slow_clients_hold_nobody_up(study):
         assert gone <= 15 and worst <= 0.2 and set(later) <= {200, 503}
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=10) == 0 and server.stderr.read().count("\n") <= 300
-
-
-# --- load ---
-
-
-def test_eight_connections_at_once_are_answered_at_speed_and_without_growing(study):
-    with process(study, "--no-model") as (server, port):
-        before = resident(server.pid)
-        wrong, times = [], []
-
-        def ask(number):
-            head = f" HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n"
-            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-                for index in range(60):
-                    ratio = (number * 60 + index) / 1000
-                    start = time.perf_counter()
-                    connection.sendall(f"GET /api/policy?ratio={ratio}{head}".encode())
-                    got = b""
-                    while b"\r\n\r\n" not in got or not got.endswith(b"}"):
-                        got += connection.recv(65536)
-                    times.append(time.perf_counter() - start)
-                    record = strict(got.partition(b"\r\n\r\n")[2])
-                    if record["ratio"]["asked"] != ratio or record["ratio"]["met"] < ratio:
-                        wrong.append(record)
-
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong and len(times) == 480
-        assert sorted(times)[int(0.99 * len(times))] < 1.0  # 50 ms on a machine of its own, see benchmarks/live.py
-        assert resident(server.pid) - before < 30e6
-
-
-def resident(pid):
-    """Bytes of memory."""
-    with open(f"/proc/{pid}/statm", encoding="utf-8") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -5,7 +5,7 @@ import pytest
 from builders import refuses
 from http_client import request, strict
 from ppf.errors import DamagedError, InputError, PPFError, UnsupportedError
-from ppf.server.wire import Refusal, as_refusal, dump, error_body, load
+from ppf.server.wire import JsonResponse, Refusal, as_refusal, dump, error_body, load
 
 BAD = {
     "NaN": b'{"ratio": NaN}',
@@ -71,6 +71,36 @@ def test_depth_is_limited():
 def test_numbers_that_are_not_finite_become_null():
     record = {"a": math.nan, "b": [1.5, math.inf, (-math.inf, {"c": math.nan})], "d": "NaN", "e": None, "f": True}
     assert strict(dump(record)) == {"a": None, "b": [1.5, None, [None, {"c": None}]], "d": "NaN", "e": None, "f": True}
+
+
+def replaced(value, place, count):
+    """The value with the number at a place among all numbers in it, counted from 0, not finite; and how many were counted."""
+    if isinstance(value, dict):
+        made = {}
+        for name, inner in value.items():
+            made[name], count = replaced(inner, place, count)
+        return made, count
+    if isinstance(value, list):
+        made = []
+        for inner in value:
+            inner, count = replaced(inner, place, count)
+            made.append(inner)
+        return made, count
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value, count
+    return (math.nan if place == count else value), count + 1
+
+
+@pytest.mark.parametrize("path", ["/api/policy?ratio=0.3", "/api/study", "/api/state"])
+def test_whichever_number_is_not_finite_the_answer_is_strict_json(live, path):
+    status, _, body = request(live[0], "GET", path)
+    record = strict(body)
+    record["points"] = record.get("points", [])[:2]
+    _, numbers = replaced(record, -1, 0)
+    assert status == 200 and numbers > 10
+    for place in range(numbers):
+        found = strict(JsonResponse(replaced(record, place, 0)[0]).body)
+        assert replaced(found, -1, 0)[1] == numbers - 1 and found.keys() == record.keys()
 
 
 def test_text_that_is_none_is_replaced():

@@ -247,6 +247,19 @@ def ends_of(model: PreTrainedModel, site: Site) -> tuple[nn.Module, nn.Module]:
     return model.get_submodule(entrance.format(layer=site.layer)), model.get_submodule(exit.format(layer=site.layer))
 
 
+def counters_of(model: PreTrainedModel, family: str, site: Site) -> Iterator[tuple[nn.Module, str, str, int]]:
+    """What a site's attention counts its heads by besides the shapes of its matrices: see ``COUNTS``.
+
+    Yields:
+        The module, the name of what it holds the number in ("" for itself), the number's name, and heads per unit.
+    """
+    owner = model.get_submodule(site.reader.rpartition(".")[0])
+    for path, field in COUNTS.get(family, {}).items():
+        if per_unit := dict(site.shapes).get(field):
+            holder, _, name = path.rpartition(".")
+            yield owner, holder, name, per_unit
+
+
 def stack_of(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers; OPT keeps them one level deeper than others."""
     return getattr(model.base_model, "decoder", model.base_model).layers

@@ -1,8 +1,8 @@
 """The elastic model: one dense copy in memory that runs at any allocation, each request at its own, without copying a weight.
 
 The units of every site are put in order of importance once, which changes nothing of what the model computes. From then on
-every allocation is a prefix, so a model of another size is another set of views of the same tensors (prefix.py). A linear
-layer reads which views it shall use from a slot of its thread. Nothing that threads share is ever changed by a request, so
+every allocation is a prefix, so a model of another size is another set of views of the same tensors (prefix.py). A layer
+reads which views it shall use from a slot of its thread. Nothing that threads share is ever changed by a request, so
 requests of different ratios run side by side.
 """
 
@@ -15,9 +15,8 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from ppf.errors import InputError, UnsupportedError
-from ppf.llm.architectures import linear
 from ppf.llm.masking import masked
-from ppf.llm.prefix import PrefixLinear, Running, View, permute, prefix_of, running_units, spans_of
+from ppf.llm.prefix import Running, View, follow, permute, prefix_of, running_units, spans_of
 from ppf.space.allocation import Allocation
 from ppf.space.importance import Importance, check_units
 from ppf.space.layout import Layout
@@ -42,8 +41,8 @@ class ElasticModel:
         decide: From a ratio to an allocation, for ``set_ratio``.
 
     Raises:
-        UnsupportedError: Units that no prefix of a tensor can hold, as where one layer writes queries, keys and values; or a
-            model that answers otherwise than the masked one when it is tried at half of its units.
+        UnsupportedError: Units that no prefix of a tensor, or of its blocks, can hold; or a model that answers otherwise than
+            the masked one when it is tried at half of its units.
         DamagedError: The importance is of another model.
     """
 
@@ -60,13 +59,10 @@ class ElasticModel:
         half = Allocation(np.maximum(layout.floors, layout.units // 2))
         with masked(model, layout, select(half, importance, layout)):
             expected = _answer(model)
-        for name, span in self._spans.items():
-            permute(linear(model, name), span, importance)
-        self._layers = [linear(model, name) for name in self._spans]
+        self._wholes = [permute(model.get_submodule(name), span, importance) for name, span in self._spans.items()]
         dense = self.view(Allocation(layout.units))
         self._running = Running(dense)
-        for index, (name, layer) in enumerate(zip(self._spans, self._layers, strict=True)):
-            model.set_submodule(name, PrefixLinear(layer, index, self._running))
+        follow(model, layout, self._spans, self._running)
         self.current = dense
         """What runs where nothing else is said; replaced as a whole, never changed."""
         self._check(half, expected)
@@ -75,6 +71,11 @@ class ElasticModel:
     def config(self) -> Any:
         """Of the dense model."""
         return self._model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it runs."""
+        return self._model.dtype
 
     @property
     def device(self) -> torch.device:
@@ -90,8 +91,8 @@ class ElasticModel:
         kept, layout = allocation.kept, self.layout
         if kept.shape != layout.units.shape or (kept < layout.floors).any() or (kept > layout.units).any():
             raise InputError("an allocation must lie between the floors and the units of this model; another came; use its own")
-        spans = zip(self._layers, self._spans.values(), strict=True)
-        return View(allocation, tuple(prefix_of(layer, span, kept) for layer, span in spans))
+        spans = zip(self._wholes, self._spans.values(), strict=True)
+        return View(allocation, tuple(prefix_of(whole, span, kept) for whole, span in spans))
 
     def set_allocation(self, allocation: Allocation) -> View:
         """What runs from now on where a caller says nothing else; requests under way end as they began."""

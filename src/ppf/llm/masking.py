@@ -5,7 +5,7 @@ narrowed    the weights of the cut model: what stays is copied, and the work is 
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ppf.llm.architectures import COUNTS, linear
+from ppf.llm.architectures import counters_of, linear
 from ppf.llm.compensation import Fill, means_per_site
 from ppf.llm.depth import stand_ins
 from ppf.llm.norms import as_cut
@@ -72,7 +72,7 @@ def narrowed(model: PreTrainedModel, layout: Layout, mask: Mask) -> Iterator[Pre
         ResourceError: The copy is too much for the memory.
     """
     check_mask(mask, layout)
-    dense, counts = model.state_dict(), COUNTS.get(layout.model_type, {})
+    dense = model.state_dict()
     state = dict(dense)
     with enough_memory():
         for site, bits in zip(layout.sites, mask.bits, strict=True):
@@ -88,7 +88,7 @@ def narrowed(model: PreTrainedModel, layout: Layout, mask: Mask) -> Iterator[Pre
                 for owner, name, other in stand_ins(model, site):
                     _set(stack, owner, name, other)
                 continue
-            _count(stack, model.get_submodule(site.reader.rpartition(".")[0]), site, int(bits.sum()), counts)
+            _count(stack, model, layout.model_type, site, int(bits.sum()))
         yield model
 
 
@@ -98,14 +98,12 @@ def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def _count(stack: ExitStack, owner: nn.Module, site: Site, kept: int, counts: Mapping[str, str]) -> None:
+def _count(stack: ExitStack, model: PreTrainedModel, family: str, site: Site, kept: int) -> None:
     """Tells a module how many heads it has now; its config, which others share, is copied for that."""
-    for path, field in counts.items():
-        if per_unit := dict(site.shapes).get(field):
-            holder, _, name = path.rpartition(".")
-            if holder:
-                _set(stack, owner, holder, copy.copy(getattr(owner, holder)))
-            _set(stack, getattr(owner, holder) if holder else owner, name, per_unit * kept)
+    for owner, holder, name, per_unit in counters_of(model, family, site):
+        if holder:
+            _set(stack, owner, holder, copy.copy(getattr(owner, holder)))
+        _set(stack, getattr(owner, holder) if holder else owner, name, per_unit * kept)
 
 
 def _multiply(columns: torch.Tensor):

@@ -23,7 +23,7 @@ from ppf.server.controller import Costs
 from ppf.server.fields import of_field
 from ppf.server.guard import Access, Guard
 from ppf.server.metrics import prometheus
-from ppf.server.refit import Mark, follow
+from ppf.server.refit import Mark, fit_id, follow
 from ppf.server.schemas import PolicyQuery, RatioBody
 from ppf.server.wire import JsonResponse, Refusal, as_refusal, refused
 
@@ -36,6 +36,11 @@ class LivePart(Protocol):
     @property
     def costs(self) -> Costs:
         """What ratios cost on an idle machine."""
+        ...
+
+    @property
+    def bytes_per_param(self) -> int:
+        """Of the weights as they run."""
         ...
 
     @property
@@ -78,7 +83,7 @@ class Service:
         nested: Whether policies are nested unless a request says otherwise.
         mark: Of the fit; None serves this one for ever.
         fits: How many were served so far.
-        study: What the server knows of the study.
+        study: What the server knows of the study, and the fit that it is of.
     """
 
     decider: Decider
@@ -89,7 +94,7 @@ class Service:
     study: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.study = study_record(self.decider, self.live is not None)
+        self.study = {**study_record(self.decider, self.live is not None), "fit": fit_id(self.mark)}
 
     def adopt(self, decider: Decider, study: dict[str, Any]) -> None:
         """Answers by another fit from now on.
@@ -164,11 +169,13 @@ def _policy(service: Service, query: PolicyQuery) -> dict[str, Any]:
     if query.latency_ms is not None:
         given = {"ratio": _ratio_for(service, query.latency_ms)}
     nested = service.nested if query.nested is None else query.nested
-    record = policy_record(service.decider, Target(**given, align=query.align, tp=query.tp, nested=nested))
+    target = Target(**given, align=query.align, tp=query.tp, nested=nested)
+    record = {**policy_record(service.decider, target), "fit": service.study["fit"]}
     if service.live is None:
         return record
     latency = service.live.costs.latency_at(record["ratio"]["met"])
-    return {**record, "latency_ms": latency, "tokens_per_second": 1e3 / latency}
+    in_use = record["params"]["after"] * service.live.bytes_per_param
+    return {**record, "memory_in_use": in_use, "latency_ms": latency, "tokens_per_second": 1e3 / latency}
 
 
 def _ratio_for(service: Service, latency_ms: float) -> float:
@@ -185,7 +192,8 @@ def _add_state(app: FastAPI, service: Service, counts: Counter[int]) -> None:
     live = service.live
 
     def state() -> dict[str, Any]:
-        return {"live": live is not None, "fits": service.fits, **({} if live is None else live.state())}
+        served = {"live": live is not None, "fit": service.study["fit"], "fits": service.fits}
+        return served if live is None else {**served, **live.state()}
 
     @app.get("/api/state")
     async def state_route() -> Response:

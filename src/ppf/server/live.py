@@ -18,7 +18,7 @@ from ppf.errors import InputError
 from ppf.llm.elastic import ElasticModel
 from ppf.llm.generate import Piece, Sampling, generate
 from ppf.llm.perplexity import is_memory
-from ppf.llm.prefix import View
+from ppf.llm.prefix import View, running_units
 from ppf.llm.timing import step_seconds
 from ppf.provenance import cores
 from ppf.server.controller import Costs, Load
@@ -257,15 +257,17 @@ class Live:
         return Costs(np.array(ratios), np.array([latency_at(ratio) for ratio in ratios]), weights, kv)
 
     def _weights(self, kept: np.ndarray) -> int:
-        return int(self.decider.layout.kept_params(kept)) * self._item
+        return int(self.decider.layout.kept_params(kept)) * self.bytes_per_param
 
     def _kv_bytes(self, kept: np.ndarray) -> int:
-        return int(kept @ np.array([site.cache for site in self.decider.layout.sites])) * self._item
+        """Of one token, in the cache of the elastic model: attention that is gone still caches the unit that runs."""
+        sites = zip(self.decider.layout.sites, kept, strict=True)
+        return sum(site.cache * running_units(int(count)) for site, count in sites) * self.bytes_per_param
 
     @property
-    def _item(self) -> int:
-        """Bytes of a number."""
-        return self.elastic.current.tensors[0][0].element_size()
+    def bytes_per_param(self) -> int:
+        """Of the weights as they run, and of the KV cache."""
+        return int(self.elastic.dtype.itemsize)
 
 
 def _as_ours(error: Exception) -> Exception:

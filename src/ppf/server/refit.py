@@ -4,16 +4,19 @@ report.json, which a fit takes away first and writes last, tells one fit from an
 """
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ppf.decide import Decider
-from ppf.errors import DamagedError, PPFError
+from ppf.errors import DamagedError, PPFError, ResourceError
 from ppf.server.answers import study_record
 
 _LOOK_SECONDS = 1.0
+_PAUSES = (5.0, 60.0)
+"""Seconds to wait, at first and at most, before a new fit that the surroundings kept from being opened is tried again."""
 _TRIES = 5
 _log = logging.getLogger("ppf.server")
 Mark = tuple[int, int, int]
@@ -26,6 +29,11 @@ def mark_of(folder: Path) -> Mark | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def fit_id(mark: Mark | None) -> str:
+    """A fit's name for clients, who see by it that another is served."""
+    return hashlib.sha256(repr(mark).encode()).hexdigest()[:12]
 
 
 def open_whole(folder: str | Path) -> tuple[Decider, Mark | None]:
@@ -53,25 +61,32 @@ async def follow(folder: Path, mark: Mark | None, live: bool, adopt: Callable[[D
         live: Whether a model is served too.
         adopt: Takes the decider and the study's record of a new fit into use; runs between two requests.
     """
+    wait, pause = _LOOK_SECONDS, _PAUSES[0]
     while True:
-        await asyncio.sleep(_LOOK_SECONDS)
+        await asyncio.sleep(wait)
+        wait = _LOOK_SECONDS
         if (now := mark_of(folder)) == mark:
             continue
-        mark = now
+        before, mark = mark, now
         if now is None:
             _log.warning("the study is being fitted or has gone; the policies of its last fit are served until another has ended")
             continue
         try:
             decider, study, mark = await asyncio.to_thread(_opened, folder, live)
             adopt(decider, study)
+        except (ResourceError, MemoryError) as error:  # memory or open files may be there again later
+            mark, wait, pause = before, pause, min(2 * pause, _PAUSES[1])
+            said = str(error) or "there is not enough memory"
+            _log.warning("the study was fitted anew and cannot be opened now; another try in %.3g s: %s", wait, said)
         except PPFError as error:
             _log.warning("the study was fitted anew; the policies of the fit before are still served: %s", error)
         except Exception:  # whatever it is, what is served goes on
             _log.exception("the study was fitted anew and could not be opened; the policies of the fit before are still served")
         else:
+            pause = _PAUSES[0]
             _log.warning("the study was fitted anew; its new policies are served from now on")
 
 
 def _opened(folder: Path, live: bool) -> tuple[Decider, dict[str, Any], Mark | None]:
     decider, mark = open_whole(folder)
-    return decider, study_record(decider, live), mark
+    return decider, {**study_record(decider, live), "fit": fit_id(mark)}, mark

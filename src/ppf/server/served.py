@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -36,11 +37,12 @@ class Served:
         live: The model.
         name: As clients call it.
         max_tokens: The most that one request may ask for.
-        goal: What the controller aims at; None leaves the ratio alone.
+        goal_of: What the controller aims at with a fit; nothing leaves the ratio alone.
     """
 
-    def __init__(self, live: Live, name: str, max_tokens: int, goal: Goal | None = None) -> None:
-        self.live, self.name, self.max_tokens, self.goal = live, name, max_tokens, goal
+    def __init__(self, live: Live, name: str, max_tokens: int, goal_of: Callable[[Decider], Goal | None] = lambda _: None) -> None:
+        self.live, self.name, self.max_tokens, self._goal_of = live, name, max_tokens, goal_of
+        self.goal = goal_of(live.decider)
         self._at = State(live.size.decision.asked)
         self._decisions: deque[dict[str, Any]] = deque(maxlen=20)
         self._created = int(time.time())
@@ -49,6 +51,11 @@ class Served:
     def costs(self) -> Costs:
         """See ``LivePart``."""
         return self.live.costs
+
+    @property
+    def bytes_per_param(self) -> int:
+        """See ``LivePart``."""
+        return self.live.bytes_per_param
 
     @property
     def max_body(self) -> int:
@@ -95,8 +102,12 @@ class Served:
         self.live.set_ratio(ratio)
 
     def adopt(self, decider: Decider) -> None:
-        """See ``LivePart``."""
+        """See ``LivePart``. The controller's limits are those of the new fit, and so is the ratio that it stands at."""
+        goal = self._goal_of(decider)
         self.live.adopt(decider)
+        self.goal = goal
+        if goal is not None:
+            self._turn(State(min(max(self._at.ratio, goal.low), goal.high)), "the study was fitted anew, with other limits")
 
     async def watch(self) -> None:
         """See ``LivePart``."""
@@ -109,12 +120,15 @@ class Served:
 
     def look(self, goal: Goal) -> None:
         """Lets the controller decide once."""
-        load, before = self.live.load(), self._at.ratio
-        self._at, reason = step(self._at, load, goal, self.costs)
-        if self._at.ratio != before:
-            self.live.set_ratio(self._at.ratio)
-            self._decisions.append({"time": time.time(), "from": before, "to": self._at.ratio, "reason": reason})
-            _log.warning("ratio %.3f -> %.3f: %s", before, self._at.ratio, reason)
+        self._turn(*step(self._at, self.live.load(), goal, self.costs))
+
+    def _turn(self, to: State, reason: str) -> None:
+        """Stands somewhere from now on; where that is another ratio, it is told why."""
+        before, self._at = self._at.ratio, to
+        if to.ratio != before:
+            self.live.set_ratio(to.ratio)
+            self._decisions.append({"time": time.time(), "from": before, "to": to.ratio, "reason": reason})
+            _log.warning("ratio %.3f -> %.3f: %s", before, to.ratio, reason)
 
     def close(self) -> None:
         """See ``LivePart``."""
@@ -138,20 +152,27 @@ def open_served(config: ServeConfig, decider: Decider) -> Served:
     """
     quiet_transformers()
     top = largest_ratio(decider.layout)
-    high = min(float(decider.agent.max_ratio), top) if config.max_ratio is None else config.max_ratio
-    if max(high, config.min_ratio) > top:
+    if max(config.max_ratio or 0.0, config.min_ratio) > top:
         raise InputError(f"the limits must lie below {top:g}, the largest ratio of this model; a larger one came; lower them")
-    memory = None if config.target_memory is None else parse_size(config.target_memory)
-    goal = Goal(config.target_latency_ms, memory, min(config.min_ratio, high), high) if config.controlled else None
+    goal = goal_for(config, decider)
     ratio = config.ratio if goal is None else min(max(config.ratio, goal.low), goal.high)
     decider.decide(Target(ratio=ratio, nested=config.nested))  # refuses before the model is loaded
     progress = Progress()
     elastic, tokenizer = elastic_for(decider, config.model, config.device, config.dtype, progress)
     with progress.stage("timing"):
         live = Live(decider, elastic, tokenizer, ratio, config.nested)
-    if memory is not None and memory < live.costs.weights[-1]:
+    if goal is not None and goal.memory is not None and goal.memory < live.costs.weights[-1]:
         live.close()
         least = f"{live.costs.weights[-1]:,.0f} bytes of weights at ratio {live.costs.ratios[-1]:.2f}"
         raise InputError(f"--target-memory must hold {least}; {config.target_memory} came; raise it")
     name = own_name(config.model or decider.study.record["model"]["name"])
-    return Served(live, name, config.max_tokens, goal)
+    return Served(live, name, config.max_tokens, lambda fit: goal_for(config, fit))
+
+
+def goal_for(config: ServeConfig, decider: Decider) -> Goal | None:
+    """What the controller aims at, between limits that lie within what a fit allows; None without a target."""
+    if not config.controlled:
+        return None
+    memory = None if config.target_memory is None else parse_size(config.target_memory)
+    high = min(float(decider.agent.max_ratio) if config.max_ratio is None else config.max_ratio, largest_ratio(decider.layout))
+    return Goal(config.target_latency_ms, memory, min(config.min_ratio, high), high)

@@ -1,4 +1,5 @@
-// The page: a slider whose moves are answered at once, and what the server says of the model that runs.
+// The page: a slider whose moves are answered at once, and what the server says of the model that runs. It follows the study:
+// every answer names the fit that it is of, and where that is another one all is asked anew.
 
 import { Refused, askJson, keepToken, recallToken } from "/static/api.js";
 import { Bars, element } from "/static/bars.js";
@@ -7,7 +8,8 @@ import { Writer } from "/static/generate.js";
 
 const get = (id) => document.getElementById(id);
 const CURVE_STEPS = 26;
-const POLL_MS = 1000;
+const POLL_MS = { live: 1000, decisions: 3000 };
+const USUAL_RATIO = 0.3;
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const count = (value) => Math.round(value).toLocaleString("en");
@@ -45,23 +47,41 @@ class Tiles {
 }
 
 class Page {
-  constructor(study) {
-    this.study = study;
-    this.policies = new Map();
+  /** Shows a study, at first at a ratio. */
+  constructor(study, ratio) {
     this.slider = get("ratio");
-    this.maxRatio = Math.min(study.ratios.max, study.ratios.floor);
-    this.slider.max = String(Math.floor(this.maxRatio * 200) / 200);
-    this.slider.value = String(Math.min(0.3, this.slider.max));
     this.tiles = new Tiles(get("tiles"));
-    const measured = study.points.filter((point) => point.kind !== "probe");
-    this.chart = new Chart(get("chart"), measured, study.dense.log_ppl, this.maxRatio);
+    this.chart = new Chart(get("chart"));
     this.controlled = false;
+    this.take(study);
+    this.slider.value = String(ratio);
     this.slider.addEventListener("input", () => this.show());
     this.slider.addEventListener("change", () => this.follow());
     get("follow").addEventListener("change", () => this.follow());
-    get("table-box").addEventListener("toggle", () => this.bars.drawTable(this.shown.kept));
-    if (study.live) new Writer(() => this.ratio);
+    get("table-box").addEventListener("toggle", () => this.bars?.drawTable(this.shown.kept));
+    new Writer(() => this.ratio);
+  }
+
+  /** Takes a fit into use. The slider stays where it is as long as that is a place of it. */
+  take(study) {
+    Object.assign(this, { study, policies: new Map(), bars: null });
+    delete document.body.dataset.ready;
+    const most = Math.min(study.ratios.max, study.ratios.floor);
+    this.slider.max = String(Math.floor(most * 200) / 200);
+    const measured = study.points.filter((point) => point.kind !== "probe");
+    this.chart.take(measured, study.dense.log_ppl, most);
     this.describe();
+  }
+
+  /** Another fit is served: asks for it, once however many answers say so. */
+  renew() {
+    this.renewing ||= askJson("/api/study").then((study) => {
+      this.take(study);
+      get("news").textContent = `The study was fitted anew; since ${new Date().toLocaleTimeString()} all of this is of the new fit.`;
+      get("news").hidden = false;
+      this.start().catch(complain);
+    }).finally(() => { this.renewing = null; });
+    return this.renewing;
   }
 
   get ratio() {
@@ -79,37 +99,36 @@ class Page {
     for (const id of ["write", "state", "follow-row"]) get(id).hidden = !live;
   }
 
+  /** Draws a fit and asks for every place of the slider in advance, so that its moves are answered from here. */
   async start() {
-    const first = await this.policy(this.ratio);
-    this.bars = new Bars(get("bars"), get("table"), first.kept);
-    get("main").hidden = false;
-    this.show();
-    await this.drawCurve();
-    await this.learnAll();
-  }
-
-  /** Asks for every place of the slider in advance, so that its moves are answered from here. */
-  async learnAll() {
+    const { study } = this;
     const [step, most] = [Number(this.slider.step), Number(this.slider.max)];
-    for (let place = 0; place * step <= most + 1e-9; place += 1) await this.policy(place * step);
-    document.body.dataset.ready = "all";
+    try {
+      await this.policy(this.ratio);
+      get("main").hidden = false;
+      this.show();
+      const curve = [];
+      for (let place = 0; place <= CURVE_STEPS && this.study === study; place += 1) {
+        const { ratio, predicted } = await this.policy(Math.round((most * place * 200) / CURVE_STEPS) / 200);
+        curve.push({ ratio: ratio.met, ...predicted });
+      }
+      if (this.study === study) this.chart.setCurve(curve);
+      for (let place = 0; place * step <= most + 1e-9 && this.study === study; place += 1) await this.policy(place * step);
+    } catch (error) {
+      if (this.study === study) throw error; // else it was of a fit that is served no more
+    }
+    if (this.study === study) document.body.dataset.ready = "all";
   }
 
-  /** The decision at a ratio, asked for once. */
+  /** The decision at a ratio by the fit that is served, asked for once. */
   async policy(ratio) {
     const key = ratio.toFixed(4);
-    if (!this.policies.has(key)) this.policies.set(key, await askJson(`/api/policy?ratio=${key}`));
-    return this.policies.get(key);
-  }
-
-  async drawCurve() {
-    const curve = [];
-    for (let step = 0; step <= CURVE_STEPS; step += 1) {
-      const ratio = Math.round((Number(this.slider.max) * step * 200) / CURVE_STEPS) / 200;
-      const { ratio: found, predicted } = await this.policy(ratio);
-      curve.push({ ratio: found.met, ...predicted });
+    while (!this.policies.has(key)) {
+      const found = await askJson(`/api/policy?ratio=${key}`);
+      if (found.fit === this.study.fit) this.policies.set(key, found);
+      else await this.renew();
     }
-    this.chart.setCurve(curve);
+    return this.policies.get(key);
   }
 
   /** Shows what the slider says; of many moves only the last is asked for. */
@@ -125,7 +144,7 @@ class Page {
       this.draw(await this.policy(ratio));
       complain(null);
     } catch (error) {
-      complain(error);
+      if (this.ratio === ratio) complain(error);
     } finally {
       this.asking = false;
     }
@@ -133,7 +152,9 @@ class Page {
   }
 
   draw(policy) {
+    if (policy.fit !== this.study.fit) return;
     this.shown = policy;
+    this.bars ||= new Bars(get("bars"), get("table"), policy.kept);
     const { predicted, params, ratio } = policy;
     const { dense, model } = this.study;
     this.bars.draw(policy.kept);
@@ -142,7 +163,8 @@ class Page {
     const spread = predicted.ppl * predicted.std;
     this.tiles.set("predicted perplexity", predicted.ppl.toFixed(2), `± ${spread.toFixed(2)}; dense ${dense.ppl.toFixed(2)}`);
     this.tiles.set("parameters", count(params.after), `${percent(1 - params.after / params.before)} of all gone`);
-    this.tiles.set("weights on disk", bytes(policy.memory), `dense ${bytes(params.before * model.bytes_per_param)}`);
+    this.tiles.set("file size", bytes(policy.memory), `dense ${bytes(params.before * model.bytes_per_param)}`);
+    this.tiles.set("memory", bytes(policy.memory_in_use ?? policy.memory), policy.memory_in_use ? "weights in use, as they run" : "weights");
     this.tiles.set("KV cache", bytes(policy.kv_bytes_per_token), "a token");
     const speed = policy.tokens_per_second;
     if (speed) this.tiles.set("tokens/s", speed.toFixed(0), "one request, idle machine");
@@ -166,18 +188,21 @@ class Page {
     if (this.ratio !== ratio) this.follow();
   }
 
-  /** Asks what runs, again and again while the page is seen. */
+  /** Asks what runs and of which fit, again and again while the page is seen, and at once when it is seen again. */
   watch() {
     const look = async () => {
       if (!document.hidden) await this.poll();
-      setTimeout(look, POLL_MS);
+      setTimeout(look, this.study.live ? POLL_MS.live : POLL_MS.decisions);
     };
+    document.addEventListener("visibilitychange", () => document.hidden || this.poll());
     look();
   }
 
   async poll() {
     try {
-      this.drawState(await askJson("/api/state"));
+      const state = await askJson("/api/state");
+      if (state.fit !== this.study.fit) await this.renew();
+      if (state.live) this.drawState(state);
     } catch (error) {
       this.lost = true;
       complain(error);
@@ -190,7 +215,8 @@ class Page {
   drawState(state) {
     const { controller, memory, requests } = state;
     this.controlled = controller.on;
-    get("count").max = state.max_tokens;
+    get("count").max = Math.min(state.max_tokens, Number(get("count").max));
+    get("count").value = Math.min(Number(get("count").max), Number(get("count").value)) || "";
     get("follow-row").hidden = controller.on;
     const speed = state.latency_ms === null ? "idle" : `${state.tokens_per_second.toFixed(0)} tokens/s, ${state.latency_ms.toFixed(1)} ms a token`;
     const facts = {
@@ -220,8 +246,10 @@ class Page {
 
 async function begin() {
   let study;
+  let ratio = USUAL_RATIO;
   try {
     study = await askJson("/api/study");
+    if (study.live) ratio = (await askJson("/api/state")).ratio;
   } catch (error) {
     const locked = error instanceof Refused && error.status === 401;
     get("token-form").hidden = !locked;
@@ -233,8 +261,8 @@ async function begin() {
   get("token-form").hidden = true;
   complain(null);
   try {
-    const page = new Page(study);
-    if (study.live) page.watch();
+    const page = new Page(study, ratio);
+    page.watch();
     await page.start();
   } catch (error) {
     complain(error);

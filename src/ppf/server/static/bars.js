@@ -14,6 +14,7 @@ export function element(name, className, text) {
 export class Bars {
   constructor(place, table, kept) {
     this.table = table;
+    place.replaceChildren();
     this.kinds = [...new Set(kept.map(roleOf))].map((kind) => this.group(place, kind, kept));
   }
 

@@ -16,11 +16,17 @@ function quantile(values, share) {
   return sorted[Math.floor(share * (sorted.length - 1))] ?? 0;
 }
 
-/** A plot in an element; `points` are measured, `dense` is the log-perplexity at ratio 0. */
+/** A plot in an element. */
 export class Chart {
-  constructor(element, points, dense, maxRatio) {
-    Object.assign(this, { element, points, dense, maxRatio, curve: [], at: null });
+  constructor(element) {
+    this.element = element;
     new ResizeObserver(() => this.draw()).observe(element);
+  }
+
+  /** Begins anew: `points` are measured, `dense` is the log-perplexity at ratio 0. */
+  take(points, dense, maxRatio) {
+    Object.assign(this, { points, dense, maxRatio, curve: [], at: null });
+    this.draw();
   }
 
   /** Predictions by rising ratio: `{ratio, log_ppl, std}`. */
