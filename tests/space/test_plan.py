@@ -71,6 +71,13 @@ def test_a_plan_of_something_else_is_refused(other):
     assert len(str(caught.value)) < 250
 
 
+def test_what_is_missing_is_called_nothing():
+    for changes in ({"format": None}, {"mask": [None] * len(LAYOUT.sites)}, {"kept": [None] * len(LAYOUT.sites)}):
+        with refuses(DamagedError) as caught:
+            mask_of(export_record(**changes), LAYOUT)
+        assert "nothing" in str(caught.value) and "None" not in str(caught.value)
+
+
 def test_what_is_an_export():
     assert is_export(export_record()) and not is_export([0.1]) and not is_export({"attn": [], "ffn": []})
 

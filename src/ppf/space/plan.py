@@ -209,5 +209,5 @@ def _is_number(cell: str) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = "nothing" if value is None else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
