@@ -22,28 +22,17 @@ HEAD = "# Made by tools/hashes.py. Install torch first, as constraints.txt has i
 def main() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     wanted = ["torch", "--editable", f"{ROOT}[{','.join(name for name in extras if name not in AS_SOURCE)}]"]
-    options = [
-        "--only-binary",
-        ":all:",
-        "--dry-run",
-        "--ignore-installed",
-        "--quiet",
-        "--report",
-        "-",
-        "--constraint",
-        str(ROOT / "constraints.txt"),
+    options = ["--dry-run", "--ignore-installed", "--only-binary", ":all:", "--quiet", "--report", "-"]
+    command = [sys.executable, "-m", "pip", "install", *options, "--constraint", str(ROOT / "constraints.txt"), *wanted]
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [
+        f"# Without the extra {name}: {package} needs one that comes as source alone.\n" for name, package in AS_SOURCE.items()
     ]
-    made = subprocess.run([sys.executable, "-m", "pip", "install", *options, *wanted], capture_output=True, text=True, check=True)
-    lines = []
-    for entry in json.loads(made.stdout)["install"]:
+    for entry in sorted(json.loads(made.stdout)["install"], key=lambda entry: entry["metadata"]["name"].lower()):
         name, version = entry["metadata"]["name"], entry["metadata"]["version"]
         if name not in LEFT_OUT:
             lines.append(f"{name}=={version} --hash=sha256:{entry['download_info']['archive_info']['hashes']['sha256']}\n")
-    left = [
-        f"# Without the extra {name}: {package} needs a package that comes as source alone.\n"
-        for name, package in AS_SOURCE.items()
-    ]
-    (ROOT / "hashes.txt").write_text(HEAD + "".join(left) + "".join(sorted(lines, key=str.lower)))
+    (ROOT / "hashes.txt").write_text(HEAD + "".join(lines))
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ def test_a_node_measures_what_it_is_asked(real):
     assert measurer.open(setup_of(folder, of), text.read_bytes()) == READY
     results = [from_line(measurer.answer(to_question(random_mask(of, seed), "search", None))) for seed in range(2)]
     assert all(math.isfinite(result.kl) and result.tokens == 72 for result in results) and results[0].kl != results[1].kl
-    with refuses(DamagedError):
+    with refuses(InputError):
         from_line(measurer.answer(to_question(random_mask(LAYOUT), "search", None)))
 
 
