@@ -217,7 +217,7 @@ def campaigns() -> str:
             f"{errors['silent']} silent, {errors['broken']} broken",
         ],
         ["damaged files, for each of the readers", f"{fuzz['cases']:,}", _fuzzed(fuzz, len(readers))],
-        ["files that coverage leads to (Atheris)", *_guided(result["guided"])],
+        *([["files that coverage leads to (Atheris)", *_guided(result["guided"])]] if "guided" in result else []),
         *(
             [f"stores with {words}", f"{result['stores'][kind]['cases']:,}", _kept(result["stores"][kind])]
             for kind, words in _DAMAGES
@@ -226,7 +226,7 @@ def campaigns() -> str:
         ["hostile configs", *_all_refused(hostile["configs"])],
         ["hostile GGUF files", *_all_refused(hostile["gguf"])],
         ["wrong masks", *_all_refused(hostile["masks"])],
-        ["95 % intervals of a known truth", *_held(result["intervals"])],
+        *([["95 % intervals of a known truth", *_held(result["intervals"])]] if "intervals" in result else []),
     ]
     where = f"`benchmarks/results/faults.json`: `{record['command']}`, seed {record['seed']}, commit {record['commit'][:8]};"
     return "\n".join([f"{where} kills of fits and writers: `kills.json`.\n", table(["campaign", "cases", "outcome"], rows)])

@@ -38,7 +38,16 @@ def test_a_mask_comes_back_as_it_went():
 
 def test_a_record_that_contradicts_its_mask_is_refused():
     good = told(random_mask(LAYOUT))
-    for kept in (None, 3, [], good[:-1], [*good, good[0]], [None, *good[1:]], [{"kept": good[0]["kept"] + 1}, *good[1:]]):
+    for kept in (
+        None,
+        3,
+        [],
+        good[:-1],
+        [*good, good[0]],
+        [None, *good[1:]],
+        [{"kept": good[0]["kept"] + 1}, *good[1:]],
+        [{"kept": [1, 2]}, *good[1:]],
+    ):
         with refuses(DamagedError):
             mask_of(export_record(kept=kept), LAYOUT)
 
