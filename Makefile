@@ -2,7 +2,7 @@
 # make test   set up .venv and run the default tests
 # make slow   the tests that take long: campaigns of kills, errors and damage at their full counts, every family
 # make ray    the tests of the Ray engine, on clusters that they start and kill
-# make check  lint, format and types
+# make check  lint, format, types, and imports that only go down
 # make bench  all benchmarks, and docs/results.md from them
 # make docs   the documentation as a site, in site/
 # make wheel  build sdist and wheel, and run the demo from the wheel in an empty environment
@@ -31,6 +31,7 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_package.py -k "go_down or cycle"
 
 bench: .venv/.bench
 	rm -rf runs/bench

@@ -26,12 +26,14 @@ from record import HERE, write
 sys.path.insert(0, str(HERE.parent / "tests"))  # the campaigns are theirs
 
 import fuzzing
+import test_fuzz_atheris as guided
 import test_salvage as stores
 import test_system_calls as calls
 import tiny_models
 from llm import test_gguf_structure as gguf_kinds
 from llm import test_load_damage as configs
 from llm import test_load_hostile as hostile
+from llm.test_perplexity import coverage
 from ppf.artifact import load_artifact, save_artifact
 from ppf.errors import PPFError
 from ppf.llm.gguf_structure import check_structure
@@ -151,10 +153,26 @@ def hostile_files(folder: Path) -> dict[str, Any]:
     return {"configs": {**found, "slowest_seconds": round(slowest, 3)}, "gguf": files, "masks": wrong}
 
 
+def guided_by_coverage(folder: Path, seconds: int) -> dict[str, Any]:
+    """Atheris on each reader that is written in Python: inputs tried, and how libFuzzer ended."""
+    found = {}
+    for reader in guided.READERS:
+        (folder / reader).mkdir(parents=True)
+        code, runs, _ = guided.fuzz(reader, seconds, folder / reader)
+        found[reader] = {"seconds": seconds, "runs": runs, "code": code}
+    return found
+
+
+def intervals(repeats: int) -> dict[str, Any]:
+    """How often a 95 % interval holds the truth: of one model, and of a pruned one against the dense one on the same blocks."""
+    return {"repeats": repeats, "alone": coverage(repeats, paired=False)[0], "paired": coverage(repeats, paired=True)[0]}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=20_000, help="damaged files for each reader")
+    parser.add_argument("--seconds", type=int, default=guided.SECONDS, help="of Atheris on each reader; needs ppf[fuzz]")
     arguments = parser.parse_args()
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -165,4 +183,5 @@ if __name__ == "__main__":
         result |= {"stores": damaged_stores(places[1], arguments.seed)}
         result |= {"artefacts": damaged_artefacts(places[2], arguments.seed), "hostile": hostile_files(places[3])}
         result |= kills_and_errors(places[0])
+        result |= {"guided": guided_by_coverage(Path(temporary) / "guided", arguments.seconds), "intervals": intervals(1000)}
     write("faults", arguments.seed, result)

@@ -217,6 +217,7 @@ def campaigns() -> str:
             f"{errors['silent']} silent, {errors['broken']} broken",
         ],
         ["damaged files, for each of the readers", f"{fuzz['cases']:,}", _fuzzed(fuzz, len(readers))],
+        *([["files that coverage leads to (Atheris)", *_guided(result["guided"])]] if "guided" in result else []),
         *(
             [f"stores with {words}", f"{result['stores'][kind]['cases']:,}", _kept(result["stores"][kind])]
             for kind, words in _DAMAGES
@@ -225,6 +226,7 @@ def campaigns() -> str:
         ["hostile configs", *_all_refused(hostile["configs"])],
         ["hostile GGUF files", *_all_refused(hostile["gguf"])],
         ["wrong masks", *_all_refused(hostile["masks"])],
+        *([["95 % intervals of a known truth", *_held(result["intervals"])]] if "intervals" in result else []),
     ]
     where = f"`benchmarks/results/faults.json`: `{record['command']}`, seed {record['seed']}, commit {record['commit'][:8]};"
     return "\n".join([f"{where} kills of fits and writers: `kills.json`.\n", table(["campaign", "cases", "outcome"], rows)])
@@ -236,6 +238,15 @@ _DAMAGES = (("flip", "a flipped bit"), ("cut", "their end cut off"), ("zeroed", 
 def _fuzzed(found: dict[str, int], readers: int) -> str:
     bad = f"{found['foreign']} other errors, {found['silent']} altered where a checksum guards, {found['slow']} over 1 s"
     return f"{readers} readers: {found['refused']:,} refused, {bad}"
+
+
+def _guided(found: dict[str, dict[str, int]]) -> tuple[str, str]:
+    seconds, broke = next(iter(found.values()))["seconds"], sum(one["code"] != 0 for one in found.values())
+    return f"{sum(one['runs'] for one in found.values()):,}", f"{len(found)} readers, {seconds} s each: {broke} broke"
+
+
+def _held(found: dict[str, float]) -> tuple[str, str]:
+    return f"{found['repeats']:,}", f"{found['alone']:.1%} hold it; of pruned above dense, block by block, {found['paired']:.1%}"
 
 
 def _kept(found: dict[str, int]) -> str:

@@ -1,6 +1,9 @@
 """Coverage-guided fuzzing of the readers that are written in Python: anything but a refusal of ours ends it.
 
-python tests/fuzz_atheris.py READER RUNS
+    python tests/fuzz_atheris.py READER SECONDS
+
+libFuzzer ends with 0 when the time is over, 70 where an input took too long, 71 where it took too much memory, 77 where it broke
+the reader, and 72 where somebody else stopped it by SIGINT or SIGTERM, which says nothing of the reader.
 """
 
 import sys
@@ -37,7 +40,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 """By name: whose file is the seed, and the reader."""
 
 
-def main(name: str, runs: str) -> None:
+def main(name: str, seconds: str) -> None:
     """Runs one."""
     kind, read = READERS[name]
     seed = fuzzing.targets(PLACE)[kind].path
@@ -52,7 +55,7 @@ def main(name: str, runs: str) -> None:
         except PPFError as error:
             assert str(error).isprintable()
 
-    options = [f"-runs={runs}", "-max_len=65536", "-timeout=60", "-rss_limit_mb=2048"]
+    options = [f"-max_total_time={seconds}", "-max_len=65536", "-timeout=60", "-rss_limit_mb=2048"]
     atheris.Setup([sys.argv[0], *options, str(corpus)], one)
     atheris.Fuzz()
 

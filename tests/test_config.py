@@ -7,7 +7,7 @@ import pytest
 import tyro
 
 from builders import refuses
-from ppf import config
+from ppf import cli, config
 from ppf.config import (
     DemoConfig,
     EvalConfig,
@@ -25,6 +25,8 @@ from ppf.config import (
 from ppf.config.serve import is_loopback
 from ppf.errors import InputError
 
+WITH = {"candidates": ["--refine"]}
+"""What an option must come with."""
 COMMANDS = {
     FitConfig: ["ref-a", "--study", "s"],
     PolicyConfig: ["s", "--ratio", "0.3"],
@@ -114,7 +116,7 @@ BOUNDS = [(command, field, least) for command, fields in LEAST.items() for field
 
 @pytest.mark.parametrize(("command", "field", "least"), BOUNDS, ids=[f"{command.__name__}.{field}" for command, field, _ in BOUNDS])
 def test_counts_have_a_least_value_and_the_flag_is_named(command, field, least, capsys):
-    found = parsed(command, flag(field), str(least))
+    found = parsed(command, flag(field), str(least), *WITH.get(field, ()))
     assert getattr(found, field) == least
     for value in (least - 1, -(10**6)):
         with refuses(InputError) as caught:
@@ -227,6 +229,33 @@ def test_a_count_that_no_library_takes_is_refused():
     for wish in ({"seed": 2**53 + 1}, {"samples": 10**30}):
         with refuses(InputError):
             FitConfig("ref-a", "s", **wish)
+
+
+PRUNE, EVAL = "prune s --out o", "eval ref-a"
+IDLE = [
+    f"{PRUNE} --ratio 0.3 --candidates 4", f"{PRUNE} --ratio 0.3 --no-measure --candidates 4",
+    f"{PRUNE} --ratio 0.3 --no-measure --device cpu", f"{PRUNE} --ratio 0.3 --no-measure --refine",
+    f"{PRUNE} --ratio 0.3 --no-measure --compensate bias", f"{PRUNE} --ratio 0.3 --no-measure --gguf f",
+    f"{PRUNE} --ratio 0.3 --quant f16", f"{PRUNE} --ratio 0.3 --text a.txt", f"{PRUNE} --plan p --ratio 0.3",
+    f"{PRUNE} --plan p --params 3M", f"{PRUNE} --plan p --memory 9MB", f"{PRUNE} --plan p --nested", f"{PRUNE} --plan p --refine",
+    f"{PRUNE} --plan p --candidates 4", f"{PRUNE} --plan p --model m", f"{PRUNE} --plan p --compensate bias",
+    f"{PRUNE} --ratio 0.3 --nested --refine",
+    f"{EVAL} --against m", f"{EVAL} --limit 9", f"{EVAL} --include-path d", f"{EVAL} --tasks t --text a.txt",
+    f"{EVAL} --tasks t --seq-len 64", f"{EVAL} --tasks t --tokens 99",
+    *(f"serve s --no-model {flag}" for flag in ("--model m", "--ratio 0.3", "--max-tokens 9", "--device cpu", "--dtype float32")),
+    "serve s --no-model --target-memory 9MB", "serve s --min-ratio 0.1", "serve s --max-ratio 0.4",
+    "fit m --study s --ray-address a:1", "fit m --study s --gpus-per-worker 1", "recover d --full --lora-rank 8",
+    "bench s --methods uniform --candidates 4", "bench s --methods static additive --budget 99",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", IDLE)
+def test_no_option_is_silently_without_effect(line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and any(word in error for word in line.split() if word.startswith("--") and word != "--out")
+    assert error.count("; ") >= 2 and not list(tmp_path.iterdir())
 
 
 # --- one name, one thing ---

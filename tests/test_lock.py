@@ -1,3 +1,4 @@
+import contextlib
 import fcntl
 import json
 import multiprocessing
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from builders import names_in, refuses
+from ppf import lock
 from ppf.errors import InUseError, ResourceError
-from ppf.lock import Holder, locked
+from ppf.lock import Holder, locked, network_disk
+from ppf.samples import SampleStore
 
 HOLDER = """
 import subprocess, sys, time
@@ -118,6 +121,80 @@ def test_a_disk_that_grants_every_lock_lets_no_second_writer_of_this_machine_in(
     assert str(os.getpid()) in str(caught.value)
     with locked(tmp_path) as dead:
         assert dead is None
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """The folder lies on a disk of many machines, which grants every lock to everyone."""
+    mounts = tmp_path.parent / f"{tmp_path.name}.mounts"
+    mounts.write_text(f"1 2 0:1 / / rw - ext4 /dev/sda rw\n3 1 0:2 / {tmp_path} rw,relatime shared:1 - nfs4 server:/home rw\n")
+    monkeypatch.setattr(lock, "_MOUNTS", mounts)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    return tmp_path
+
+
+def test_a_network_disk_is_known(network, tmp_path_factory):
+    assert network_disk(network / "not" / "yet") == network_disk(network) == "nfs4"
+    assert network_disk(tmp_path_factory.getbasetemp()) == ""
+    lock._MOUNTS.write_text("rubbish\n1 - \n")
+    assert network_disk(network) == ""
+
+
+def test_on_a_network_disk_nobody_takes_over_from_another_machine(network):
+    (network / "lock").write_text(json.dumps(asdict(replace(Holder.here(), host="elsewhere", pid=7))))
+    with refuses(InUseError) as caught, locked(network):
+        pytest.fail("two writers")
+    assert "process 7 on elsewhere" in str(caught.value) and f"remove {network / 'lock'}" in str(caught.value)
+    (network / "lock").write_text(json.dumps(asdict(replace(Holder.here(), started=1))))
+    with locked(network) as dead:
+        assert dead is not None  # of this machine it is known that it ended
+
+
+def test_on_a_network_disk_he_who_wrote_last_has_it(network, monkeypatch):
+    other = replace(Holder.here(), host="elsewhere")
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: (network / "lock").write_text(json.dumps(asdict(other))))
+    with refuses(InUseError) as caught, locked(network):
+        pytest.fail("two writers")
+    assert "on elsewhere" in str(caught.value)
+
+
+LIED_TO = """
+import fcntl, pathlib, sys
+from ppf import lock
+from ppf.errors import InUseError
+from ppf.samples import Sample, SampleStore
+fcntl.flock = lambda *_: None
+folder, lock._MOUNTS, start, count = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+written = 0
+sys.stdin.readline()
+while written < count:
+    try:
+        with lock.locked(folder):
+            store = SampleStore(folder / "s", "c", write=True)
+            assert store._db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+            for index in range(start + written, start + min(written + count // 4, count)):
+                store.add(Sample("c", f"{index:032d}", "spread", 0.3, (index, 2), bytes(9), "done", "", 2.5, 0.5, 4096, 0.1))
+                written += 1
+            store.close()
+    except InUseError:
+        pass
+"""
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.slow)])
+def test_two_whom_a_network_disk_lies_to_lose_nothing(network, count):
+    environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.lock"].__file__).parents[1])}
+    words = [sys.executable, "-c", LIED_TO, str(network), str(lock._MOUNTS)]
+    with contextlib.ExitStack() as stack:
+        pipes = {"stdin": subprocess.PIPE, "text": True, "env": environment}
+        opening = (subprocess.Popen([*words, str(lane * 10**6), str(count)], **pipes) for lane in (0, 1))
+        writers = [stack.enter_context(process) for process in opening]
+        for writer in writers:
+            writer.stdin.write("go\n")
+            writer.stdin.flush()
+    assert [writer.returncode for writer in writers] == [0, 0]
+    with contextlib.closing(SampleStore(network / "s", "c")) as store:
+        assert len(store.all()) == 2 * count and store.damaged == 0
 
 
 @pytest.mark.parametrize("change", [{"started": 1}, {"pid": 2**22 + 1}, {"host": "elsewhere"}])

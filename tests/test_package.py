@@ -18,7 +18,7 @@ SOURCE = Path(ppf.__file__).parent
 FLOORS = {
     "errors": 0, "artifact": 0, "lock": 0, "_hook": 0, "provenance": 0, "space": 1, "samples": 1, "salvage": 1,
     "config": 1, "progress": 1,
-    "llm": 2, "learn": 2, "study": 2, "decide": 3, "repair": 3, "recipes": 4, "report": 4,
+    "llm": 2, "learn": 2, "study": 2, "fit_command": 2, "decide": 3, "repair": 3, "recipes": 4, "report": 4,
     "cli": 5, "commands": 5, "printing": 5, "server": 5,
     "__init__": 5, "__main__": 5,
 }  # fmt: skip

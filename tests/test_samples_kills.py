@@ -1,10 +1,13 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+
+import pytest
 
 from stores_made import opened
 
@@ -19,7 +22,8 @@ for index in range(int(sys.argv[2]), 10**9):
 """
 
 
-def test_two_writers_at_once_lose_nothing_and_refuse_nothing(tmp_path):
+@pytest.mark.parametrize("count", [150, pytest.param(5000, marks=pytest.mark.slow)])
+def test_two_writers_at_once_lose_nothing_and_refuse_nothing(tmp_path, count):
     environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}
     commands = [[sys.executable, "-c", WRITER, str(tmp_path / "s"), str(start)] for start in (0, 10**6)]
     done = []
@@ -29,14 +33,14 @@ def test_two_writers_at_once_lose_nothing_and_refuse_nothing(tmp_path):
         for writer in writers:
             stack.callback(writer.kill)
         for writer in writers:
-            done += [writer.stdout.readline() for _ in range(150)]
+            done += [writer.stdout.readline() for _ in range(count)]
         for writer in writers:
             writer.kill()
             done += writer.stdout.readlines()
     done = [line.strip() for line in done if line.endswith("\n")]
     with opened(tmp_path / "s") as store:
         found = [one.digest for one in store.all()]
-    assert {line[-7] for line in done} == {"0", "1"} and len(done) >= 300
+    assert {line[-7] for line in done} == {"0", "1"} and len(done) >= 2 * count
     assert store.damaged == 0 and len(found) == len(set(found)) <= len(done) + 2 and set(done) <= set(found)
 
 
@@ -94,3 +98,31 @@ def test_killing_the_writer_loses_nothing_that_it_acknowledged(tmp_path):
             assert store.damaged == 0 and found >= set(done) and len(found) <= len(done) + 1
         done = sorted(found)
     assert len(done) >= 48
+
+
+TEN = WRITER.replace("10**9", "int(sys.argv[2]) + 10")
+CALLS = ("openat", "write", "pwrite64", "ftruncate", "fdatasync", "fsync", "unlink", "fallocate")
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_call_in_making_a_store_and_writing_into_it_loses_nothing(tmp_path):
+    """Needs strace."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(sys.modules["ppf.samples"].__file__).parents[1])}
+
+    def run(folder, *options):
+        folder.mkdir(exist_ok=True)
+        trace = ["strace", "-f", "-qq", "-y", "-P", str(folder / "s"), "-P", f"{folder / 's'}-wal", "-P", f"{folder / 's'}-shm"]
+        command = [*trace, "-o", str(folder / "trace"), *options, sys.executable, "-c", TEN, str(folder / "s"), "0"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    dry = run(tmp_path / "dry", "-e", "trace=" + ",".join(CALLS))
+    made = re.findall(r"^\d+ +(\w+)\(", (tmp_path / "dry" / "trace").read_text(), re.MULTILINE)
+    assert len(dry.stdout.split()) == 10 and made.count("pwrite64") > 20 and {"fdatasync", "fsync"} & set(made)
+    for call in sorted(set(made)):
+        for number in range(1, made.count(call) + 1):
+            folder = tmp_path / f"{call} {number}"
+            told = run(folder, "-e", f"inject={call}:signal=KILL:when={number}").stdout.split()
+            assert len(told) < 11, (call, number)
+            with opened(folder / "s", write=True) as store:
+                found = [one.digest for one in store.all()]
+                assert found[: len(told)] == told and len(found) <= len(told) + 1 and store.damaged == 0, (call, number)

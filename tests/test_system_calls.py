@@ -1,6 +1,7 @@
 """A kill, and an error, at every system call that writes: what is there afterwards is the old or the new, whole. Needs strace."""
 
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -83,15 +84,17 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new(place):
         assert run(here, "new").returncode == 0 and what_is_in(here) == ("new", "new") and not workplaces(here)
 
 
-OTHERS = [("ENOSPC", True), ("EIO", False), ("EROFS", False), ("EROFS", True), ("EDQUOT", False), ("EACCES", False)]
+ERRORS = ("ENOSPC", "EIO", "EROFS", "EDQUOT", "EACCES")
+EACH = [(error, lasting) for error in ERRORS for lasting in (False, True)]
 
 
 @pytest.mark.parametrize(
-    ("error", "lasting"), [("ENOSPC", False), *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)]
+    "kinds", [EACH, *(pytest.param([kind], marks=pytest.mark.slow, id=f"{kind[0]} {kind[1]}") for kind in EACH)]
 )
-def test_an_error_at_any_call_is_said_and_leaves_the_old_or_the_new(place, error, lasting):
+def test_an_error_at_any_call_is_said_and_leaves_the_old_or_the_new(place, kinds):
+    """Every kind of error in turn; behind ``slow`` each at every call."""
     failed = 0
-    for call, number, here in points(place):
+    for (call, number, here), (error, lasting) in zip(points(place), itertools.cycle(kinds), strict=False):
         done = run(here, "new", "-e", f"inject={call}:error={error}:when={number}{'+' if lasting else ''}")
         found = what_is_in(here)
         if done.returncode == 0:  # what was left out is a tidying up

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ppf.errors import DamagedError, InputError, NewerError, PPFError, ResourceError
+from ppf.errors import MEND, DamagedError, InputError, NewerError, PPFError, ResourceError
 
 FORMAT_VERSION = 1
 MAX_HEADER = 16 * 2**20
@@ -65,14 +65,14 @@ def write_json(path: Path, record: Any) -> None:
     write_bytes(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Reads JSON.
+def read_json(path: Path, advice: str = "restore it or make it again") -> Any:
+    """Reads JSON; ``advice`` says what to do where it is none.
 
     Raises:
         DamagedError: The file is missing or is not JSON.
         ResourceError: The file cannot be read.
     """
-    with _reading(path, "hold JSON"):
+    with _reading(path, "hold JSON", advice):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -107,7 +107,7 @@ def load_artifact(path: Path, kind: str, fingerprint: str | None = None) -> tupl
         DamagedError: Missing, cut, altered, of another kind, version or model.
         ResourceError: The file cannot be read.
     """
-    with _reading(path, "be a whole ppf artefact", "restore it, or give a study's ppf fit command again"):
+    with _reading(path, "be a whole ppf artefact", MEND):
         with open(path, "rb") as start:
             if int.from_bytes(start.read(8), "little") > MAX_HEADER:
                 raise ValueError("it announces a header of more than 16 MB")
@@ -298,7 +298,7 @@ def _swap_in_two_steps(work: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _reading(path: Path, what: str, advice: str = "restore it or make it again") -> Iterator[None]:
+def _reading(path: Path, what: str, advice: str) -> Iterator[None]:
     """Turns whatever goes wrong in reading a file that must ``what`` into our errors."""
     try:
         yield
@@ -322,7 +322,7 @@ def _check_partner(path: Path, header: Any, kind: str, fingerprint: str | None) 
         raise NewerError(f"{what}; it is of version {version}; use the newer ppf that made it")
     if header.get("kind") != kind or header.get("version") != FORMAT_VERSION:
         found = f"{reprlib.repr(header.get('kind'))} version {reprlib.repr(header.get('version'))}"
-        raise DamagedError(f"{path} must be a {kind!r} artefact of version {FORMAT_VERSION}; it is {found}; fit again")
+        raise DamagedError(f"{path} must be a {kind!r} artefact of version {FORMAT_VERSION}; it is {found}; {MEND}")
     if fingerprint is not None and header.get("fingerprint") != fingerprint:
         raise DamagedError(f"{path} must belong to this model's layout; it was made for another one; use its own study")
 

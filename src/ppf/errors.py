@@ -3,6 +3,9 @@
 Every message is one line: what must hold, what came, what to do.
 """
 
+MEND = "ppf repair STUDY keeps what is whole and says how to go on"
+"""What to do where a file of a study is damaged, whichever it is."""
+
 
 class PPFError(Exception):
     """Base of every error that ppf raises on purpose.

@@ -1,4 +1,7 @@
-"""One writer a folder. The lock dies with the process that holds it, and the file of the lock says who that is."""
+"""One writer a folder. The lock dies with the process that holds it, and the file of the lock says who that is.
+
+Some network disks grant every lock to everyone. There the file alone decides, and nobody takes over from another machine.
+"""
 
 import contextlib
 import fcntl
@@ -12,6 +15,14 @@ from pathlib import Path
 from typing import TextIO
 
 from ppf.errors import InUseError, ResourceError
+
+_MOUNTS = Path("/proc/self/mountinfo")
+_NETWORK = {
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs", "fuse.sshfs", "fuse.glusterfs",
+    "fuse.ceph", "fuse.s3fs", "fuse.gcsfuse",
+}  # fmt: skip
+_SETTLING = 0.2
+"""Seconds in which another, who read the file as empty too, has written into it."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +71,32 @@ def locked(folder: Path) -> Iterator[Holder | None]:
         ResourceError: The folder cannot be made.
     """
     with _held(folder) as handle:
-        before = _read(handle)
-        if before is not None and before.is_alive:  # some network disks grant every lock to everyone
+        before, ours = _read(handle), Holder.here()
+        is_shared = bool(network_disk(folder))
+        if before is not None and (before.is_alive or (is_shared and before.host != ours.host)):
             raise _in_use(folder, before)
-        _write(handle, json.dumps(asdict(Holder.here())))
+        _write(handle, json.dumps(asdict(ours)))
+        if is_shared:
+            time.sleep(_SETTLING)
+            if (now := _read(handle)) != ours:
+                raise _in_use(folder, now)
         try:
             yield before
         finally:
             _write(handle, "")
+
+
+def network_disk(folder: Path) -> str:
+    """The kind of network disk on which a folder lies; empty for a disk of this machine, and where the system does not say."""
+    place, kinds = Path(os.path.realpath(folder)), {"": ""}
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in _MOUNTS.read_text(errors="replace").splitlines():
+            at, _, kind = line.partition(" - ")
+            mounted = at.split()[4]
+            if place.is_relative_to(mounted):
+                kinds[mounted] = kind.split()[0]
+    kind = kinds[max(kinds, key=len)]
+    return kind if kind in _NETWORK else ""
 
 
 def _held(folder: Path) -> TextIO:
@@ -93,7 +122,10 @@ def _held(folder: Path) -> TextIO:
 
 def _in_use(folder: Path, holder: Holder | None) -> InUseError:
     who = f"{holder} writes since {holder.since}" if holder else "another process writes"
-    return InUseError(f"{folder} must have one writer; {who}; wait for it or choose another folder")
+    todo = "wait for it or choose another folder"
+    if holder and holder.host != socket.gethostname():
+        todo += f", or remove {folder / 'lock'} if that process has ended"
+    return InUseError(f"{folder} must have one writer; {who}; {todo}")
 
 
 def _read(handle: TextIO) -> Holder | None:

@@ -56,6 +56,7 @@ def print_planned(record: dict[str, Any], quiet: bool) -> None:
             low, high = measured["interval"]
             found = f"measured {measured['ppl']:.2f} (95 % {low:.2f} to {high:.2f}), dense {record['dense']['ppl']:.2f}"
             lines["perplexity"] = f"{found}; {record['protocol']['text']}, {record['protocol']['tokens']:,} tokens"
+            lines |= _lost(record)
         for name, value in lines.items():
             print(f"{name:<11} {value}")
     print_gguf(record["gguf"], quiet)
@@ -138,6 +139,7 @@ def print_pruned(record: dict[str, Any]) -> None:
         "weights": f"{human_size(record['bytes']['before'])} -> {human_size(record['bytes']['after'])}",
         "perplexity": f"predicted {record['predicted']['ppl']:.2f}{without}, {_found(record)}, dense {record['dense']['ppl']:.2f}",
     }
+    lines |= _lost(record)
     protocol = record["protocol"]
     lines["protocol"] = f"{protocol['text']}, {protocol['tokens']:,} tokens in blocks of {protocol['seq_len']}, {protocol['dtype']}"
     if speed := record.get("tokens_per_second"):
@@ -148,6 +150,15 @@ def print_pruned(record: dict[str, Any]) -> None:
         lines["perplexity"] += f"; with {steps} predicted {rounding['ppl']:.2f}, without {rounding['unrounded_ppl']:.2f}"
     for name, value in lines.items():
         print(f"{name:<11} {value}")
+
+
+def _lost(record: dict[str, Any]) -> dict[str, str]:
+    """A line on what was lost against the dense model, told block by block, if that was measured."""
+    lost = record.get("measured", {}).get("above_dense")
+    if lost is None:
+        return {}
+    low, high = lost["interval"]
+    return {"above dense": f"{lost['log_ppl']:.4f} nats/token (95 % {low:.4f} to {high:.4f}, block against block)"}
 
 
 def _found(record: dict[str, Any]) -> str:
@@ -195,10 +206,13 @@ def print_repaired(record: dict[str, Any]) -> None:
     for one in record["aside"]:
         print(f"{one['file']:<24} {one['why']}; set aside as {one['to']}")
     print(f"{record['samples']:,} samples are whole")
-    if record["aside"]:
-        print("next     the ppf fit command of the study, as it was: it makes what is missing from the samples")
-    else:
+    if not record["aside"] and record["fit"] is None:
         print("nothing is damaged")
+        return
+    print("next     " + (record["fit"] or "the fit of the study as it was, which no file tells any more"))
+    print("         It makes what is missing from the samples.", end="\n" if record["sure"] else " ")
+    if record["fit"] and not record["sure"]:
+        print("It was read from a damaged file: compare it with the one that you gave.")
 
 
 def print_report(report: dict[str, Any], study: str) -> None:

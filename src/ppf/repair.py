@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ppf.artifact import load_artifact, remove_unfinished
-from ppf.errors import DamagedError, InputError, NewerError, PPFError, ResourceError
+from ppf.errors import MEND, DamagedError, InputError, NewerError, PPFError, ResourceError
+from ppf.fit_command import fit_command
 from ppf.learn.agent import Agent
 from ppf.learn.nested import Chain
 from ppf.learn.predictor import Predictor
@@ -26,12 +27,15 @@ from ppf.space.importance import Importance
 from ppf.study import StudyFolder, check_version, read_sealed
 
 _STORE, _ASIDE = "samples.sqlite", ".damaged"
-_LOG, _INDEX = "-wal", "-shm"
+_LOG, _INDEX, _JOURNAL = "-wal", "-shm", "-journal"
+_BESIDE = (_LOG, _INDEX, _JOURNAL)
 _LOADS: dict[str, Callable[..., object]] = {
     "importance": Importance.load, "predictor": Predictor.load, "agent": Agent.load, "nested": Chain.load,
 }  # fmt: skip
-_JSON: dict[str, tuple[str, ...]] = {"plans.json": (), "report.json": ("settings", "predictor", "heldout")}
+_REPORT = "settings", "predictor", "heldout", "importance", "samples", "failed", "tokens", "seconds", "measuring_seconds"
+_JSON: dict[str, tuple[str, ...]] = {"plans.json": (), "report.json": _REPORT}
 """And what each must hold."""
+_ORPHAN = "without study.json nothing says what it belongs to"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ def repair(folder: Path) -> dict[str, Any]:
         folder: The study.
 
     Returns:
-        JSON-ready: ``"aside"``, what was damaged, and ``"samples"``, how many the store holds.
+        JSON-ready: ``"aside"``, what was damaged; ``"samples"``, how many the store holds; ``"fit"``, the command that makes the
+        rest again, None if all is there or nothing says it; and ``"sure"``, whether a checksum vouches for that command.
 
     Raises:
         InputError: There is no study, nor the samples of one.
@@ -71,6 +76,7 @@ def repair(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} must be a study folder; it holds neither study.json nor samples; check the name")
     with locked(folder):
         remove_unfinished(folder)
+        fit, sure = fit_command(folder)
         study, why = _open(folder)
         try:
             aside = set_aside_damaged(study) if study else _set_aside_all(folder, why)
@@ -79,7 +85,9 @@ def repair(folder: Path) -> dict[str, Any]:
             if isinstance(error, PPFError):
                 raise
             raise ResourceError(f"{folder} must be writable; {error.strerror}; free the disk, then repair it again") from error
-        return {"aside": [vars(one) for one in (*aside, *found)], "samples": samples}
+        is_whole = study is not None and not aside and not found
+        told = {"aside": [vars(one) for one in (*aside, *found)], "samples": samples}
+        return told | {"fit": None if is_whole else fit, "sure": sure}
 
 
 def set_aside_damaged(study: StudyFolder) -> list[Aside]:
@@ -109,7 +117,7 @@ def _checks(study: StudyFolder) -> Iterator[tuple[str, Callable[[Path], object]]
 def _check_json(path: Path, needed: tuple[str, ...]) -> None:
     record = read_sealed(path)
     if missing := [name for name in needed if name not in record]:
-        raise DamagedError(f"{path} must hold {missing[0]!r}; it does not; fit again")
+        raise DamagedError(f"{path} must hold {missing[0]!r}; it does not; {MEND}")
 
 
 def _open(folder: Path) -> tuple[StudyFolder | None, str]:
@@ -141,18 +149,18 @@ def _reason(error: Exception) -> str:
 
 def _set_aside_all(folder: Path, why: str) -> list[Aside]:
     """Everything but the samples: nothing says any more what it belongs to."""
-    kept = ("lock", _STORE)
+    kept, whys = ("lock", _STORE), {"study.json": why}
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix in (".json", ".safetensors"))
-    return [_set_aside(folder / name, why) for name in names if not name.startswith(kept)]
+    return [_set_aside(folder / name, whys.get(name, _ORPHAN)) for name in names if not name.startswith(kept)]
 
 
 def _set_aside(path: Path, why: str) -> Aside:
     """Gives a file a name that no other has; with a store goes its log."""
     number, to = 1, path.with_name(path.name + _ASIDE)
-    while any(Path(f"{to}{end}").exists() for end in ("", _LOG)):
+    while any(Path(f"{to}{end}").exists() for end in ("", _LOG, _JOURNAL)):
         number += 1
         to = path.with_name(f"{path.name}{_ASIDE}{number}")
-    for end in (_LOG, _INDEX, ""):  # the log first: it must never lie beside another database
+    for end in (*_BESIDE, ""):  # the log first: it must never lie beside another database
         if (part := Path(f"{path}{end}")).exists():
             os.rename(part, f"{to}{end}")
     return Aside(path.name, to.name, why)
@@ -175,7 +183,8 @@ def _mend_store(folder: Path) -> tuple[list[Aside], int]:
         with closing(SampleStore(new, "", write=True)) as store:
             for sample in samples:
                 store.add(sample)
-        is_left = any(Path(f"{path}{end}").exists() for end in ("", _LOG, _INDEX))  # a log alone would be played over the new one
+        # A log alone would be played over the new one.
+        is_left = any(Path(f"{path}{end}").exists() for end in ("", *_BESIDE))
         aside = [_set_aside(path, why)] if is_left else []
         os.rename(new, path)
     return aside, len(samples)

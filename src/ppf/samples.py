@@ -1,7 +1,8 @@
 """Sample and SampleStore: what was measured of which mask, kept so that nothing measured is ever lost.
 
 SQLite in WAL mode with full synchronisation, one transaction a sample, a CRC a row. A row whose CRC does not match is
-treated as not measured. The store has one writer; readers may come and go.
+treated as not measured. The store has one writer; readers may come and go. On a network disk, whose machines share no memory,
+there is no WAL.
 """
 
 import json
@@ -18,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ppf.errors import DamagedError, InUseError, NewerError, ResourceError
+from ppf.errors import MEND, DamagedError, InUseError, NewerError, ResourceError
+from ppf.lock import network_disk
 from ppf.space.layout import Layout
 from ppf.space.mask import Mask
 
@@ -120,10 +122,9 @@ REALS = {index for index, field in enumerate(fields(Sample)) if field.type is fl
 """Columns of real numbers, by their place."""
 STORE_VERSION = 1
 """To be raised when an older ppf could not read the file; files of before it was kept say 0 and are alike."""
-_PREPARE = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", _SCHEMA)
+_PREPARE = ("PRAGMA synchronous=FULL", _SCHEMA)
 _PATIENCE = 30.0
 """Seconds to wait for another who writes; SQLite asks ten times a second, and one who writes all the time leaves few gaps."""
-_REPAIR = "ppf repair STUDY keeps every sample that is whole"
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _SURROUNDINGS = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}
 
@@ -158,7 +159,9 @@ class SampleStore:
 
     def _prepare(self, version: int) -> None:
         """Makes the table, or finds it made. Where two make a store at once, SQLite refuses one of them without waiting."""
-        statements = [*_PREPARE, *([f"PRAGMA user_version={STORE_VERSION}"] if version < STORE_VERSION else [])]
+        mode = "DELETE" if network_disk(self.path.parent) else "WAL"
+        last = [f"PRAGMA user_version={STORE_VERSION}"] if version < STORE_VERSION else []
+        statements = [f"PRAGMA journal_mode={mode}", *_PREPARE, *last]
         until = time.monotonic() + _PATIENCE
         while statements:
             try:
@@ -272,11 +275,11 @@ def _translated(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ResourceError(f"{path} must be readable; {error.strerror}; check its permissions") from error
     except UnicodeDecodeError as error:  # SQLite quotes a damaged schema in its message
-        raise DamagedError(f"{path} must be a whole SQLite file; its schema is not text; {_REPAIR}") from error
+        raise DamagedError(f"{path} must be a whole SQLite file; its schema is not text; {MEND}") from error
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits say more than is needed here
         if code in _BUSY:
             raise InUseError(f"{path} must have one writer; another process holds it; wait for it") from error
         if code in _SURROUNDINGS:
             raise ResourceError(f"{path} must be writable; {error}; free the disk or check permissions") from error
-        raise DamagedError(f"{path} must be a whole sample store; {error}; {_REPAIR}") from error
+        raise DamagedError(f"{path} must be a whole sample store; {error}; {MEND}") from error

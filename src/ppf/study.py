@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ppf.artifact import read_json, write_json
-from ppf.errors import DamagedError, InputError
+from ppf.errors import MEND, DamagedError, InputError
 from ppf.samples import SampleStore
 from ppf.space.importance import Importance
 from ppf.space.layout import Layout
@@ -24,7 +24,6 @@ STUDY_VERSION = 3
 MEASURE_VERSION = 1
 """To be raised when the same mask would give other figures."""
 _SEALED, _SEAL = "sealed", "sha256"
-_MEND = "ppf repair STUDY sets it aside"
 _FIELDS: dict[str, tuple[type, ...]] = {
     "model.name": (str,),
     "model.digest": (str,),
@@ -62,7 +61,7 @@ class StudyFolder:
             for name in field.split("."):
                 value = value.get(name) if isinstance(value, dict) else None
             if not isinstance(value, kinds):
-                raise DamagedError(f"{folder}/study.json must have {field!r}; it has not; {_MEND}")
+                raise DamagedError(f"{folder}/study.json must have {field!r}; it has not; {MEND}")
 
     @classmethod
     def create(cls, folder: Path, record: dict[str, Any]) -> "StudyFolder":
@@ -128,7 +127,7 @@ class StudyFolder:
         """
         path = self.folder / "samples.sqlite"
         if write and self.plan("probes") is not None and not (path.is_file() and path.stat().st_size):
-            raise DamagedError(f"{path} must hold what was measured; it is gone or empty; restore it, or let ppf repair begin anew")
+            raise DamagedError(f"{path} must hold what was measured; it is gone or empty; {MEND}")
         return SampleStore(path, self.context, write)
 
     def plan(self, name: str) -> Any | None:
@@ -156,16 +155,13 @@ def read_sealed(path: Path) -> dict[str, Any]:
         DamagedError: Missing, no JSON object, or altered.
         ResourceError: It cannot be read.
     """
-    try:
-        record = read_json(path)
-    except DamagedError as error:
-        raise DamagedError(f"{error}, or {_MEND}") from error
+    record = read_json(path, MEND)
     if not isinstance(record, dict):
-        raise DamagedError(f"{path} must hold a JSON object; it does not; {_MEND}")
+        raise DamagedError(f"{path} must hold a JSON object; it does not; {MEND}")
     sealed, seal = not {_SEALED, _SEAL}.isdisjoint(record), record.pop(_SEAL, None)
     record.pop(_SEALED, None)
     if sealed and seal != _digest(record):
-        raise DamagedError(f"{path} must be as it was written; its checksum differs; {_MEND}")
+        raise DamagedError(f"{path} must be as it was written; its checksum differs; {MEND}")
     return record
 
 

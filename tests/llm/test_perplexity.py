@@ -154,12 +154,24 @@ def test_losses_that_are_not_finite_have_no_mean(loss):
 # --- its interval ---
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says():
-    rng, covered = np.random.default_rng(0), 0
-    for repeat in range(400):
-        low, high = summarise(rng.gamma(9, 1 / 3, 60), 60 * 12, seed=repeat).interval
-        covered += low <= 3 <= high
-    assert 0.91 <= covered / 400 <= 0.98
+def coverage(repeats, paired, seed=0):
+    """The share of intervals that hold the truth: of a model's losses, or of what a pruned one loses on the same blocks."""
+    rng, covered, widths = np.random.default_rng(seed), 0, []
+    for repeat in range(repeats):
+        dense = rng.gamma(9, 1 / 3, 60)
+        pruned = 1.02 * dense + rng.gamma(4, 0.01, 60)
+        low, high = summarise(pruned - dense if paired else dense, 60 * 12, seed=repeat).interval
+        covered += low <= (0.1 if paired else 3) <= high
+        widths.append(high - low)
+    return covered / repeats, float(np.mean(widths))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize(("repeats", "least", "most"), [(300, 0.91, 0.98), pytest.param(1000, 0.93, 0.97, marks=pytest.mark.slow)])
+def test_the_interval_covers_the_truth_as_often_as_it_says(repeats, least, most, paired):
+    share, width = coverage(repeats, paired)
+    assert least <= share <= most
+    assert not paired or width < coverage(20, False)[1] / 20  # what the blocks share is gone
 
 
 def test_the_interval_is_seeded_holds_the_mean_and_narrows():

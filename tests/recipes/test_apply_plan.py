@@ -18,7 +18,7 @@ from ppf.space.plan import mask_of
 
 def wish(place, plan, **other):
     grid = {name: other.pop(name) for name in ("align", "tp") if name in other}
-    return PruneConfig(str(place / "model"), other.pop("out", "out"), PlanTarget(**grid), plan=str(plan), device="cpu", **other)
+    return PruneConfig(str(place / "model"), other.pop("out", "out"), PlanTarget(**grid), plan=str(plan), **other)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,14 @@ def test_a_grid_does_not_fit_the_plan_of_an_export(place, exported):
     for grid in ({"tp": 2}, {"align": 8}):
         with refuses(InputError):
             apply_plan(record, load_model(str(place / "model")), wish(place, "x", **grid), Progress(True))
+
+
+@pytest.mark.parametrize("idle", [{"device": "cpu"}, {"align": 32, "gguf": "f"}, {"tp": 2}])
+def test_what_would_do_nothing_beside_the_plan_of_an_export_is_refused(place, exported, tmp_path, idle):
+    idle = idle | ({"gguf": str(tmp_path / "f")} if "gguf" in idle else {})
+    with refuses(InputError) as caught:
+        prune_by_plan(wish(place, exported / "ppf.json", out=str(tmp_path / "out"), **idle), Progress(True))
+    assert f"--{next(iter(idle))}" in str(caught.value) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,9 @@ def test_a_pruned_model_is_as_small_as_asked_and_measured_truly(fitted, ratio):
         for row in text
     ]
     assert pruned.plan["measured"]["log_ppl"] == pytest.approx(np.mean(losses), abs=1e-5)
+    lost, dense = pruned.plan["measured"]["above_dense"], pruned.plan["dense"]["log_ppl"]
+    assert lost["log_ppl"] == pytest.approx(np.mean(losses) - dense, abs=1e-5)
+    assert lost["interval"][0] <= lost["log_ppl"] <= lost["interval"][1]
 
 
 def test_nothing_pruned_is_the_dense_model(fitted):

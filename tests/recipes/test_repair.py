@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import sqlite3
 from contextlib import closing
@@ -13,7 +14,8 @@ from builders import full_disk, names_in, refuses
 from fit_runs import again, measured
 from ppf import cli
 from ppf import repair as module
-from ppf.errors import DamagedError, InputError, InUseError, NewerError, PPFError, ResourceError
+from ppf.config import FitConfig
+from ppf.errors import MEND, DamagedError, InputError, InUseError, NewerError, PPFError, ResourceError
 from ppf.lock import locked
 from ppf.repair import repair
 from ppf.study import StudyFolder, read_sealed, write_sealed
@@ -46,7 +48,7 @@ def samples_of(folder):
 
 def test_of_a_whole_study_nothing_is_changed(copy):
     before = {path.name: path.read_bytes() for path in copy.iterdir() if path.suffix in (".json", ".safetensors", ".sqlite")}
-    assert repair(copy) == {"aside": [], "samples": len(samples_of(copy))}
+    assert repair(copy) == {"aside": [], "samples": len(samples_of(copy)), "fit": None, "sure": False}
     assert {name: (copy / name).read_bytes() for name in before} == before
 
 
@@ -75,7 +77,7 @@ def test_until_then_it_is_refused_with_what_to_do(copy, file):
     with refuses(DamagedError) as caught:
         study = ppf.Study(copy)
         study.policy(ratio=0.3, nested=True)
-    assert "ppf fit command" in str(caught.value)
+    assert MEND in str(caught.value)
 
 
 def test_a_damaged_store_is_refused_and_repaired(copy):
@@ -137,7 +139,11 @@ def test_without_its_record_the_samples_are_what_is_left_and_the_same_fit_needs_
         with refuses(DamagedError) as caught:
             again(copy, text)
         assert "ppf repair" in str(caught.value) or damage == "no layout"
-    assert repair(copy)["samples"] == len(samples_of(fitted.folder))
+    found = repair(copy)
+    assert found["samples"] == len(samples_of(fitted.folder))
+    whys = {one["file"]: one["why"] for one in found["aside"]}
+    assert "study.json" not in whys.pop("study.json", "") and set(whys) == set(FILES)
+    assert set(whys.values()) == {"without study.json nothing says what it belongs to"}
     left = {name for name in names_in(copy) if "damaged" not in name and not name.startswith("samples.sqlite-")}
     assert left == {"samples.sqlite", "lock"}
     if damage == "a digit":
@@ -212,6 +218,42 @@ def test_the_command(copy, capsys):
     assert cli.main(["repair", str(copy), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["aside"] == []
     assert cli.main(["repair", str(copy / "none")]) == 2
+
+
+@pytest.mark.parametrize("damage", ["an artefact", "missing", "cut", "a digit", "both"])
+def test_the_command_that_makes_the_rest_again_is_printed(copy, capsys, damage):
+    settings = {"model": "models/a b", "text": "a.txt", "samples": 60, "depth": True, "device": "cpu", "max_ratio": 0.5}
+    for name in ("study.json", "report.json"):
+        record = read_sealed(copy / name)
+        write_sealed(copy / name, record | {"settings": {**record["settings"], **settings, "study": "elsewhere", "workers": None}})
+    words = "--text a.txt --samples 60 --max-ratio 0.5"
+    if damage == "missing":
+        (copy / "study.json").unlink()
+    else:
+        flip(copy / "agent.safetensors")
+    if damage in ("cut", "both"):
+        (copy / "study.json").write_bytes((copy / "study.json").read_bytes()[:-50])
+    if damage == "both":
+        (copy / "report.json").unlink()
+    if damage == "a digit":
+        text = (copy / "study.json").read_text()
+        (copy / "study.json").write_text(text.replace('"samples": 60', '"samples": 61'))
+    for _ in range(2 if damage != "an artefact" else 1):  # what was set aside is read too
+        assert cli.main(["repair", str(copy)]) == 0
+        out = capsys.readouterr().out
+        command = next(line for line in out.splitlines() if line.startswith("next"))
+        found = shlex.split(command)[1:]
+        assert found[:5] == ["ppf", "fit", "models/a b", "--study", str(copy)] and words in command, command
+        assert "--depth" in found and "None" not in command
+        assert ("compare it" in out) == (damage == "both")
+        assert isinstance(cli._parse(found[1:]), FitConfig)
+
+
+def test_where_nothing_tells_the_command_that_is_said(copy, capsys):
+    for name in ("study.json", "report.json"):
+        (copy / name).unlink()
+    assert cli.main(["repair", str(copy)]) == 0
+    assert "which no file tells any more" in capsys.readouterr().out
 
 
 def test_no_cut_and_no_flip_of_any_file_bricks_a_study(copy, fitted):

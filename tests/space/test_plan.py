@@ -38,7 +38,16 @@ def test_a_mask_comes_back_as_it_went():
 
 def test_a_record_that_contradicts_its_mask_is_refused():
     good = told(random_mask(LAYOUT))
-    for kept in (None, 3, [], good[:-1], [*good, good[0]], [None, *good[1:]], [{"kept": good[0]["kept"] + 1}, *good[1:]]):
+    for kept in (
+        None,
+        3,
+        [],
+        good[:-1],
+        [*good, good[0]],
+        [None, *good[1:]],
+        [{"kept": good[0]["kept"] + 1}, *good[1:]],
+        [{"kept": [1, 2]}, *good[1:]],
+    ):
         with refuses(DamagedError):
             mask_of(export_record(kept=kept), LAYOUT)
 
@@ -69,6 +78,13 @@ def test_a_plan_of_something_else_is_refused(other):
     with refuses(DamagedError) as caught:
         mask_of(export_record(**other), LAYOUT)
     assert len(str(caught.value)) < 250
+
+
+def test_what_is_missing_is_called_nothing():
+    for changes in ({"format": None}, {"mask": [None] * len(LAYOUT.sites)}, {"kept": [None] * len(LAYOUT.sites)}):
+        with refuses(DamagedError) as caught:
+            mask_of(export_record(**changes), LAYOUT)
+        assert "nothing" in str(caught.value) and "None" not in str(caught.value)
 
 
 def test_what_is_an_export():

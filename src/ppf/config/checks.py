@@ -1,6 +1,7 @@
 """Checks that the configs share: what must hold, what came, what to do. And the names to choose among."""
 
 import re
+from dataclasses import fields
 from typing import Any, Literal, get_args
 
 from tyro.conf import arg
@@ -45,6 +46,19 @@ def check_address(flag: str, value: str | None) -> None:
     """Refuses what is no ``HOST:PORT``; None is no value at all."""
     if value is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):\d{1,5}", str(value)):
         raise InputError(f"{flag} must be HOST:PORT; {value!r} came; ray status prints it")
+
+
+def check_idle(config: Any, names: tuple[str, ...], needs: str) -> None:
+    """Refuses options that would do nothing beside others.
+
+    Args:
+        config: Whose options.
+        names: Those without effect, which must be as by default.
+        needs: With what they must come, and what came.
+    """
+    for field in fields(config):
+        if field.name in names and getattr(config, field.name) != field.default:
+            raise InputError(f"--{field.name.replace('_', '-')} must come with {needs}; leave it out")
 
 
 def check_words(**values: str | None) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ppf.config.checks import DtypeName, check_choice, check_count, check_words, optional
+from ppf.config.checks import DtypeName, check_choice, check_count, check_idle, check_words, optional
 from ppf.errors import InputError
 
 
@@ -42,9 +42,10 @@ class EvalConfig:
         check_count("--limit", self.limit, 1)
         check_choice("--dtype", self.dtype, DtypeName)
         check_words(tasks=self.tasks, against=self.against, include_path=self.include_path)
-        for name in ("against", "limit", "include_path"):
-            if self.tasks is None and getattr(self, name) is not None:
-                raise InputError(f"--{name.replace('_', '-')} must come with --tasks; it came alone; name tasks")
+        if self.tasks is None:
+            check_idle(self, ("against", "limit", "include_path"), "--tasks; it came alone")
+        else:
+            check_idle(self, ("text", "seq_len", "tokens"), "perplexity; --tasks came, which bring their own text")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Annotated, get_args
 
 from tyro.conf import Positional, arg
 
-from ppf.config.checks import CompensateName, QuantName, check_choice, check_count, check_words, optional
+from ppf.config.checks import CompensateName, QuantName, check_choice, check_count, check_idle, check_words, optional
 from ppf.config.target import PlanTarget, Target
 from ppf.errors import InputError
 
@@ -53,6 +53,8 @@ class PruneConfig:
         self._check_plan()
         if self.refine and self.target.nested:
             raise InputError("a nested policy must be taken as it comes; --refine and --nested came; leave one out")
+        if not self.refine:
+            check_idle(self, ("candidates",), "--refine; it came alone")
         self._check_measure()
         check_words(gguf=self.gguf)
         check_choice("--compensate", self.compensate, CompensateName)
@@ -60,11 +62,18 @@ class PruneConfig:
             check_choice("--quant", self.quant, QuantName)
             if self.gguf is None:
                 raise InputError(f"--quant must come with --gguf FILE; {self.quant} came alone; say where the GGUF file goes")
-        if self.gguf is not None and self.target.align is None:
+        if self.gguf is not None and self.plan is None and self.target.align is None:
             object.__setattr__(self, "target", replace(self.target, align=_BLOCK))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """``(align, tp)`` for the ratios of a plan; a GGUF file takes blocks unless told otherwise."""
+        return self.target.align or (1 if self.gguf is None else _BLOCK), self.target.tp
 
     def _check_measure(self) -> None:
         """What runs the model cannot go without it."""
+        if self.no_measure:
+            check_idle(self, ("device",), "measuring; --no-measure came too")
         wishes = {"refine": self.refine, "compensate": self.compensate != "none", "gguf": self.gguf, "text": self.text}
         for name, wish in wishes.items() if self.no_measure else ():
             if wish:

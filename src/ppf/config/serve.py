@@ -3,11 +3,11 @@
 import ipaddress
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ppf.config.checks import DtypeName, check_choice, check_count, check_words, optional
+from ppf.config.checks import DtypeName, check_choice, check_count, check_idle, check_words, optional
 from ppf.errors import InputError
 from ppf.space.budget import parse_size
 
@@ -76,14 +76,10 @@ class ServeConfig:
 
     def _check_idle(self) -> None:
         """Refuses flags that would do nothing."""
-        of_model: dict[str, Any] = {"model": None, "ratio": 0.0, "device": "auto", "dtype": "auto"}
-        of_controller: dict[str, Any] = {"min_ratio": 0.0, "max_ratio": None}
-        idle = [(of_model, "a live model; --no-model came too")] if self.no_model else []
-        idle += [] if self.controlled else [(of_controller, "a target for the controller; none came")]
-        for defaults, needs in idle:
-            for name, default in defaults.items():
-                if getattr(self, name) != default:
-                    raise InputError(f"--{name.replace('_', '-')} must come with {needs}; leave it out")
+        if self.no_model:
+            check_idle(self, ("model", "ratio", "max_tokens", "device", "dtype"), "a live model; --no-model came too")
+        if not self.controlled:
+            check_idle(self, ("min_ratio", "max_ratio"), "a target for the controller; none came")
 
     @property
     def controlled(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ppf.artifact import load_artifact, save_artifact
-from ppf.errors import DamagedError
+from ppf.errors import MEND, DamagedError
 from ppf.space.allocation import allocate_many
 from ppf.space.budget import removed
 from ppf.space.layout import Layout
@@ -59,4 +59,4 @@ class Agent:
         try:
             return cls(**arrays)
         except TypeError as error:
-            raise DamagedError(f"{path} must hold an agent; {error}; fit the study again") from error
+            raise DamagedError(f"{path} must hold an agent; {error}; {MEND}") from error

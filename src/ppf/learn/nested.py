@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ppf.artifact import load_artifact, save_artifact
-from ppf.errors import DamagedError, InputError
+from ppf.errors import MEND, DamagedError, InputError
 from ppf.space.budget import aligned_floors, unit_steps
 from ppf.space.layout import Layout
 
@@ -78,7 +78,7 @@ class Chain:
             if chunks.shape != free.shape or (chunks < 1).any() or not np.array_equal(np.sort(order), whole_order(free, chunks)):
                 raise ValueError("an order in which not everything goes once")
         except (KeyError, ValueError) as error:
-            raise DamagedError(f"{path} must hold nested policies; {error!r} came; fit the study again") from error
+            raise DamagedError(f"{path} must hold nested policies; {error!r} came; {MEND}") from error
         return cls(order, chunks, layout)
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from ppf.artifact import load_artifact, save_artifact
-from ppf.errors import DamagedError
+from ppf.errors import MEND, DamagedError
 from ppf.learn.features import Curves
 from ppf.learn.process import NOISE, Points, Process
 from ppf.space.layout import Layout
@@ -239,7 +239,7 @@ class Predictor:
                 raise TypeError("a process in the place of an array, or the other way round")
             return cls(estimator, link, scatter)
         except (KeyError, TypeError) as error:
-            raise DamagedError(f"{path} must hold a known predictor; {error!r}; fit the study again") from error
+            raise DamagedError(f"{path} must hold a known predictor; {error!r}; {MEND}") from error
 
 
 def read_link(link: np.ndarray, damage: np.ndarray) -> np.ndarray:

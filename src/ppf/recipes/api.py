@@ -3,7 +3,7 @@
 import tempfile
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +17,7 @@ from ppf.recipes.apply_plan import apply_plan as cut_by_plan
 from ppf.recipes.fit import fit as fit_study
 from ppf.recipes.lab import load_for
 from ppf.recipes.live import elastic_for
-from ppf.recipes.prune import Pruned, check_refinable, prune
+from ppf.recipes.prune import Pruned, prune
 from ppf.recipes.recover import recover as recover_model
 from ppf.recipes.teacher import find_teacher, plan_of
 from ppf.space.plan import read_plan
@@ -101,10 +101,8 @@ class Study:
             quiet: Show no progress.
         """
         target = Target(ratio, params, memory, align, tp, nested)
-        if compensate not in get_args(CompensateName):
-            raise InputError(f"compensate must be one of {', '.join(get_args(CompensateName))}; {compensate!r} came; choose one")
+        PruneConfig("", "", target, refine=refine, candidates=candidates, compensate=compensate)  # refuses what does not fit
         self._decider.budget(target)  # refuses before the model is loaded
-        check_refinable(target, refine)
         progress = Progress(quiet)
         if self._loaded is None:
             self._loaded = _loaded(self._model, self._tokenizer, progress)

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ppf.config import FitConfig, PruneConfig
+from ppf.config.checks import check_idle
 from ppf.decide import params_and_kept
 from ppf.errors import DamagedError, InputError
 from ppf.llm.depth import can_lose_sublayers, with_depth
@@ -59,6 +60,8 @@ def prune_by_plan(config: PruneConfig, progress: Progress) -> dict[str, Any]:
         raise InputError(f"with --plan, MODEL must be a model; {config.study} is a study; give the model that it was fitted to")
     if config.no_measure and not is_export(record):
         raise InputError("--no-measure needs the ppf.json of an export; ratios came, for which weights are scored; leave it out")
+    if is_export(record) and config.text is None:
+        check_idle(config, ("device",), "--text beside the plan of an export; it came alone")
     if is_export(record) and config.text is None and config.gguf is None:
         return _told(_stored(record, config, progress))
     loaded = load_for(config.study, progress)
@@ -108,14 +111,14 @@ def apply_plan(record: Any, loaded: LoadedModel, config: PruneConfig, progress: 
         loaded = replace(loaded, layout=_as_planned(record, loaded.model, loaded.layout))
         mask = mask_of(record, loaded.layout)
     else:
-        policy, budget = wish_of(record, loaded.layout, *config.target.grid)
+        policy, budget = wish_of(record, loaded.layout, *config.grid)
     text = _text(config, loaded, device, dtype, progress)
     blocks = text.calibration if text else np.zeros((0, 1), dtype=np.int64)
     wish: dict[str, Any] = {}
     if not export:
         with progress.stage("importance"):
             order = _order(loaded, text, device, dtype)
-        mask = select(allocate(policy, budget, loaded.layout, *config.target.grid), order, loaded.layout)
+        mask = select(allocate(policy, budget, loaded.layout, *config.grid), order, loaded.layout)
         wish = {"policy": policy.to_json(), "importance": {"method": order.method, "source": own_name(order.source)}}
     with progress.stage("cutting"):
         smaller, how = compensated(loaded, mask, blocks, config.compensate, device, dtype)
@@ -142,10 +145,10 @@ def _measured(
 ) -> dict[str, Any]:
     """Perplexity of both models on the text's test part, and their speed, as in an export from a study."""
     measured, speeds = measured_of(loaded, smaller, text.test, device, dtype)
-    dense = evaluate(loaded.on(device, dtype), text.test, tokens_per_batch(device)).log_ppl
+    dense = evaluate(loaded.on(device, dtype), text.test, tokens_per_batch(device))
     return {
-        **told_of(measured, speeds),
-        "dense": {"log_ppl": dense, "ppl": float(np.exp(dense))},
+        **told_of(measured, speeds, dense.blocks),
+        "dense": {"log_ppl": dense.log_ppl, "ppl": float(np.exp(dense.log_ppl))},
         "protocol": {
             "text": own_name(text.name),
             "seq_len": int(text.test.shape[1]),
@@ -156,7 +159,7 @@ def _measured(
 
 
 def _check_grid(config: PruneConfig) -> None:
-    if config.target.tp != 1 or (config.target.align is not None and config.gguf is None):
+    if config.target.tp != 1 or config.target.align is not None:
         raise InputError("--align and --tp must come without the plan of an export; one came; its mask stays as it is")
 
 

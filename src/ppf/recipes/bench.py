@@ -24,6 +24,7 @@ import numpy as np
 
 from ppf.artifact import read_json, write_json
 from ppf.config import BenchConfig, Target
+from ppf.config.checks import check_idle
 from ppf.decide import Decider
 from ppf.errors import DamagedError, InputError
 from ppf.learn.agent import Agent
@@ -248,6 +249,7 @@ def bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
     """
     if unknown := set(config.methods) - set(METHODS):
         raise InputError(f"--methods must be of {', '.join(METHODS)}; {min(unknown)!r} came; choose among them")
+    _check_idle(config)
     deciders = [Decider(folder) for folder in config.studies]
     first = deciders[0].study.record
     for decider in deciders:
@@ -272,6 +274,15 @@ def bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
         "heldout": [decider.study.report["heldout"] for decider in deciders],
         "rows": summarise(cells, "static"),
     }
+
+
+def _check_idle(config: BenchConfig) -> None:
+    """Refuses options that do nothing for the chosen methods."""
+    methods = config.methods or METHODS
+    if "static" not in methods:
+        check_idle(config, ("candidates",), "static among the --methods; it is not")
+    if not set(SEARCHES) & set(methods):
+        check_idle(config, ("budget",), f"{', '.join(SEARCHES)} among the --methods; none is")
 
 
 def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progress: Progress) -> list[dict[str, Any]]:

@@ -206,6 +206,8 @@ class Lab:
     def _here(self) -> tuple[Engine, int]:
         folder = self.loaded.folder
         if self.device.type != "cpu" or folder is None:
+            if self.config.workers is not None:
+                self.progress.say("--workers has no effect: masks are measured in this process, on an accelerator or of an object")
             return InProcessEngine(self.model, self.layout, self.text, self.batch), 1
         workers = choose_workers(self.config.workers, self.layout.total * self.dtype.itemsize)
         return LocalEngine(folder, self.study.path("text"), self.layout, _name(self.dtype), workers, self.batch), workers
@@ -232,11 +234,9 @@ class Lab:
         self.text.save(folder / "text.safetensors", self.layout.fingerprint)
         loaded = self.loaded
         model: dict[str, Any] = {
-            "name": _address(loaded),
-            "digest": loaded.digest,
-            "type": self.layout.model_type,
+            "name": _address(loaded), "digest": loaded.digest, "type": self.layout.model_type,
             "bytes_per_param": loaded.dtype.itemsize,
-        }
+        }  # fmt: skip
         record = {
             "model": model,
             "layout": self.layout.to_json(),
@@ -297,7 +297,7 @@ def _address(loaded: LoadedModel) -> str:
 
 
 def _record(evaluation: Evaluation) -> dict[str, Any]:
-    return {"log_ppl": evaluation.log_ppl, "interval": list(evaluation.interval), "tokens": evaluation.tokens}
+    return {**vars(evaluation), "interval": list(evaluation.interval), "blocks": evaluation.blocks.tolist()}
 
 
 def check_study_place(folder: Path) -> None:
@@ -311,7 +311,7 @@ def check_study_place(folder: Path) -> None:
     if not folder.is_dir() or (folder / "study.json").exists():
         return
     names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and ".damaged" not in entry.name}
-    strangers = names - {"lock", "text.safetensors", "samples.sqlite", "samples.sqlite-wal", "samples.sqlite-shm"}
+    strangers = {name for name in names - {"lock", "text.safetensors"} if not name.startswith("samples.sqlite")}
     if strangers:
         raise InputError(f"{folder} must be a new or a study folder; it holds {min(strangers)!r}; choose another")
 

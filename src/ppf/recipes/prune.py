@@ -3,6 +3,7 @@
 import copy
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ppf.llm.collect import Wanted
 from ppf.llm.export import export, weight_bytes
 from ppf.llm.gguf import Written, write_gguf
 from ppf.llm.load import Checkpoint, LoadedModel, convert
-from ppf.llm.perplexity import Evaluation, evaluate
+from ppf.llm.perplexity import Evaluation, evaluate, summarise
 from ppf.llm.text import Text
 from ppf.lock import locked
 from ppf.progress import Progress
@@ -135,7 +136,8 @@ def prune(
     with progress.stage("measuring the result"):
         measured, speeds = measured_of(loaded, smaller, text.test, at, dtype)
     added = added_params(loaded, compensate, decision.allocation.kept)
-    plan = _with_compensation(plan_for(decider, decision, bool(candidates)) | told_of(measured, speeds), how, added)
+    dense = decider.study.record["dense"]["test"].get("blocks")  # one of before they were kept has none
+    plan = _with_compensation(plan_for(decider, decision, bool(candidates)) | told_of(measured, speeds, dense), how, added)
     return Pruned(smaller, loaded.tokenizer, decision, plan | {"nested": target.nested, "rounding": decider.rounding(target)})
 
 
@@ -277,10 +279,15 @@ def plan_for(decider: Decider, decision: Decision, refined: bool) -> dict[str, A
     }
 
 
-def told_of(measured: Evaluation, speeds: dict[str, float]) -> dict[str, Any]:
-    """What a plan says of measuring."""
+def told_of(measured: Evaluation, speeds: dict[str, float], dense: Sequence[float] | np.ndarray | None) -> dict[str, Any]:
+    """What a plan says of measuring; with the dense model's Float[B] on the same blocks, what was lost, nats/token, paired."""
+    log_ppl = measured.log_ppl
+    found: dict[str, Any] = {"log_ppl": log_ppl, "ppl": float(np.exp(log_ppl)), "interval": _ppl(measured.interval)}
+    if dense is not None and len(dense) == len(measured.blocks):
+        rise = summarise(measured.blocks - np.asarray(dense), measured.tokens)
+        found["above_dense"] = {"log_ppl": rise.log_ppl, "interval": list(rise.interval)}
     return {
-        "measured": {"log_ppl": measured.log_ppl, "ppl": float(np.exp(measured.log_ppl)), "interval": _ppl(measured.interval)},
+        "measured": found,
         "tokens_per_second": {name: round(value, 1) for name, value in speeds.items()},
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ppf.artifact import write_bytes
 from ppf.config import ReportConfig
-from ppf.errors import DamagedError, InputError, PPFError
+from ppf.errors import MEND, DamagedError, InputError, PPFError
 from ppf.report.facts import Facts, table_of
 from ppf.report.sections import report_page
 
@@ -37,6 +37,6 @@ def write_report(config: ReportConfig) -> Path:
         if isinstance(error, PPFError):
             raise
         what = f"{config.study} must hold the whole record of a fit"
-        raise DamagedError(f"{what}; {error!r} came; fit again with the same command") from error
+        raise DamagedError(f"{what}; {error!r} came; {MEND}") from error
     write_bytes(out, page.encode())
     return out

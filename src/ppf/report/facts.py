@@ -10,7 +10,7 @@ import numpy as np
 
 from ppf.artifact import load_artifact, read_json
 from ppf.decide import Decider
-from ppf.errors import DamagedError
+from ppf.errors import MEND, DamagedError
 from ppf.learn.learning_curve import Known, learning_curve
 from ppf.learn.predictor import Prediction
 from ppf.provenance import own_name
@@ -190,7 +190,7 @@ def _checked(path: Path) -> dict[str, Any]:
     record = read_sealed(path)
     for name, kind in _NEEDED.items():
         if not isinstance(record.get(name), kind):
-            raise DamagedError(f"{path} must be the report of a fit; it lacks {name!r}; fit again with the same command")
+            raise DamagedError(f"{path} must be the report of a fit; it lacks {name!r}; {MEND}")
     if not {record["predictor"], "additive"} <= set(record["heldout"]):
-        raise DamagedError(f"{path} must have the figures of its predictors; it has not; fit again with the same command")
+        raise DamagedError(f"{path} must have the figures of its predictors; it has not; {MEND}")
     return record

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ppf.errors import DamagedError
+from ppf.errors import MEND, DamagedError
 
 _MAY_BE_ZERO = {"layer", "offset", "cache", "floor", "rest"}
 _MOST = 2**53  # numbers up to here are exact as floats too
@@ -174,7 +174,7 @@ class Layout:
             _check(layout)
             return layout
         except (KeyError, TypeError, ValueError) as error:
-            raise DamagedError(f"a layout record must be whole; {error!r} came; fit the study again") from error
+            raise DamagedError(f"a layout record must be whole; {error!r} came; {MEND}") from error
 
 
 def _check(layout: Layout) -> None:

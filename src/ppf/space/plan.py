@@ -98,7 +98,7 @@ def _check_kept(kept: Any, mask: Mask, layout: Layout) -> None:
     """Refuses a record that tells its readers otherwise than its mask."""
     told = [entry.get("kept") if isinstance(entry, Mapping) else None for entry in kept] if isinstance(kept, list) else None
     for site, bits, count in zip(layout.sites, mask.bits, told or (), strict=False):
-        if count != bits.sum():
+        if count != int(bits.sum()):  # not numpy's number, which compares itself with each member of a list
             what = f"a plan must keep at {site.label} what its mask keeps, {int(bits.sum())}"
             raise DamagedError(f"{what}; it says {_short(count)}; restore it or export it again")
     if told is None or len(told) != len(layout.sites):
@@ -209,5 +209,5 @@ def _is_number(cell: str) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = "nothing" if value is None else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

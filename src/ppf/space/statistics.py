@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ppf.artifact import load_artifact, save_artifact
-from ppf.errors import DamagedError, InputError
+from ppf.errors import MEND, DamagedError, InputError
 from ppf.space.importance import check_units
 from ppf.space.layout import Layout
 
@@ -63,5 +63,5 @@ class Statistics:
         check_units(variance, layout.units, str(path))
         for name, values in vectors.items():
             if values.shape != (len(layout.sites),):
-                raise DamagedError(f"{path} must have a number per site for {name}; it has shape {values.shape}; fit again")
+                raise DamagedError(f"{path} must have a number per site for {name}; it has shape {values.shape}; {MEND}")
         return cls(**vectors, variance=variance)

@@ -15,7 +15,7 @@ import torch
 import ppf
 import tiny_models as tiny
 from builders import full_disk, layout, random_mask, refuses
-from ppf.errors import ResourceError
+from ppf.errors import DamagedError, InputError, ResourceError
 from ppf.llm.depth import with_depth
 from ppf.llm.engines.bench import InProcessEngine
 from ppf.llm.engines.local import LocalEngine
@@ -37,6 +37,9 @@ def told(what):
 
 if told("broken"):
     sys.exit("the model is not there")
+if told("refused"):
+    print(json.dumps({{"error": "InputError", "message": "a; b; c"}}), flush=True)
+    sys.exit()
 if told("killed at start " + str(starts)):
     os.kill(os.getpid(), signal.SIGKILL)
 print("{{}}", flush=True)
@@ -50,6 +53,9 @@ for line in sys.stdin:
             os.remove(folder + "/deadly once " + name)
         print("no more memory", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+    if told("refused " + name):
+        print(json.dumps({{"error": "InputError", "message": "a; b; c"}}), flush=True)
+        break
     kl = None if told("nan " + name) else 0.25
     number = sum(bin(byte).count("1") for byte in data)
     print(json.dumps({{"log_ppl": number, "kl": kl, "tokens": 7, "seconds": 0.5, "reason": ""}}), flush=True)
@@ -205,6 +211,17 @@ def test_a_worker_that_can_never_start_ends_the_measuring(stand_ins):
     assert len((stand_ins / "pids").read_text().split()) <= 2 and children() == before
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("of", ["the model", "a mask"])
+def test_what_a_worker_refuses_no_other_is_asked(stand_ins, workers, of):
+    before, wanted = children(), masks(3)
+    tell(stand_ins, "refused", wanted[0] if of == "a mask" else None)
+    with pool(stand_ins, workers) as engine, refuses(InputError) as caught:
+        list(engine.measure(wanted))
+    assert str(caught.value) == "a; b; c" and children() == before
+    assert len((stand_ins / "pids").read_text().split()) <= workers
+
+
 @pytest.mark.parametrize("failing", [1, 3])
 def test_processes_that_the_system_does_not_start_are_said_and_the_others_ended(stand_ins, monkeypatch, failing):
     before, start, calls = children(), subprocess.Popen, []
@@ -299,7 +316,7 @@ def test_a_worker_knows_the_floors_of_the_fit(real):
 def test_a_real_worker_without_a_model_says_so(real):
     folder, text, of = real
     (folder / "model.safetensors").unlink()
-    with closing(LocalEngine(folder, text, of, "float32", 1, 4096)) as engine, refuses(ResourceError) as caught:
+    with closing(LocalEngine(folder, text, of, "float32", 1, 4096)) as engine, refuses(DamagedError) as caught:
         list(engine.measure(masks(3, of)))
     assert "model.safetensors" in str(caught.value)
 

@@ -16,7 +16,7 @@ from builders import layout, random_mask, refuses
 from ppf.errors import DamagedError, InputError, ResourceError
 from ppf.llm.engines import ray_cluster
 from ppf.llm.engines.ray_cluster import Cluster, Measurer, RayEngine, import_ray, room
-from ppf.llm.engines.service import READY, from_line, to_question
+from ppf.llm.engines.service import READY, from_line, to_question, to_refusal
 from ppf.llm.load import load_model
 
 LAYOUT = layout(layers=1, ffn=40)
@@ -42,6 +42,7 @@ class StandIn:
     """
 
     exceptions = SimpleNamespace(RayError=Died, RayTaskError=Raised)
+    connected = False
 
     def __init__(self, behave, nodes=(NODE,)):
         self.behave, self._nodes, self.actors, self.alive, self.shut, self.turn = behave, nodes, 0, set(), 0, 0
@@ -51,7 +52,7 @@ class StandIn:
         self.given = given
 
     def is_initialized(self):
-        return False
+        return self.connected
 
     def nodes(self):
         return self._nodes
@@ -162,6 +163,34 @@ def test_a_worker_that_cannot_start_ends_the_measuring(engine_of, error, starts)
     assert not ray.alive and ray.shut == 1
 
 
+def test_what_a_worker_refuses_ends_the_measuring_at_once(engine_of):
+    def behave(number, question):
+        return to_refusal(InputError("a; b; c")) if question != "open" else READY
+
+    with engine_of(ray := StandIn(behave), 2) as engine, refuses(InputError) as caught:
+        list(engine.measure(MASKS))
+    assert str(caught.value) == "a; b; c" and ray.actors == 2 and not ray.alive and ray.shut == 1
+
+
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_a_cluster_to_which_this_process_is_connected_is_used_and_left_alone(engine_of, monkeypatch, address):
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    ray = StandIn(good)
+    ray.connected = True
+    with engine_of(ray, 2, address=address) as engine:
+        assert len(list(engine.measure(MASKS))) == 12 and engine.where == "Ray at 10.0.0.1:6379, workers: 2"
+    assert not hasattr(ray, "given") and ray.shut == 0 and not ray.alive
+
+
+@pytest.mark.parametrize("address", ["10.0.0.2:6379", "10.0.0.1:6380"])
+def test_the_address_of_another_cluster_than_the_one_connected_to_is_refused(engine_of, address):
+    ray = StandIn(good)
+    ray.connected = True
+    with refuses(InputError) as caught, engine_of(ray, address=address):
+        pytest.fail("masks would be measured elsewhere")
+    assert address in str(caught.value) and "10.0.0.1:6379" in str(caught.value) and ray.actors == ray.shut == 0
+
+
 def test_a_cluster_that_places_no_worker_is_said(engine_of, monkeypatch):
     ray = StandIn(good)
     monkeypatch.setattr(ray, "wait", lambda answers, num_returns, timeout: ([], answers) if timeout else None)
@@ -259,10 +288,12 @@ def test_a_node_measures_what_it_is_asked(real):
     assert measurer.open(setup_of(folder, of), text.read_bytes()) == READY
     results = [from_line(measurer.answer(to_question(random_mask(of, seed), "search", None))) for seed in range(2)]
     assert all(math.isfinite(result.kl) and result.tokens == 72 for result in results) and results[0].kl != results[1].kl
+    with refuses(InputError):
+        from_line(measurer.answer(to_question(random_mask(LAYOUT), "search", None)))
 
 
 @pytest.mark.parametrize("change", [{"digest": "0" * 32}, {"version": "0.0.0"}])
 def test_a_node_with_another_model_or_version_says_so(real, change):
     folder, text, of = real
     with refuses(DamagedError):
-        Measurer().open(setup_of(folder, of, **change), text.read_bytes())
+        from_line(Measurer().open(setup_of(folder, of, **change), text.read_bytes()))

@@ -1,6 +1,7 @@
 """A real cluster of two nodes on this machine: `python -m pytest -m ray`."""
 
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -46,16 +47,10 @@ def masks(of, count):
     return [random_mask(of, seed) for seed in range(count)]
 
 
-def workers():
-    """Processes that Ray runs for the engine."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if entry.read_bytes().startswith(b"ray::Measurer"):
-                found.append(int(entry.parent.name))
-        except OSError:
-            continue
-    return found
+def working(engine):
+    """The process of a worker that measures, not of one that starts."""
+    worker = next(worker for worker in engine.workers if worker.is_ready)
+    return worker._ray.get(worker._actor.__ray_call__.remote(lambda actor: os.getpid()))
 
 
 def test_a_cluster_gives_the_very_results_of_local_processes(engine, real):
@@ -79,8 +74,8 @@ def test_workers_killed_one_after_the_other_lose_no_mask(engine, real):
     for index, result in engine.measure(wanted):
         done.append(index)
         assert result.reason == ""
-        if len(done) in (30, 80, 130):
-            os.kill(workers()[0], signal.SIGKILL)
+        if len(done) % 16 == 8:
+            os.kill(working(engine), signal.SIGKILL)  # twelve of them
     assert sorted(done) == list(range(200))
 
 
@@ -144,11 +139,14 @@ def wait_for(study, count, process):
 
 
 def test_a_fit_whose_driver_is_killed_goes_on_and_equals_a_local_one(nodes, tmp_path):
+    before = ray_processes()
     with fit(tmp_path / "local", "--workers", "1") as local:
+        wait_for(tmp_path / "local", 5, local)
+        assert ray_processes() == before
         _, errors = local.communicate()
         assert local.returncode == 0, errors
     kept = {}
-    for count in (5, 25):
+    for count in range(2, 60, 3):
         with fit(tmp_path / "ray", "--engine", "ray", "--ray-address", nodes.address, RAY_AUTH_MODE="disabled") as driver:
             wait_for(tmp_path / "ray", count, driver)
             driver.kill()
@@ -163,9 +161,16 @@ def test_a_fit_whose_driver_is_killed_goes_on_and_equals_a_local_one(nodes, tmp_
     assert not [line for line in errors.splitlines() if "ray" in line.lower() and not line.startswith("Ray at ")]
 
 
-def processes(word):
-    found = subprocess.run(["ps", "-eo", "pid=,comm="], capture_output=True, text=True).stdout.splitlines()
-    return {line.split()[0] for line in found if line.endswith(word)}
+def ray_processes():
+    """Servers of clusters, with their dashboards."""
+    found = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout.splitlines()
+    return {line.split()[0] for line in found if re.search(r"/gcs_server |/raylet/raylet |/dashboard/dashboard.py", line)}
+
+
+def kinds(pids):
+    """Which servers processes are."""
+    lines = [Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace") for pid in pids]
+    return {word for word in ("gcs_server", "raylet/raylet", "dashboard.py") if any(word in line for line in lines)}
 
 
 ASK = """
@@ -177,10 +182,10 @@ print("open to all")
 
 
 def test_a_ray_of_our_own_asks_for_a_token_prints_where_it_is_and_ends_with_ctrl_c(tmp_path):
-    before = processes("gcs_server"), processes("raylet")
+    before = ray_processes()
     with fit(tmp_path / "s", "--engine", "ray", "--workers", "1") as driver:
         wait_for(tmp_path / "s", 3, driver)
-        started = processes("gcs_server") - before[0]
+        started = kinds(ray_processes() - before)
         lines = []
         while not lines or not lines[-1].startswith("Ray at "):
             lines.append(driver.stderr.readline())
@@ -189,9 +194,9 @@ def test_a_ray_of_our_own_asks_for_a_token_prints_where_it_is_and_ends_with_ctrl
         asked = subprocess.run([sys.executable, "-c", ASK, address], capture_output=True, text=True, env=stranger)
         driver.send_signal(signal.SIGINT)
         _, errors = driver.communicate(timeout=60)
-    assert started and asked.returncode != 0 and "open to all" not in asked.stdout
+    assert started == {"gcs_server", "raylet/raylet"} and asked.returncode != 0 and "open to all" not in asked.stdout
     assert driver.returncode == 130 and errors.strip().splitlines()[-1].startswith("error: stopped"), errors
     deadline = time.monotonic() + 10
-    while (processes("gcs_server"), processes("raylet")) != before and time.monotonic() < deadline:
+    while ray_processes() != before and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert (processes("gcs_server"), processes("raylet")) == before
+    assert ray_processes() == before

@@ -2,7 +2,9 @@ import math
 
 import pytest
 
-from ppf.llm.engines.service import from_line, to_line
+from builders import refuses
+from ppf.errors import DamagedError, InputError, InUseError, NewerError, ResourceError, UnsupportedError
+from ppf.llm.engines.service import from_line, to_line, to_refusal
 from ppf.samples import Measurement
 
 
@@ -14,3 +16,10 @@ def test_answers_are_single_lines_of_strict_json(log_ppl, reason):
     again = from_line(line.encode() + b"\n")
     assert (again.kl, again.tokens, again.seconds, again.reason) == (0.1, 4096, 1 / 3, reason)
     assert again.log_ppl == log_ppl if math.isfinite(log_ppl) else math.isnan(again.log_ppl)
+
+
+@pytest.mark.parametrize("kind", [InputError, UnsupportedError, DamagedError, NewerError, ResourceError, InUseError])
+def test_a_refusal_comes_out_as_it_was_raised(kind):
+    with refuses(kind) as caught:
+        from_line(to_refusal(kind("a must be\nb; it is ü; mend it")).encode() + b"\n")
+    assert str(caught.value) == "a must be\\nb; it is ü; mend it"

@@ -52,12 +52,17 @@ class Worker(ABC):
         """What a dead one said last, and whether it ended by itself: it would do so again."""
 
     def read(self) -> Measurement | None:
-        """The answer to the task; None if it is gone."""
+        """The answer to the task; None if it is gone.
+
+        Raises:
+            PPFError: It refused, as another in its place would.
+        """
         line = self.receive()
         if line is None:
             return None
+        answer = from_line(line)
         self.is_ready, self.task = True, None
-        return from_line(line)
+        return answer
 
     def replace(self) -> str:
         """Starts another in place of a dead one, and says what the dead one said last.
@@ -94,6 +99,7 @@ class Pool(ABC, Generic[W]):
         """See ``Engine``. A mask whose worker dies three times is a failure.
 
         Raises:
+            PPFError: A worker refused its model, its text or a mask.
             ResourceError: A worker cannot start.
         """
         run = object()

@@ -18,9 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ppf.errors import DamagedError, InputError, ResourceError
+from ppf.errors import DamagedError, InputError, PPFError, ResourceError
 from ppf.llm.engines.pool import Pool, Worker
-from ppf.llm.engines.service import ENVIRONMENT, READY, Service
+from ppf.llm.engines.service import ENVIRONMENT, READY, Service, to_refusal
 from ppf.llm.weights import first_line
 from ppf.space.layout import Layout
 
@@ -59,6 +59,7 @@ class RayEngine(Pool["_Actor"]):
         where: One line about the cluster.
 
     Raises:
+        InputError: This process is connected to another cluster already.
         ResourceError: Ray is not installed, the cluster does not answer, or it has no room for a worker.
     """
 
@@ -68,6 +69,8 @@ class RayEngine(Pool["_Actor"]):
         super().__init__()
         self._ray = import_ray(cluster.address)
         self._is_ours = not self._ray.is_initialized()
+        if not self._is_ours:
+            _check_connected(self._ray, cluster.address)
         setup = {
             "folder": model,
             "digest": digest,
@@ -84,7 +87,8 @@ class RayEngine(Pool["_Actor"]):
             if not room(self._ray.nodes(), cluster.gpus):
                 needed = f"one CPU and {cluster.gpus:g} GPU" if cluster.gpus else "one CPU"
                 raise ResourceError(f"the Ray cluster must have {needed} for a worker; no node has; add one")
-            own = "" if cluster.address else ": on this machine for this fit, its ports open to who holds its token"
+            is_started = self._is_ours and not cluster.address
+            own = ": on this machine for this fit, its ports open to who holds its token" if is_started else ""
             self.where = f"Ray at {self._ray.get_runtime_context().gcs_address}{own}, workers: {count}"
             kept = self._ray.put(text.read_bytes())
             options = {"num_cpus": 1, "num_gpus": cluster.gpus, "scheduling_strategy": "SPREAD", "max_restarts": 0}
@@ -156,16 +160,19 @@ class Measurer:
     """What Ray runs on a node: a ``Service``, opened by the first call."""
 
     def open(self, setup: str, text: bytes) -> str:
-        """Opens the model.
+        """Opens the model; refuses where the node has another one by that name, or another version of ppf.
 
         Args:
             setup: The set-up line.
             text: Bytes of the text's artefact.
-
-        Raises:
-            DamagedError: The node has another model by that name, or another version of ppf.
         """
-        asked = json.loads(setup)
+        try:
+            self._open(json.loads(setup), text)
+        except PPFError as error:
+            return to_refusal(error)
+        return READY
+
+    def _open(self, asked: dict[str, Any], text: bytes) -> None:
         if asked["version"] != version("ppf"):
             raise DamagedError(f"every node must have ppf {asked['version']}; one has {version('ppf')}; install it there")
         with tempfile.NamedTemporaryFile() as file:
@@ -173,11 +180,13 @@ class Measurer:
             self._service = Service({**asked, "text": file.name})
         if self._service.digest != asked["digest"]:
             raise DamagedError(f"every node must have the same {asked['folder']}; one has another model there; copy it")
-        return READY
 
     def answer(self, question: str) -> str:
         """See ``Service``."""
-        return self._service.answer(question)
+        try:
+            return self._service.answer(question)
+        except PPFError as error:
+            return to_refusal(error)
 
 
 def import_ray(address: str | None) -> Any:
@@ -219,6 +228,22 @@ def room(nodes: Sequence[dict[str, Any]], gpus: float) -> int:
     if not gpus:
         return sum(cpus)
     return sum(min(count, int(have.get("GPU", 0)) * int(1 / gpus)) for count, have in zip(cpus, alive, strict=True))
+
+
+def _check_connected(ray: Any, address: str | None) -> None:
+    """Refuses an address that is not that of the cluster to which this process is connected: Ray knows one at a time."""
+    connected = ray.get_runtime_context().gcs_address
+    if address is not None and _resolved(address) != _resolved(connected):
+        what = f"--ray-address must be {connected}, to which this process is connected"
+        raise InputError(f"{what}; {address} came; leave it out, or call ray.shutdown() first")
+
+
+def _resolved(address: str) -> tuple[str, str]:
+    """Host and port, the host as a number where its name is known."""
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError):
+        return socket.gethostbyname(host.strip("[]")), port
+    return host, port
 
 
 def _connect(ray: Any, cluster: Cluster) -> None:

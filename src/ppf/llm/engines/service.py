@@ -2,6 +2,7 @@
 
 set-up   {"folder", "text", "layout", "dtype", "device", "tokens_per_batch"}   ->  {} when it is ready
 question {"mask", "part", "rows"}                                                   ->  a measurement
+either   what any worker would refuse as well                                       ->  {"error", "message"}
 """
 
 import base64
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ppf.errors import DamagedError, InputError, InUseError, NewerError, PPFError, ResourceError, UnsupportedError
 from ppf.llm.engines.bench import Bench
 from ppf.llm.load import convert, load_model, quiet_transformers
 from ppf.llm.text import Text
@@ -30,6 +32,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Of a worker's process."""
+_ERRORS = {kind.__name__: kind for kind in (InputError, UnsupportedError, DamagedError, NewerError, ResourceError, InUseError)}
 
 
 class Service:
@@ -79,13 +82,25 @@ def to_line(result: Measurement) -> str:
     return json.dumps({name: strict(value) for name, value in vars(result).items()})
 
 
+def to_refusal(error: PPFError) -> str:
+    """The line of a worker that refuses: another one would refuse the same."""
+    return json.dumps({"error": type(error).__name__, "message": str(error)})
+
+
 def from_line(line: str | bytes) -> Measurement:
-    """The inverse, with NaN for null; the line of a worker that is ready gives an empty measurement."""
+    """The inverse, with NaN for null; the line of a worker that is ready gives an empty measurement.
+
+    Raises:
+        PPFError: The worker refused; of the kind and with the message that it raised.
+    """
 
     def loose(value: Any) -> Any:
         if isinstance(value, list):
             return tuple(loose(each) for each in value)
         return math.nan if value is None else value
 
-    fields: dict[str, Any] = {"log_ppl": None, "kl": None, "tokens": 0, "seconds": 0.0, **json.loads(line)}
+    record: dict[str, Any] = json.loads(line)
+    if "error" in record:
+        raise _ERRORS[record["error"]](record["message"])
+    fields = {"log_ppl": None, "kl": None, "tokens": 0, "seconds": 0.0, **record}
     return Measurement(**{name: loose(value) for name, value in fields.items()})
