@@ -19,7 +19,7 @@ def smaller(name="llama-gqa-tied", seed=3, dtype=torch.float32):
     layout = layout_of_model(model)
     if gone:
         layout = with_depth(model, layout)
-    return cut(model, layout, tiny.DEPTH_MASKS[gone](layout) if gone else random_mask(layout, seed))
+    return cut(model, layout, (tiny.DEPTH_MASKS | tiny.EXPERT_MASKS)[gone](layout) if gone else random_mask(layout, seed))
 
 
 def label(name, dtype):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import tiny_models as tiny
 from builders import random_mask
 from ppf.llm.architectures import layout_of_model
+from ppf.llm.depth import with_depth
 from ppf.llm.export import export
 from ppf.llm.surgery import cut
 
@@ -92,3 +93,12 @@ def test_without_vllm_or_a_folder_it_is_one_line(tool, folder, vllm, monkeypatch
     assert tool.main([str(folder)]) == 5
     captured = capsys.readouterr()
     assert captured.out == "" and [line.count("; ") for line in captured.err.splitlines()] == [2, 2]
+
+
+@pytest.mark.parametrize(("name", "word"), [("llama-mha", "attention in every layer; 1 have none"), ("mixtral-gqa", "one width")])
+def test_what_the_backend_does_not_take_is_said_before_a_model_is_loaded(tool, vllm, tmp_path, capsys, name, word):
+    dense = tiny.model(name)
+    layout = with_depth(dense, layout_of_model(dense))
+    export(cut(dense, layout, tiny.DEPTH_MASKS["attention"](layout)), tiny.tokenizer(), {}, tmp_path / "model")
+    assert tool.main([str(tmp_path / "model")]) == 2
+    assert word in capsys.readouterr().err

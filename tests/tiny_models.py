@@ -153,6 +153,15 @@ DEPTH_MASKS: dict[str, Callable[[Layout], Mask]] = {
     "all": _without(lambda site: True),
 }
 """For layouts of depth: sub-layers and layers that go as a whole, everything else in part."""
+EXPERT_MASKS: dict[str, Callable[[Layout], Mask]] = {
+    "one": _without(lambda site: site.kind == "expert2"),
+    "differing": _without(lambda site: site.role == "expert" and int(site.kind.removeprefix("expert")) <= site.layer),
+    "one left": _without(lambda site: site.role == "expert" and site.kind != "expert1"),
+    "none left": _without(lambda site: site.role == "expert" and site.layer > 0),
+    "no layer": _without(lambda site: site.layer > 0),
+}
+"""The same for mixtures, whose tokens are sent to two of four experts: experts that go."""
+MIXTURES = [name for name in TINY if "moe" in name or "mixtral" in name]
 NO_DEPTH = ("opt-projected-norms-behind",)
 """Whose stream passes through the norms of its sub-layers."""
 

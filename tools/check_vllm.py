@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ppf.llm.auto import register
 from ppf.printing import print_table
@@ -55,6 +55,16 @@ def of_transformers(model: PreTrainedModel, ids: list[int], count: int) -> Answe
     logits = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0, :-1].float()
     found = logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:], device=model.device)[:, None])[:, 0].tolist()
     return Answer(found[: len(ids) - 1], tokens[len(ids) :], found[len(ids) - 1 :])
+
+
+def missing(config: PreTrainedConfig) -> str:
+    """What the backend wants that a folder does not have, with the way out; empty if it has all."""
+    if hasattr(config, "expert_sizes"):
+        return "must have experts of one width, which vLLM fuses; those of a pruned mixture differ; use transformers"
+    headless = [str(index) for index, own in enumerate(config.per_layer_config) if getattr(own, "num_attention_heads", 1) == 0]
+    if headless:
+        return f"must have attention in every layer; {', '.join(headless)} have none; use transformers, or fit without --depth"
+    return ""
 
 
 def of_vllm(folder: str, prompts: list[list[int]], count: int, dtype: str, tp: int, memory: float) -> list[Answer]:
@@ -124,6 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: a model folder must hold config.json; {chosen.folder} does not; give what ppf prune wrote", file=sys.stderr)
         return 2
     register()
+    if lack := missing(AutoConfig.from_pretrained(chosen.folder)):
+        print(f"error: for vLLM {chosen.folder} {lack}", file=sys.stderr)
+        return 2
     tokenizer = AutoTokenizer.from_pretrained(chosen.folder)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     model = AutoModelForCausalLM.from_pretrained(chosen.folder, dtype=getattr(torch, chosen.dtype)).eval()

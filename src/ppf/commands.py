@@ -280,7 +280,7 @@ def _models(config: ModelsConfig) -> None:
             for one in found
         ]
         print_table("model families", ["family", "units", "depth", "GGUF", "vLLM"], rows)
-        print("depth: which sub-layers can go as a whole, the attention of the first layer excepted (ppf fit --depth).")
+        print("depth: what can go as a whole, the attention of the first layer excepted (ppf fit --depth).")
         print(
             "GGUF: llama.cpp's architecture for layers that are alike / that differ; the same one: they are padded to the widest."
         )

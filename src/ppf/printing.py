@@ -80,14 +80,15 @@ def print_policy(record: dict[str, Any]) -> None:
 
 
 def _whole(record: dict[str, Any]) -> dict[str, str]:
-    """A line on the sub-layers and layers that are gone as a whole; none where none is."""
+    """A line on the layers, sub-layers and experts that are gone as a whole; none where none is."""
     gone = [entry for entry in record["kept"] if not entry["kept"]]
     if not gone:
         return {}
     left = {entry["layer"] for entry in record["kept"] if entry["kept"]}
     layers = len({entry["layer"] for entry in gone} - left)
-    alone = [entry["kind"] for entry in gone if entry["layer"] in left]
-    parts = (layers, "whole layers"), (alone.count("attn"), "attentions alone"), (alone.count("ffn"), "FFNs alone")
+    alone = [entry["kind"].rstrip("0123456789") for entry in gone if entry["layer"] in left]
+    words = {"attn": "attentions alone", "ffn": "FFNs alone", "expert": "experts"}
+    parts = (layers, "whole layers"), *((alone.count(kind), what) for kind, what in words.items())
     told = {"gone whole": ", ".join(f"{what} {count}" for count, what in parts if count)}
     if "attn" in alone:
         told["vLLM"] = "loads no layer without attention; use transformers or llama.cpp"

@@ -5,11 +5,12 @@ import torch
 import tiny_models as tiny
 from ppf.llm.architectures import layout_of_model, linear
 from ppf.llm.compensation import reader_means
+from ppf.llm.depth import with_depth
 from ppf.llm.experts import separate_experts
 from ppf.llm.load import adopt_model, load_model
-from ppf.llm.masking import masked
+from ppf.llm.masking import masked, narrowed
 from ppf.llm.pruned_model import Experts
-from ppf.llm.ridge import refit
+from ppf.llm.ridge import refit, refitted
 from ppf.llm.scores import SCORES, score_units
 from ppf.llm.surgery import cut
 from ppf.space.allocation import allocate
@@ -114,6 +115,85 @@ def test_masking_an_expert_changes_only_the_tokens_that_are_sent_to_it():
     with masked(model, layout, type(mask)(tuple(bits))):
         changed = (tiny.logits(model, IDS) != dense).any(-1).flatten()
     assert torch.equal(changed, sent[0]) and 0 < sent[0].sum() < len(sent[0])
+
+
+# --- whole experts ---
+
+
+def deep(name, case):
+    model = tiny.model(name)
+    layout = with_depth(model, layout_of_model(model))
+    return model, layout, tiny.EXPERT_MASKS[case](layout)
+
+
+def left(layout, mask):
+    """By layer, whether each of its experts is left."""
+    found = {}
+    for site, bits in zip(layout.sites, mask.bits, strict=True):
+        if site.role == "expert":
+            found.setdefault(site.layer, []).append(bool(bits.any()))
+    return found
+
+
+@mixtures
+@pytest.mark.parametrize("case", ["one", "differing", "one left"])
+@pytest.mark.parametrize("running", [masked, narrowed])
+@torch.inference_mode()
+def test_tokens_are_sent_as_if_the_logits_of_gone_experts_were_minus_infinity(name, case, running):
+    model, layout, mask = deep(name, case)
+    asked, reached, handles = {}, set(), []
+    for layer in left(layout, mask):
+        block = model.model.layers[layer].mlp
+        gate = block.gate.register_forward_hook(lambda gate, inputs, out, layer=layer: asked.update({layer: (gate, inputs, out)}))
+        handles.append(gate)
+        for index, expert in enumerate(block.experts):
+            key = (layer, index)
+            handles.append(expert.register_forward_pre_hook(lambda *_, key=key: reached.add(key)))
+    with running(model, layout, mask):
+        tiny.logits(model, IDS)
+        for layer, stays in left(layout, mask).items():  # asked again, so that its answer is the one under the mask
+            gate, inputs, _ = asked[layer]
+            _, scores, chosen = gate(*inputs)
+            hidden = torch.full((len(stays),), -torch.inf).masked_fill(torch.tensor(stays), 0)
+            odds = (inputs[0] @ gate.weight.T + hidden).softmax(-1)
+            best, places = odds.topk(min(gate.top_k, sum(stays)))
+            norm = best.sum(-1, keepdim=True) if getattr(gate, "norm_topk_prob", True) else 1
+            assert torch.equal(chosen, places)
+            torch.testing.assert_close(scores, best / norm, rtol=0, atol=1e-6)
+    for handle in handles:
+        handle.remove()
+    assert reached and all(left(layout, mask)[layer][index] for layer, index in reached)
+
+
+@mixtures
+@pytest.mark.parametrize("case", tiny.EXPERT_MASKS)
+def test_a_cut_model_holds_the_experts_that_are_left_and_their_rows_of_the_router(name, case):
+    model, layout, mask = deep(name, case)
+    smaller = cut(model, layout, mask)
+    kept = layout.kept_layers(mask.allocation.kept)
+    for index, layer in enumerate(smaller.model.layers):
+        stays = left(layout, mask).get(kept[index])
+        if stays is None or not hasattr(layer.mlp, "experts"):
+            assert stays is None or not any(stays)
+            continue
+        ids = [number for number, stay in enumerate(stays) if stay]
+        assert len(layer.mlp.experts) == layer.mlp.gate.num_experts == len(ids) and layer.mlp.gate.top_k == min(2, len(ids))
+        assert torch.equal(layer.mlp.gate.weight, model.model.layers[kept[index]].mlp.gate.weight[ids])
+    assert sum(one.numel() for one in smaller.parameters()) == layout.kept_params(mask.allocation.kept)
+
+
+@mixtures
+@pytest.mark.parametrize("case", ["differing", "one left", "none left"])
+def test_what_makes_up_for_channels_leaves_gone_experts_alone(name, case):
+    model, layout, mask = deep(name, case)
+    fill = reader_means(model, layout, BLOCKS)
+    with masked(model, layout, mask, fill):
+        expected = tiny.logits(model, IDS)
+    torch.testing.assert_close(tiny.logits(cut(model, layout, mask, fill), IDS), expected, rtol=0, atol=1e-5)
+    fitted = refit(model, layout, mask, BLOCKS)
+    with refitted(model, layout, mask, fitted):
+        expected = tiny.logits(model, IDS)
+    torch.testing.assert_close(tiny.logits(cut(model, layout, mask, fitted=fitted), IDS), expected, rtol=0, atol=1e-5)
 
 
 def test_a_plan_of_ratios_has_one_for_all_experts_of_a_layer():

@@ -32,6 +32,7 @@ CASES += [(name, torch.bfloat16) for name in ("llama-gqa-tied", "mistral-gqa", "
 DEEP = {
     "llama-biases": "layer", "llama-gqa-tied": "attention", "gemma2-gqa": "all", "gemma3_text-gqa": "attention", "olmo2-gqa": "ffn",
     "gpt_neox-serial-tied": "last", "opt-mha": "ffn", "phi3-gqa": "first", "smollm3-gqa-window": "layer", "mixtral-gqa": "all",
+    "qwen2_moe-shared": "differing", "qwen3_moe-sparse-tied": "none left", "qwen2_moe-experts-everywhere": "none left",
 }  # fmt: skip
 CASES += [(f"{name}+{mask}", torch.float32) for name, mask in DEEP.items()]
 STRANGER = """
@@ -165,7 +166,8 @@ def test_the_config_says_the_widths_in_both_ways(exported, case):
     for layer in range(layout.layers):
         sites = [site for site in layout.sites if site.layer == layer]
         widths = {field: each * site.units for site in sites for field, each in site.shapes}
-        if experts := [site.units for site in sites if site.role == "expert"]:
+        experts = [site.units for site in sites if site.role == "expert"]
+        if experts or config["ppf_layers"].get("expert_sizes", [None] * layout.layers)[layer] is not None:
             widths["expert_sizes"] = experts
         for site in sites:
             width = config["head_dim"] * widths["num_attention_heads"] if site.role == "attn" else site.units

@@ -5,7 +5,7 @@ import pytest
 
 import gguf_builders as builders
 import tiny_models
-from builders import names_in, refuses
+from builders import importance, names_in, refuses
 from ppf.errors import DamagedError
 from ppf.llm import gguf_check, gguf_tensors
 from ppf.llm.architectures import layout_of_model
@@ -16,6 +16,8 @@ from ppf.llm.gguf_archs import ARCHITECTURES, ARCHS
 from ppf.llm.gguf_check import in_llama_cpp
 from ppf.llm.gguf_tokenizer import PRE_TOKENIZERS
 from ppf.llm.surgery import cut
+from ppf.space.allocation import Allocation
+from ppf.space.mask import select
 
 pytestmark = pytest.mark.llamacpp
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -64,6 +66,28 @@ def test_llama_cpp_answers_as_the_model_without_sublayers_does(name, kind, tmp_p
     dense = tiny_models.model(name)
     layout = with_depth(dense, layout_of_model(dense))
     smaller = cut(dense, layout, tiny_models.DEPTH_MASKS[kind](layout))
+    assert difference(smaller, tmp_path / "a.gguf")[0] < bound(name)
+
+
+@pytest.mark.parametrize("case", ["one", "one left"])
+@pytest.mark.parametrize("name", ["mixtral-gqa", "qwen2_moe-experts-everywhere", "qwen3_moe-experts-everywhere"])
+def test_llama_cpp_answers_as_the_model_without_experts_does(name, case, tmp_path):
+    dense = tiny_models.model(name)
+    layout = with_depth(dense, layout_of_model(dense))
+    smaller = cut(dense, layout, tiny_models.EXPERT_MASKS[case](layout))
+    for quant in ("f32", "q8_0"):
+        found, result = difference(smaller, tmp_path / "a.gguf", quant)
+        assert found < (bound(name) if quant == "f32" else result.check.bound)
+
+
+@pytest.mark.parametrize("gone", [{0}, {1}, {2}, {1, 2}, {0, 3}])
+@pytest.mark.parametrize("name", ["gemma2-gqa", "gemma3_text-gqa"])
+def test_windows_stay_with_their_layers_where_others_are_gone(name, gone, tmp_path):
+    """Without a layer the pattern of windows is another, here over a text of five windows."""
+    dense = builders.model(name, num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
+    layout = with_depth(dense, layout_of_model(dense))
+    kept = np.array([site.floor if site.layer in gone else site.units for site in layout.sites])
+    smaller = cut(dense, layout, select(Allocation(kept), importance(layout), layout))
     assert difference(smaller, tmp_path / "a.gguf")[0] < bound(name)
 
 

@@ -208,7 +208,7 @@ def test_a_first_layer_without_heads_is_refused(monkeypatch):
 def deep(name, kind):
     dense = tiny_models.model(name)
     layout = with_depth(dense, layout_of_model(dense))
-    return cut(dense, layout, tiny_models.DEPTH_MASKS[kind](layout))
+    return cut(dense, layout, (tiny_models.DEPTH_MASKS | tiny_models.EXPERT_MASKS)[kind](layout))
 
 
 def test_only_deci_has_layers_without_attention_and_none_has_layers_without_an_ffn():
@@ -280,6 +280,32 @@ def test_windows_by_layer_are_told_to_architectures_that_have_them():
     assert shape.context == 64 and shape.keys["attention.sliding_window"] == 6
     assert shape.keys["attention.sliding_window_pattern"] == [True, False, True]
     assert (shape.rope_base, shape.keys["rope.freq_base_swa"]) == (1e6, 1e4)
+
+
+def test_a_file_that_padding_makes_as_large_as_before_is_written_where_layers_went():
+    smaller = deep("gemma2-gqa", "layer")
+    shape = shape_of(smaller)
+    assert len(shape.ffn) == 2 and sum(array.size for _, array in tensors(smaller, shape)) < smaller.config.ppf_dense_params
+    dense = tiny_models.model("gemma2-gqa")
+    layout = with_depth(dense, layout_of_model(dense))
+    kept = layout.units.copy()
+    kept[2:4], kept[-1] = 0, kept[-1] // 2
+    once = cut(dense, layout, select(Allocation(kept), importance(layout), layout))
+    assert "padded with zeros" in shape_of(once).notes[0]
+    again = layout_of_model(once)
+    twice = cut(once, again, select(Allocation(again.units - [0, 0, 0, 1]), importance(again), again))
+    assert twice.config.ppf_dense_params == layout.total and "padded with zeros" in shape_of(twice).notes[0]
+
+
+@pytest.mark.parametrize("name", ["mixtral-gqa", "qwen2_moe-experts-everywhere", "qwen3_moe-experts-everywhere"])
+def test_experts_that_are_left_must_be_as_many_in_all_layers(name):
+    for case, used in (("one", 2), ("one left", 1)):
+        shape = shape_of(deep(name, case))
+        assert (shape.keys["expert_count"], shape.keys["expert_used_count"]) == ({"one": 3, "one left": 1}[case], used)
+    for case in ("differing", "none left"):
+        with refuses(UnsupportedError) as caught:
+            shape_of(deep(name, case))
+        assert "experts in all layers" in str(caught.value) and "use the folder" in str(caught.value)
 
 
 def test_experts_are_counted():

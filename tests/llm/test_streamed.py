@@ -64,8 +64,22 @@ def test_sublayers_that_are_gone_are_not_written(tmp_path, name, case):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_an_exported_model_is_cut_again(tmp_path):
+@pytest.mark.parametrize("case", tiny.EXPERT_MASKS)
+@pytest.mark.parametrize("name", ["mixtral-gqa", "qwen2_moe-shared", "qwen3_moe-sparse-tied"])
+def test_experts_that_are_gone_are_not_written(tmp_path, name, case):
+    source, loaded = dense(tmp_path / "dense", name), load_model(str(tmp_path / "dense"))
+    layout = with_depth(loaded.model, loaded.layout)
+    mask = tiny.EXPERT_MASKS[case](layout)
+    export(cut(loaded.model, layout, mask), loaded.tokenizer, PLAN, tmp_path / "one")
+    export_streamed(replace(source, layout=with_depth(source.shell, source.layout)), mask, PLAN, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_an_exported_model_is_cut_again(tmp_path, experts):
     first = dense(tmp_path / "dense", "qwen2_moe-shared")
+    if experts:
+        first = replace(first, layout=with_depth(first.shell, first.layout))
     export_streamed(first, random_mask(first.layout, 3), PLAN, tmp_path / "once")
     once = open_checkpoint(str(tmp_path / "once"))
     export_streamed(once, random_mask(once.layout, 5), PLAN, tmp_path / "twice")

@@ -61,6 +61,16 @@ def test_what_goes_with_the_last_unit_is_counted_and_told():
     assert deep.kept_layers(kept) == [0] and deep.kept_layers(deep.units * [1, 1, 0, 1]) == [0, 1]
 
 
+def test_what_goes_with_the_last_expert_of_a_layer_is_counted_once():
+    of = layout()
+    first, second = (replace(of.sites[3], kind=f"expert{index}", units=86, floor=0, rest=64) for index in range(2))
+    mixed = replace(of, sites=(*of.sites[:3], replace(first, last_rest=32), second))
+    assert Layout.from_json(json.loads(json.dumps(mixed.to_json()))) == mixed
+    kept = mixed.units * np.array([[1, 1, 1, 0, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 1]])
+    extra = (mixed.units - kept) @ mixed.costs + mixed.kept_params(kept) - mixed.total
+    assert extra.tolist() == [-64, -64, -160, 0] and mixed.kept_params(kept[2]) == mixed.kept_params(kept)[2]
+
+
 @pytest.mark.parametrize("name", ["units", "costs", "floors", "rests"])
 def test_arrays_are_read_only(name):
     with pytest.raises(ValueError, match="read-only"):

@@ -52,7 +52,8 @@ class FitConfig:
     test_tokens: int = 32_768
     """Tokens for each reported perplexity."""
     depth: bool = False
-    """Let whole sub-layers and layers go too: the attention of any layer but the first, and any FFN but those of experts."""
+    """Let whole sub-layers, layers and experts go too: the attention of any layer but the first, any FFN, and any expert of a
+    mixture but the one that all tokens see."""
     rounds: int = 5
     """Rounds of search, measuring and refitting after the first samples."""
     device: str = "auto"

@@ -78,12 +78,18 @@ def _qwen_moe(config: PreTrainedConfig) -> Iterator[Site]:
     """Some layers have a plain FFN, the others experts and in Qwen2 one that all tokens see."""
     for layer, own in enumerate(config.per_layer_config):
         yield _attention(layer, own)
-        if layer in own.mlp_only_layers or not own.num_experts or (layer + 1) % own.decoder_sparse_step:
+        if has_plain_ffn(own, layer):
             yield _gated(layer, own)
             continue
         yield from _experts(layer, own, "moe_intermediate_size")
         if hasattr(own, "shared_expert_intermediate_size"):
             yield _gated(layer, own, "mlp.shared_expert", "shared_expert_intermediate_size")
+
+
+def has_plain_ffn(config: PreTrainedConfig, layer: int) -> bool:
+    """Whether a layer of a family that mixes them has a plain FFN, no experts."""
+    named = layer in getattr(config, "mlp_only_layers", ())
+    return named or not config.num_experts or (layer + 1) % getattr(config, "decoder_sparse_step", 1) > 0
 
 
 def _heads(own: PreTrainedConfig) -> tuple[int, int, int]:
@@ -108,8 +114,10 @@ def _gated(layer: int, own: PreTrainedConfig, module: str = "mlp", field: str = 
 
 
 def _experts(layer: int, own: PreTrainedConfig, field: str) -> Iterator[Site]:
-    """Separate experts; the widths of a pruned layer's are in ``expert_sizes``, those of a dense one in a field."""
-    sizes = getattr(own, "expert_sizes", None) or [getattr(own, field)] * own.num_experts
+    """Separate experts; the widths of a pruned layer's that are left are in ``expert_sizes``, those of a dense one in a field."""
+    sizes = getattr(own, "expert_sizes", None)
+    if sizes is None:
+        sizes = [getattr(own, field)] * own.num_experts
     for index, width in enumerate(sizes):
         path = f"model.layers.{layer}.mlp.experts.{index}."
         rows = (Rows(path + "gate_up_proj", 0, 1), Rows(path + "gate_up_proj", width, 1))

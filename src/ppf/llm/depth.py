@@ -1,7 +1,8 @@
-"""Depth: the layout in which whole sub-layers may go, and a dense model that runs without some of them.
+"""Depth: the layout in which whole sub-layers and experts may go, and a dense model that runs without some of them.
 
 A sub-layer without a unit contributes nothing: its norms and output biases go with it, and the stream passes it unchanged.
-A layer that has lost both is dropped from the cut model.
+A layer that has lost both is dropped from the cut model. An expert without a unit is dropped with its row of the router, which
+then chooses among the others; where none is left and no expert sees all tokens, the FFN is gone.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ def with_depth(model: PreTrainedModel, layout: Layout) -> Layout:
     """A layout whose sub-layers may go as a whole: floors of 0, and what goes with the last unit.
 
     The attention of the first layer keeps its floor: caches count their tokens there, and llama.cpp reads the width of all heads
-    off it. So do the FFNs of a mixture of experts, whose router needs experts to choose from.
+    off it. So does an expert that all tokens see.
 
     Args:
         model: The dense model; shapes are enough.
@@ -37,24 +38,35 @@ def with_depth(model: PreTrainedModel, layout: Layout) -> Layout:
     if not can_lose_sublayers(model):
         what = f"whole sub-layers of this {layout.model_type} model"
         raise UnsupportedError(f"--depth must leave a stream that no norm stands in; {what} end in one; fit it without --depth")
-    mixed = any(site.role == "expert" for site in layout.sites)
-    return replace(layout, sites=tuple(_freed(model, site) if may_go(site, mixed) else site for site in layout.sites))
+    return replace(layout, sites=tuple(_freed(model, site) if may_go(site) else site for site in layout.sites))
 
 
-def may_go(site: Site, mixed: bool) -> bool:
-    """Whether a sub-layer may go as a whole; ``mixed`` is whether its model has experts."""
-    return site.layer > 0 if site.role == "attn" else not mixed
+def may_go(site: Site) -> bool:
+    """Whether a sub-layer, or an expert, may go as a whole."""
+    return site.layer > 0 if site.role == "attn" else not site.sees_all
 
 
 def _freed(model: PreTrainedModel, site: Site) -> Site:
     layer = stack_of(model)[site.layer]
-    parts = [layer.get_submodule(name) for name in parts_of(layer, site.role)]
-    held = sum(parameter.numel() for part in parts for parameter in part.parameters())
-    return replace(site, floor=0, rest=held - site.units * site.cost)
+    if site.role == "expert":
+        last = _held(layer, "ffn") - _size(layer.mlp) if site.kind == "expert0" and not hasattr(layer.mlp, "shared_expert") else 0
+        return replace(site, floor=0, rest=layer.mlp.gate.weight.shape[1], last_rest=last)
+    return replace(site, floor=0, rest=_held(layer, site.role) - site.units * site.cost)
+
+
+def _held(layer: nn.Module, part: str) -> int:
+    """Parameters of a sub-layer, its norms included."""
+    return sum(_size(layer.get_submodule(name)) for name in parts_of(layer, part))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def stand_ins(model: PreTrainedModel, site: Site) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Owner, name and stand-in of each module of a sub-layer that is gone."""
+    """Owner, name and stand-in of each module of a sub-layer that is gone; none of an expert, which no token reaches."""
     layer = stack_of(model)[site.layer]
+    if site.role == "expert":
+        return
     for name, other in without(layer, site.role, site.layer).items():
         yield layer, name, other

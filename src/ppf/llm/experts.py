@@ -4,6 +4,7 @@ transformers keeps the experts of a layer in two 3-D parameters, which forces on
 linear modules instead, whose weights are views of those parameters: nothing is copied, and the model computes what it did.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ppf.llm.pruned_model import Experts
+from ppf.space.layout import Site
 
 
 def separate_experts(model: PreTrainedModel) -> PreTrainedModel:
@@ -31,6 +33,22 @@ def separate_experts(model: PreTrainedModel) -> PreTrainedModel:
             expert.down_proj.weight = _part(outward)
         module.experts = experts.train(fused.training)
     return model
+
+
+def routers(cuts: Iterable[tuple[Site, int]]) -> dict[str, list[int]]:
+    """What routers may still choose from.
+
+    Args:
+        cuts: Sites with how many of their units stay; all experts of a layer or none.
+
+    Returns:
+        By path of each router that loses an expert, the numbers of those that stay.
+    """
+    stays: dict[str, list[bool]] = {}
+    for site, kept in cuts:
+        if site.role == "expert":
+            stays.setdefault(f"{site.reader.partition('.experts.')[0]}.gate", []).append(kept > 0)
+    return {path: [index for index, stay in enumerate(those) if stay] for path, those in stays.items() if not all(those)}
 
 
 def _part(weight: torch.Tensor) -> nn.Parameter:

@@ -15,7 +15,7 @@ class Support:
     Attributes:
         family: Its ``model_type`` in config.json.
         units: What can be removed, in words.
-        depth: Which sub-layers can go as a whole (``--depth``); the attention of the first layer cannot.
+        depth: Which sub-layers can go as a whole (``--depth``), and whether experts can; the attention of the first layer cannot.
         gguf: llama.cpp's architectures for layers that are alike and for layers that differ; None where it has none.
         vllm: Whether an exported folder declares what vLLM's Transformers backend asks of a model.
     """
@@ -35,7 +35,7 @@ def supported() -> tuple[Support, ...]:
 
 
 def _in_vllm(family: str) -> bool:
-    """What the class declares; not of separate experts, whose loop over tokens nobody compared with what vLLM asks."""
+    """What the class declares; not of separate experts, for which vLLM puts one fused module of equal widths."""
     config_class, _, lm_class = PRUNED[family]
     mixed = any(site.role == "expert" for site in FAMILIES[family](config_class()))
     return bool(lm_class.is_backend_compatible()) and not mixed
@@ -43,9 +43,9 @@ def _in_vllm(family: str) -> bool:
 
 def _depth(family: str) -> tuple[str, ...]:
     """Of the sites that the family has with its default config; of OPT those of its usual order of norms."""
-    sites = list(FAMILIES[family](PRUNED[family][0]()))
-    roles = {site.role for site in sites if may_go(site, any(other.role == "expert" for other in sites))}
-    return tuple(word for role, word in (("attn", "attention"), ("ffn", "FFN")) if role in roles)
+    roles = {site.role for site in FAMILIES[family](PRUNED[family][0]()) if may_go(site)}
+    words = {"attn": "attention", "ffn": "FFN", "expert": "experts"}
+    return tuple(word for role, word in words.items() if role in roles)
 
 
 def _units(family: str) -> tuple[str, ...]:

@@ -64,6 +64,11 @@ class Layer:
     shared_ffn: dict[str, Part]
     others: dict[str, Part]
 
+    @property
+    def mixed(self) -> bool:
+        """Whether its FFN is a mixture of experts, be it of one."""
+        return "ffn_gate_inp" in self.others
+
 
 def layers(model: PreTrainedModel) -> Iterator[Layer]:
     """All decoder layers in order; their parts are views of the model's weights.
@@ -81,9 +86,9 @@ def layers(model: PreTrainedModel) -> Iterator[Layer]:
 
 def _layer(model: PreTrainedModel, family: str, index: int, sites: list[Site]) -> Layer:
     attention = [site for site in sites if site.role == "attn"]
-    shared = [site for site in sites if "shared_expert" in site.reader]
+    shared = [site for site in sites if site.sees_all]
     ffns = [site for site in sites if site not in attention and site not in shared]
-    if "ffn_gate_inp" in OTHERS.get(family, _PRE) and ffns[0].role != "expert":
+    if "ffn_gate_inp" in OTHERS.get(family, _PRE) and (not ffns or ffns[0].role != "expert"):
         raise UnsupportedError(f"llama.cpp needs experts in all layers; layer {index} has none; use the folder instead")
     module = stack_of(model)[index]
     return Layer(

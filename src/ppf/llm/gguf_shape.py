@@ -6,6 +6,7 @@ layers differ   deci (Llama, Mistral, Qwen2, Phi-3, Granite), openelm (Qwen3 wit
 gone            only deci knows a layer without attention, none one without an FFN: units of zeros stand for them
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,10 +17,12 @@ from transformers import PreTrainedModel
 from ppf.errors import UnsupportedError
 from ppf.llm.architectures import family_of
 from ppf.llm.gguf_archs import ARCHITECTURES, ARCHS, GELU, REQUIRED, SILU, Arch
-from ppf.llm.gguf_layers import Layer, layers
+from ppf.llm.gguf_layers import Layer, Part, layers
 from ppf.llm.gguf_rope import context_of, divisors, query_scale, rope_of, window_keys
 
 _EVEN = 32
+_SMALLER = 0.99
+"""A file must have at most this share of the dense model's weights to be worth writing; norms and biases blur the count."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +152,12 @@ def _widths(found: list[Layer]) -> tuple[_Widths, int]:
         if layer.heads % max(layer.kv_heads, 1) or (index == 0 and not layer.kv_heads):  # llama.cpp reads its head width there
             came = f"{layer.heads} query heads and {layer.kv_heads} key heads in layer {index}"
             raise UnsupportedError(f"every layer of a GGUF file needs whole KV groups, the first one at least; {came}; keep one")
+    counts = {len(layer.ffn) for layer in found}
+    if len(counts) != 1:
+        raise UnsupportedError(
+            f"llama.cpp needs as many experts in all layers; {min(counts)} to {max(counts)} came; use the folder, or prune a study "
+            "that was fitted without --depth"
+        )
     return _Widths(
         tuple(layer.heads for layer in found),
         tuple(layer.kv_heads for layer in found),
@@ -216,17 +225,18 @@ def _widest(family: str, model: PreTrainedModel, found: list[Layer], whole: int 
     if len(ratios) != 1:
         raise UnsupportedError("KV groups must have as many query heads in all layers; others came; use the folder instead")
     heads, ratio = max(whole or 0, *(layer.heads for layer in found)), ratios.pop()
-    ffn, shared, config = max(max(layer.ffn) for layer in found), max(layer.shared for layer in found), model.config
-    if heads == config.num_attention_heads and ffn == (getattr(config, "moe_intermediate_size", None) or config.intermediate_size):
-        raise UnsupportedError(
-            f"llama.cpp holds a {family} with layers alike only; these, padded to the widest, would be as large as before pruning; "
-            "use the folder, or prune with a plan of equal ratios"
-        )
+    ffn, shared = max(max(layer.ffn) for layer in found), max(layer.shared for layer in found)
     added = 0
     head, channel, expert = (max(sizes) for sizes in zip(*map(_unit_sizes, found), strict=True))
     for layer in found:
         added += (heads - layer.heads) * head + sum(ffn - own for own in layer.ffn) * channel + (shared - layer.shared) * expert
-    share = added / (added + sum(parameter.numel() for parameter in model.parameters()))
+    size = added + sum(parameter.numel() for parameter in model.parameters())
+    if size > _SMALLER * (getattr(model.config, "ppf_dense_params", None) or math.inf):
+        raise UnsupportedError(
+            f"llama.cpp holds a {family} with layers alike only; these, padded to the widest, would be as large as before pruning; "
+            "use the folder, or prune with a plan of equal ratios"
+        )
+    share = added / size
     why = "only with queries as wide as its stream" if heads == whole else "with layers alike only"
     note = f"llama.cpp holds this {family} {why}; each layer was padded with zeros, {share:.0%} of the weights in the file"
     return _Widths(*((width,) * len(found) for width in (heads, heads // ratio, ffn, shared))), note
@@ -235,8 +245,14 @@ def _widest(family: str, model: PreTrainedModel, found: list[Layer], whole: int 
 def _unit_sizes(layer: Layer) -> tuple[int, int, int]:
     """Weights of a query head, with its part of keys and values, of a channel, and of a channel of the shared expert."""
     parts = (layer.attention, layer.heads), (layer.ffns[0], layer.ffn[0]), (layer.shared_ffn, layer.shared)
-    head, channel, expert = (sum(part.weight.numel() for part in own.values()) // max(units, 1) for own, units in parts)
+    head, channel, expert = (sum(_by_unit(name, part) for name, part in own.items()) // max(units, 1) for own, units in parts)
     return head, channel, expert
+
+
+def _by_unit(name: str, part: Part) -> int:
+    """Weights of a linear layer that go with its units; a reader's bias does not."""
+    reads = name in ("attn_output", "ffn_down")
+    return part.weight.numel() + (0 if reads or part.bias is None else part.bias.numel())
 
 
 def _own_keys(name: str, config: Any) -> dict[str, Any]:
@@ -252,9 +268,10 @@ def _own_keys(name: str, config: Any) -> dict[str, Any]:
 
 
 def _expert_keys(config: Any, found: list[Layer], widths: _Widths) -> dict[str, Any]:
-    if len(found[0].ffn) == 1:
+    if not found[0].mixed:
         return {}
-    keys = {"expert_count": len(found[0].ffn), "expert_used_count": int(config.num_experts_per_tok)}
+    count = len(found[0].ffn)
+    keys = {"expert_count": count, "expert_used_count": min(count, int(config.num_experts_per_tok))}
     keys["expert_feed_forward_length"] = widths.ffn[0]
     return {**keys, "expert_shared_feed_forward_length": widths.shared[0]} if widths.shared[0] else keys
 

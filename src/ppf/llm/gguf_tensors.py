@@ -82,7 +82,7 @@ def _layer(layer: Layer, shape: Shape, index: int) -> Iterator[tuple[str, np.nda
             yield from _named(name, part, biased and part.weight.ndim == 1)
     if shape.heads[index]:
         yield from _attention(layer, shape, index)
-    if len(layer.ffns) == 1:
+    if not layer.mixed:
         yield from _ffn(layer.ffns[0], ffn, shape, "")
     else:
         experts = [dict(_ffn(one, ffn, shape, "_exps")) for one in layer.ffns]

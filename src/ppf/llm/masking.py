@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ppf.llm.architectures import COUNTS, linear
 from ppf.llm.compensation import Fill, means_per_site
 from ppf.llm.depth import stand_ins
-from ppf.llm.norms import as_cut
+from ppf.llm.norms import as_cut, routed
 from ppf.llm.perplexity import enough_memory
 from ppf.llm.surgery import cut_site
 from ppf.space.layout import Layout, Site
@@ -79,6 +79,7 @@ def narrowed(model: PreTrainedModel, layout: Layout, mask: Mask) -> Iterator[Pre
             if bits.any() and not bits.all():
                 cut_site(model, state, site, torch.from_numpy(bits.copy()), None)
     with ExitStack() as stack:
+        stack.enter_context(routed(model, zip(layout.sites, map(int, mask.allocation.kept), strict=True)))
         for name, tensor in state.items():
             if tensor is not dense[name]:
                 path, _, leaf = name.rpartition(".")

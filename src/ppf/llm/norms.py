@@ -1,4 +1,5 @@
-"""What a cut does to a dense model besides dropping rows and columns: norms over what stays, and sub-layers that are gone.
+"""What a cut does to a dense model besides dropping rows and columns: norms over what stays, sub-layers that are gone, and
+routers that choose among the experts that are left.
 
 A norm over all units of a site at once norms what stays as if the rest had never been:
 
@@ -6,28 +7,38 @@ A norm over all units of a site at once norms what stays as if the rest had neve
 
 A norm that averages over all its columns computes that when removed ones come in as zeros, and what stays comes in times
 sqrt(all / kept) and leaves divided by it.
+
+A router whose experts went is asked without their rows: its softmax and its choice are over the others, as if the logits of
+those that went were minus infinity. Where fewer are left than a token is sent to, it is sent to all of them.
 """
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ppf.llm.architectures import linear
+from ppf.llm.experts import routers
 from ppf.space.layout import Site
 
 
 @contextmanager
 def as_cut(model: PreTrainedModel, cuts: Iterable[tuple[Site, np.ndarray]]) -> Iterator[None]:
-    """Norms only what stays, and lets a site without a unit add nothing, no bias either, while the block runs.
+    """Norms only what stays, sends nothing to experts without a unit, and lets other sites without one add nothing, no bias
+    either, while the block runs.
 
     Args:
         model: The dense model.
-        cuts: Sites with Bool[U], which units stay.
+        cuts: Sites with Bool[U], which units stay; all experts of a layer or none.
     """
+    cuts = list(cuts)
     with ExitStack() as stack:
+        stack.enter_context(routed(model, ((site, int(bits.sum())) for site, bits in cuts)))
         for site, bits in cuts:
             if not bits.any():
                 reader = linear(model, site.reader)
@@ -40,3 +51,30 @@ def as_cut(model: PreTrainedModel, cuts: Iterable[tuple[Site, np.ndarray]]) -> I
                 stack.callback(norm.register_forward_pre_hook(lambda _, inputs, by=columns: (inputs[0] * by,)).remove)
                 stack.callback(norm.register_forward_hook(lambda _, __, output, by=scale: output / by).remove)
         yield
+
+
+@contextmanager
+def routed(model: PreTrainedModel, cuts: Iterable[tuple[Site, int]]) -> Iterator[None]:
+    """Lets routers choose among the experts that keep a unit while the block runs.
+
+    Args:
+        model: The dense model.
+        cuts: As ``routers`` takes them.
+    """
+    with ExitStack() as stack:
+        for path, stays in routers(cuts).items():
+            # before other hooks on the way out: one may take the weights away again
+            stack.callback(model.get_submodule(path).register_forward_hook(_choose_among(stays), prepend=True).remove)
+        yield
+
+
+def _choose_among(stays: list[int]) -> Callable[[nn.Module, tuple[torch.Tensor, ...], Any], tuple[torch.Tensor, ...]]:
+    def choose(router: Any, inputs: tuple[torch.Tensor, ...], _: Any) -> tuple[torch.Tensor, ...]:
+        ids = torch.tensor(stays, dtype=torch.long, device=router.weight.device)
+        fewer = copy.copy(router)
+        fewer._parameters = {"weight": router.weight[ids]}
+        fewer.top_k = min(router.top_k, len(stays))
+        logits, scores, chosen = fewer.forward(*inputs)
+        return logits, scores, ids[chosen]
+
+    return choose

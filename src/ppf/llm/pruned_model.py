@@ -139,13 +139,18 @@ class Experts(nn.ModuleList):
 
 
 class _MixtureModel(_PerLayerModel):
-    """For families whose code keeps the experts of a layer in one tensor, and so at one width: they are separate here."""
+    """For families whose code keeps the experts of a layer in one tensor, and so at one width: they are separate here.
+
+    Layers may differ in how many they have; where those are fewer than a token is sent to, it is sent to all of them.
+    """
 
     def layer(self, kind, own, index):
         layer = kind(own, index)
         if hasattr(layer.mlp, "experts"):
-            fused, sizes = layer.mlp.experts, getattr(own, "expert_sizes", None)
-            layer.mlp.experts = Experts(fused.hidden_dim, sizes or [fused.intermediate_dim] * fused.num_experts, fused.act_fn)
+            fused, gate, count = layer.mlp.experts, layer.mlp.gate, len(own.expert_sizes)
+            layer.mlp.experts = Experts(fused.hidden_dim, own.expert_sizes, fused.act_fn)
+            gate.weight = nn.Parameter(gate.weight.new_empty(count, fused.hidden_dim))
+            gate.num_experts, gate.top_k = count, min(gate.top_k, count)
         return layer
 
 

@@ -17,7 +17,7 @@ from ppf.llm.export import PLAN_FILE, weight_bytes, write_beside
 from ppf.llm.load import Checkpoint, digest_of, read_config
 from ppf.llm.masking import masked
 from ppf.llm.stored import Stored, running_stored, stored, write_stored
-from ppf.llm.surgery import origin_of, slices_of, smaller_skeleton
+from ppf.llm.surgery import Origins, slices_of, smaller_skeleton
 from ppf.llm.weights import check_weights
 from ppf.space.mask import Mask
 
@@ -77,14 +77,14 @@ class _Cuts:
     """The tensors of the smaller model, each cut when it is asked for."""
 
     def __init__(self, source: Checkpoint, dense: Stored, mask: Mask) -> None:
-        self._dense, self._stays = dense, source.layout.kept_layers(mask.allocation.kept)
-        self._slices: dict[str, tuple[int, torch.Tensor]] = {}
+        self._dense, self._origins = dense, Origins(source.layout, mask.allocation)
+        self._slices = {name: (0, ids) for name, ids in self._origins.rows.items()}
         for site, bits in zip(source.layout.sites, mask.bits, strict=True):
             self._slices |= slices_of(site, torch.from_numpy(bits.copy()))
 
     def tensor(self, name: str) -> torch.Tensor:
         """By its name in the smaller model."""
-        origin = origin_of(name, self._stays)
+        origin = self._origins.of(name)
         whole = self._dense[origin]
         return whole.index_select(*self._slices[origin]) if origin in self._slices else whole
 

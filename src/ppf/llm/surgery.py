@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ppf.llm.architectures import family_of, linear
+from ppf.llm.architectures import family_of, has_plain_ffn, linear
 from ppf.llm.auto import register
 from ppf.llm.compensation import Fill, filled_bias, means_per_site
+from ppf.llm.experts import routers
 from ppf.llm.pruned_model import PRUNED
 from ppf.llm.ridge import Refit
 from ppf.space.allocation import Allocation
@@ -51,9 +52,11 @@ def cut(
     for site, weight in zip(layout.sites, fitted.weights if fitted else (None,) * len(layout.sites), strict=True):
         if weight is not None:
             source[f"{site.reader}.weight"] = weight.to(source[f"{site.reader}.weight"])
+    origins = Origins(layout, mask.allocation)
+    for name, ids in origins.rows.items():
+        source[name] = source[name][ids.to(model.device)]
     fill_buffers(smaller, model.device)
-    stays = layout.kept_layers(mask.allocation.kept)
-    state = {name: source[origin_of(name, stays)].clone() for name in smaller.state_dict()}
+    state = {name: source[origins.of(name)].clone() for name in smaller.state_dict()}
     smaller.load_state_dict(state, strict=True, assign=True)
     smaller.tie_weights()
     return smaller.eval()
@@ -95,15 +98,21 @@ def pruned_config(config: PreTrainedConfig, layout: Layout, allocation: Allocati
     for field in ("per_layer_config", "model_type", "architectures", "auto_map", "transformers_version", "ppf_layers"):
         record.pop(field, None)
     record["num_hidden_layers"] = len(stays)
+    if "mlp_only_layers" in record:  # said of each layer: every second one may be another now
+        record["mlp_only_layers"] = [new for new, layer in enumerate(stays) if has_plain_ffn(config, layer)]
+        record["decoder_sparse_step"] = 1
     for field in _PER_LAYER:
         if record.get(field):
             record[field] = [record[field][layer] for layer in stays]
     record["head_dim"] = getattr(config, "head_dim", None) or record["hidden_size"] // record["num_attention_heads"]
     if any("expert_sizes" in fields for fields in layers.values()):
         record["expert_sizes"] = []  # of layers without experts: transformers asks for a value of every field
+        most = max(1, *(len(fields.get("expert_sizes", ())) for fields in layers.values()))
+        record |= {field: most for field in ("num_experts", "num_local_experts") if field in record}
     pruned = config_class(**record, per_layer_config=layers)
     fields = dict.fromkeys(field for layer in layers for field in layers[layer])
     pruned.ppf_layers = {field: [layers[layer].get(field) for layer in layers] for field in fields}
+    pruned.ppf_dense_params = getattr(config, "ppf_dense_params", None) or layout.total
     if reader_bias:
         pruned.reader_bias = True
     pruned.architectures = [lm_class.__name__]
@@ -122,18 +131,44 @@ def _widths(config: PreTrainedConfig, layout: Layout, allocation: Allocation, st
     for site, kept in zip(layout.sites, allocation.kept, strict=True):
         for field, per_unit in site.shapes if site.layer in layers else ():
             if site.role == "expert":
-                layers[site.layer].setdefault(field, []).append(per_unit * int(kept))
+                sizes = layers[site.layer].setdefault(field, [])
+                sizes += [per_unit * int(kept)] if kept else []
             else:
                 layers[site.layer][field] = per_unit * int(kept)
     for layer, own in layers.items():
         before = config.per_layer_config[layer]
         own.update({field: 0 for field in config.per_layer_attributes or () if getattr(before, field, None) == 0})  # gone already
+        if getattr(before, "expert_sizes", None) == [] and not has_plain_ffn(config, layer):
+            own["expert_sizes"] = []
+        if own.get("expert_sizes") == [] and "shared_expert_intermediate_size" not in own:
+            own["intermediate_size"] = 0
     return dict(enumerate(layers.values()))
 
 
-def origin_of(name: str, stays: list[int]) -> str:
-    """What a tensor of the smaller model is called in the dense one, whose layers are counted with those that went."""
-    return re.sub(r"(?<=\.layers\.)\d+", lambda found: str(stays[int(found[0])]), name, count=1)
+class Origins:
+    """Where the tensors of the smaller model lie in the dense one, which counts layers and experts with those that went.
+
+    Args:
+        layout: Of the dense model.
+        allocation: Int[S] kept units.
+
+    Attributes:
+        rows: By name of the weight of a router that loses experts, Int[K], the rows that stay.
+    """
+
+    def __init__(self, layout: Layout, allocation: Allocation) -> None:
+        self._layers = layout.kept_layers(allocation.kept)
+        self._experts = routers(zip(layout.sites, map(int, allocation.kept), strict=True))
+        self.rows = {f"{path}.weight": torch.tensor(stays, dtype=torch.long) for path, stays in self._experts.items()}
+
+    def of(self, name: str) -> str:
+        """The dense model's name of a tensor of the smaller one."""
+        name = re.sub(r"(?<=\.layers\.)\d+", lambda found: str(self._layers[int(found[0])]), name, count=1)
+        block, _, expert = name.partition(".experts.")
+        if (stays := self._experts.get(f"{block}.gate")) is None or not expert:
+            return name
+        number, _, rest = expert.partition(".")
+        return f"{block}.experts.{stays[int(number)]}.{rest}"
 
 
 def cut_site(

@@ -18,7 +18,7 @@ import numpy as np
 
 from ppf.errors import DamagedError
 
-_MAY_BE_ZERO = {"layer", "offset", "cache", "floor", "rest"}
+_MAY_BE_ZERO = {"layer", "offset", "cache", "floor", "rest", "last_rest"}
 _MOST = 2**53  # numbers up to here are exact as floats too
 
 
@@ -53,6 +53,7 @@ class Site:
         floor: The fewest units that may stay; 0 where the whole sub-layer may go.
         norms: Entries of norms that average over all units of the site at once.
         rest: Parameters besides the units that go with the last of them, such as the sub-layer's norm; no ratio counts them.
+        last_rest: Of the first expert of a layer, those that go when no expert of the layer is left.
     """
 
     layer: int
@@ -67,11 +68,17 @@ class Site:
     floor: int = 1
     norms: tuple[Rows, ...] = ()
     rest: int = 0
+    last_rest: int = 0
 
     @property
     def role(self) -> str:
         """The kind without the number of an expert."""
         return role_of(self.kind)
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether it is the expert of a mixture that all tokens see."""
+        return ".shared_expert." in self.reader
 
     @property
     def label(self) -> str:
@@ -132,7 +139,18 @@ class Layout:
 
     def kept_params(self, kept: np.ndarray) -> np.ndarray | int:
         """Parameters of the whole model when ``kept`` (Int[..., S]) units stay."""
-        return self.total - (self.units - np.asarray(kept)) @ self.costs - (np.asarray(kept) == 0) @ self.rests
+        gone = np.asarray(kept) == 0
+        params = self.total - (self.units - np.asarray(kept)) @ self.costs - gone @ self.rests
+        for sites, rest in self._mixtures:
+            params = params - gone[..., sites].all(axis=-1) * rest
+        return params
+
+    @cached_property
+    def _mixtures(self) -> list[tuple[list[int], int]]:
+        """For each layer that its last expert takes something with, its experts and how much that is."""
+        firsts = [site for site in self.sites if site.last_rest]
+        experts = [(index, site.layer) for index, site in enumerate(self.sites) if site.role == "expert"]
+        return [([index for index, layer in experts if layer == first.layer], first.last_rest) for first in firsts]
 
     def ratio(self, kept: np.ndarray) -> np.ndarray | float:
         """The share of the prunable parameters that is gone when ``kept`` (Int[..., S]) units stay."""
@@ -146,7 +164,7 @@ class Layout:
         """A JSON-ready record; ``from_json`` is its inverse."""
         record = asdict(self)
         for site in record["sites"]:  # left out where there are none: the fingerprints of earlier layouts stay as they were
-            for name in ("norms", "rest"):
+            for name in ("norms", "rest", "last_rest"):
                 if not site[name]:
                     del site[name]
         return record
@@ -191,7 +209,7 @@ def _check(layout: Layout) -> None:
             raise ValueError(f"{name} out of range")
     if not layout.sites or any(site.floor > site.units or site.layer >= layout.layers for site in layout.sites):
         raise ValueError("no site, or one with a floor above its units or a layer above the last")
-    if sum(site.units * site.cost + site.rest for site in layout.sites) > layout.total:
+    if sum(site.units * site.cost + site.rest + site.last_rest for site in layout.sites) > layout.total:
         raise ValueError("more prunable parameters than parameters")
 
 
