@@ -55,9 +55,9 @@ def test_llama_cpp_answers_as_the_model_does(name, kind, tmp_path):
     assert difference(smaller, tmp_path / "a.gguf")[0] < bound(name)
 
 
-PATTERNED = "smollm3-fourth-layer-plain"
-"""Without a layer, others than each fourth have no rotary embedding, which llama.cpp cannot be told."""
-GONE = [(name, kind) for name in builders.HELD for kind in ("layer", "attention") if (name, kind) != (PATTERNED, "layer")]
+LAYERS_STAY = ("smollm3-fourth-layer-plain", "qwen2_moe-experts-everywhere")
+"""Without a layer, others than each fourth have no rotary embedding, or one keeps a shared expert alone: llama.cpp holds neither."""
+GONE = [(name, kind) for name in builders.HELD for kind in ("layer", "attention") if kind != "layer" or name not in LAYERS_STAY]
 GONE += [("gemma2-gqa", kind) for kind in ("ffn", "first", "all")]
 
 
@@ -80,7 +80,7 @@ def test_llama_cpp_answers_as_the_model_without_experts_does(name, case, tmp_pat
         assert found < (bound(name) if quant == "f32" else result.check.bound)
 
 
-@pytest.mark.parametrize("gone", [{0}, {1}, {2}, {1, 2}, {0, 3}])
+@pytest.mark.parametrize("gone", [{1}, {2}, {1, 2}, {0, 3}])
 @pytest.mark.parametrize("name", ["gemma2-gqa", "gemma3_text-gqa"])
 def test_windows_stay_with_their_layers_where_others_are_gone(name, gone, tmp_path):
     """Without a layer the pattern of windows is another, here over a text of five windows."""
