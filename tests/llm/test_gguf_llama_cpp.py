@@ -56,7 +56,7 @@ def test_llama_cpp_answers_as_the_model_does(name, kind, tmp_path):
 
 
 LAYERS_STAY = ("smollm3-fourth-layer-plain", "qwen2_moe-experts-everywhere")
-"""Without a layer, others than each fourth have no rotary embedding, or one keeps a shared expert alone: llama.cpp holds neither."""
+"""Without a layer, others than each fourth have no rotary embedding, or one keeps a shared expert alone; llama.cpp has neither."""
 GONE = [(name, kind) for name in builders.HELD for kind in ("layer", "attention") if kind != "layer" or name not in LAYERS_STAY]
 GONE += [("gemma2-gqa", kind) for kind in ("ffn", "first", "all")]
 
