@@ -46,7 +46,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Could not import matplotlib")
 
 
 def ran(*studies, **changes):
-    settings = {"ratios": RATIOS, "budget": BUDGET, "candidates": 4, "device": "cpu", **changes}
+    methods = changes.get("methods", METHODS)
+    effort = {"budget": BUDGET} if set(SEARCHES) & set(methods) else {}
+    effort |= {"candidates": 4} if "static" in methods else {}
+    settings = {"ratios": RATIOS, "device": "cpu", **effort, **changes}
     return bench(BenchConfig(tuple(map(str, studies)), **settings), Progress(quiet=True))
 
 

@@ -101,7 +101,8 @@ class Study:
             quiet: Show no progress.
         """
         target = Target(ratio, params, memory, align, tp, nested)
-        PruneConfig("", "", target, refine=refine, candidates=candidates, compensate=compensate)  # refuses what does not fit
+        wish = PlanTarget(**vars(target))
+        PruneConfig("", "", wish, refine=refine, candidates=candidates, compensate=compensate)  # refuses what does not fit
         self._decider.budget(target)  # refuses before the model is loaded
         progress = Progress(quiet)
         if self._loaded is None:
