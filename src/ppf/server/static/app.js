@@ -168,7 +168,7 @@ class Page {
     this.tiles.set("KV cache", bytes(policy.kv_bytes_per_token), "a token");
     const speed = policy.tokens_per_second;
     if (speed) this.tiles.set("tokens/s", speed.toFixed(0), "one request, idle machine");
-    this.tiles.set("decided in", `${policy.milliseconds.toFixed(1)} ms`, "on the server");
+    get("decided").textContent = `Decided in ${policy.milliseconds.toFixed(1)} ms on the server.`;
   }
 
   /** Sets the live model to the slider; one request at a time, or an earlier one could be the last to arrive. */
