@@ -98,17 +98,11 @@ def pruned_config(config: PreTrainedConfig, layout: Layout, allocation: Allocati
     for field in ("per_layer_config", "model_type", "architectures", "auto_map", "transformers_version", "ppf_layers"):
         record.pop(field, None)
     record["num_hidden_layers"] = len(stays)
-    if "mlp_only_layers" in record:  # said of each layer: every second one may be another now
-        record["mlp_only_layers"] = [new for new, layer in enumerate(stays) if has_plain_ffn(config, layer)]
-        record["decoder_sparse_step"] = 1
     for field in _PER_LAYER:
         if record.get(field):
             record[field] = [record[field][layer] for layer in stays]
     record["head_dim"] = getattr(config, "head_dim", None) or record["hidden_size"] // record["num_attention_heads"]
-    if any("expert_sizes" in fields for fields in layers.values()):
-        record["expert_sizes"] = []  # of layers without experts: transformers asks for a value of every field
-        most = max(1, *(len(fields.get("expert_sizes", ())) for fields in layers.values()))
-        record |= {field: most for field in ("num_experts", "num_local_experts") if field in record}
+    record |= _mixture(config, record, layers, stays)
     pruned = config_class(**record, per_layer_config=layers)
     fields = dict.fromkeys(field for layer in layers for field in layers[layer])
     pruned.ppf_layers = {field: [layers[layer].get(field) for layer in layers] for field in fields}
@@ -123,6 +117,21 @@ def pruned_config(config: PreTrainedConfig, layout: Layout, allocation: Allocati
     }
     pruned._attn_implementation = config._attn_implementation
     return pruned
+
+
+def _mixture(
+    config: PreTrainedConfig, record: dict[str, Any], layers: dict[int, dict[str, Any]], stays: list[int]
+) -> dict[str, Any]:
+    """What the config of a mixture says of all layers; nothing of other models."""
+    said: dict[str, Any] = {}
+    if "mlp_only_layers" in record:  # of each layer by name: every second one may be another now
+        said["mlp_only_layers"] = [new for new, layer in enumerate(stays) if has_plain_ffn(config, layer)]
+        said["decoder_sparse_step"] = 1
+    if any("expert_sizes" in fields for fields in layers.values()):
+        said["expert_sizes"] = []  # of layers without experts: transformers asks for a value of every field
+        most = max(1, *(len(fields.get("expert_sizes", ())) for fields in layers.values()))
+        said |= {field: most for field in ("num_experts", "num_local_experts") if field in record}
+    return said
 
 
 def _widths(config: PreTrainedConfig, layout: Layout, allocation: Allocation, stays: list[int]) -> dict[int, dict[str, Any]]:
