@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ppf.llm.engines.bench import Bench
-from ppf.llm.load import convert, load_model, quiet_transformers
+from ppf.llm.load import load_model, quiet_transformers
+from ppf.llm.placement import convert
 from ppf.llm.text import Text
 from ppf.samples import Measurement
 from ppf.space.layout import Layout
