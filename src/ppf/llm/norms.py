@@ -47,8 +47,8 @@ def as_cut(model: PreTrainedModel, cuts: Iterable[tuple[Site, np.ndarray]]) -> I
             for rows in () if bits.all() else site.norms:
                 norm = model.get_submodule(rows.module)
                 scale = (bits.size / bits.sum()) ** 0.5
-                columns = torch.from_numpy(np.repeat(bits * scale, rows.width)).to(norm.weight)
-                stack.callback(norm.register_forward_pre_hook(lambda _, inputs, by=columns: (inputs[0] * by,)).remove)
+                columns = torch.from_numpy(np.repeat(bits * scale, rows.width)).to(norm.weight.dtype)
+                stack.callback(norm.register_forward_pre_hook(multiply(columns)).remove)
                 stack.callback(norm.register_forward_hook(lambda _, __, output, by=scale: output / by).remove)
         yield
 
@@ -78,3 +78,14 @@ def _choose_among(stays: list[int]) -> Callable[[nn.Module, tuple[torch.Tensor, 
         return logits, scores, ids[chosen]
 
     return choose
+
+
+def multiply(columns: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
+    """A hook that multiplies what a module reads by Float[C]; where the module runs is known by what it reads."""
+
+    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        nonlocal columns
+        columns = columns.to(inputs[0].device)
+        return (inputs[0] * columns, *inputs[1:])
+
+    return hook
