@@ -92,3 +92,28 @@ def _cell(row: dict[str, Any]) -> str:
 
 def _seconds(cells: dict[tuple[str, float], dict[str, Any]], method: str, ratios: list[float]) -> str:
     return f"{max(cells[method, ratio]['seconds'] for ratio in ratios):.0f}"
+
+
+def order() -> list[str]:
+    """How well masks of one size are ordered, over all fits."""
+    record = load("order")
+    if record is None:
+        return []
+    rows, seeds = [], set()
+    for name, model in record["result"]["models"].items():
+        seeds.add(len(model["seeds"]))
+        for kind, fits in model["predictors"].items():
+            taus = {ratio: [fit["tau_within"][ratio] for fit in fits] for ratio in fits[0]["tau_within"]}
+            cells = [f"{sum(found) / len(found):.2f} ({min(found):.2f})" for found in taus.values()]
+            rows.append([name, kind, *cells, f"{sum(fit['mse'] for fit in fits) / len(fits):.1e}"])
+    first = next(iter(record["result"]["models"].values()))
+    words = f"""Kendall's tau of the damage among {first["masks"]} held-out masks, those of one ratio, around each fit's own policies and on
+        the text that it measured on; {first["fitted"]} other masks were fitted. Means over {max(seeds)} fits, the worst in brackets;
+        then the mean squared error on the scale PPL_dense / PPL."""
+    header = [
+        "model",
+        "predictor",
+        *(f"{100 * float(ratio):.0f} %" for ratio in first["predictors"]["additive"][0]["tau_within"]),
+        "MSE",
+    ]
+    return [section("The order of masks of one size, over all fits", "order", record, words, table(header, rows))]

@@ -6,7 +6,7 @@ from typing import Any
 
 from evidence import agents, benches, learning, many_groups, ranking, texts
 from leaner import depth, memory
-from more_evidence import compensation, family_tasks, recovery
+from more_evidence import compensation, family_tasks, order, recovery
 from page import HERE, heading, load, table, within
 from running import busy, campaigns, engines, families, growth, kills, live, measuring, slider
 
@@ -163,7 +163,7 @@ def _quartiles(found: dict[str, float], digits: int) -> str:
 
 
 def main() -> None:
-    chosen = [*benches(), *texts(), *ranking(), *learning(), *many_groups(), *agents(), *depth()]
+    chosen = [*benches(), *texts(), *order(), *ranking(), *learning(), *many_groups(), *agents(), *depth()]
     after = [*compensation(), *recovery(), *families(), *family_tasks()]
     running = [speed(), *live(), *busy(), *slider(), *measuring(), *growth(), *memory(), *engines(), *kills()]
     parts = [INTRO, demo(), *chosen, *after, reference(), gguf(), *running]
