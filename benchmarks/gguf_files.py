@@ -155,8 +155,8 @@ def written(models: dict[str, Any], tokenizer: Any, folder: Path) -> tuple[list[
 def measure(study: str, repeats: int, work: Path) -> dict[str, Any]:
     import torch
 
-    from ppf.llm.load import convert
     from ppf.llm.perplexity import evaluate
+    from ppf.llm.placement import convert
 
     models, tokenizer, text = models_of(study)
     blocks = work / "blocks.npy"

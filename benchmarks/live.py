@@ -27,7 +27,8 @@ from ppf.config import Target
 from ppf.decide import Decider
 from ppf.llm.architectures import layout_of_model, skeleton
 from ppf.llm.elastic import ElasticModel
-from ppf.llm.load import convert, load_model, quiet_transformers
+from ppf.llm.load import load_model, quiet_transformers
+from ppf.llm.placement import convert
 from ppf.llm.surgery import cut
 from ppf.space.allocation import Allocation, allocate
 from ppf.space.budget import Budget

@@ -244,10 +244,14 @@ def owned_by_module(site: Site, bits: np.ndarray) -> dict[str, np.ndarray]:
     return {module: np.concatenate(ids) for module, ids in found.items()}
 
 
+def is_mixture(name: str) -> bool:
+    """Whether a tiny model has experts."""
+    return name.split("-")[0] in ("mixtral", "qwen2_moe", "qwen3_moe")
+
+
 def same(one: torch.Tensor, other: torch.Tensor, name: str) -> bool:
     """Whether two answers agree bit for bit; where experts see few tokens, their rounding depends on where weights lie."""
-    mixture = name.split("-")[0] in ("mixtral", "qwen2_moe", "qwen3_moe")
-    return torch.allclose(one, other, rtol=0, atol=2e-6) if mixture else torch.equal(one, other)
+    return torch.allclose(one, other, rtol=0, atol=2e-6) if is_mixture(name) else torch.equal(one, other)
 
 
 @torch.inference_mode()

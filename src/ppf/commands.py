@@ -144,13 +144,13 @@ def _recover(config: RecoverConfig) -> None:
 def _export(config: ExportConfig) -> None:
     from ppf.progress import Progress
     from ppf.recipes.export import check_wish, export
-    from ppf.recipes.lab import load_for
+    from ppf.recipes.stored import open_stored
 
     check_wish(config)
     progress = Progress()
-    loaded = load_for(config.model, progress)
+    source = open_stored(config.model, progress)
     with progress.stage("writing and checking"):
-        record = export(config, loaded)
+        record = export(config, source)
     if config.json:
         print_json(record)
     print_gguf(record, config.json)

@@ -21,7 +21,8 @@ from ppf.llm import pruned_model
 from ppf.llm.architectures import layout_of_model, linear
 from ppf.llm.auto import register
 from ppf.llm.export import export, verify, weight_bytes
-from ppf.llm.load import convert, load_model
+from ppf.llm.load import load_model
+from ppf.llm.placement import convert
 from ppf.llm.surgery import cut
 from ppf.space.mask import Mask
 

@@ -8,7 +8,7 @@ from builders import refuses
 from ppf.errors import DamagedError
 from ppf.llm import gguf_check
 from ppf.llm.gguf import _keys, _write
-from ppf.llm.gguf_check import check, distance, in_llama_cpp, logit_bound
+from ppf.llm.gguf_check import check, distance, in_llama_cpp, logit_bound, reread
 from ppf.llm.gguf_shape import shape_of
 from ppf.llm.gguf_tensors import tensors
 from ppf.llm.gguf_tokenizer import vocabulary
@@ -21,17 +21,18 @@ def made(tmp_path_factory):
     tokenizer, shape = builders.sentence_piece(), shape_of(model)
     keys = _keys(model, shape, vocabulary(tokenizer, builders.VOCAB), "f32", "tiny")
     path = tmp_path_factory.mktemp("made") / "a.gguf"
-    _write(path, model, shape, keys, "f32")
+    _write(path, model, None, shape, keys, "f32")
     return path, model, tokenizer, shape, keys
 
 
 def checked(made, keys=None, arrays=None, quant="f32"):
-    path, model, tokenizer, shape, own = made
-    return check(path, model, tokenizer, shape, keys or own, arrays or tensors(model, shape), quant)
+    path, model, _, shape, own = made
+    return reread(path, shape.arch, keys or own, arrays or tensors(model, shape), quant)
 
 
 def test_a_whole_file_passes_and_everything_is_counted(made):
-    found = checked(made)
+    path, model, tokenizer, shape, keys = made
+    found = check(path, model, None, tokenizer, shape, keys, "f32")
     tensors_there = len(GGUFReader(made[0]).tensors)
     assert (found.tensors, found.keys, found.matrices) == (tensors_there, len(made[4]) + 1, 3 * 7 + 1)
 
@@ -75,7 +76,8 @@ def test_a_tensor_that_differs_is_found(made, name, change, word):
 
 
 def test_a_type_may_round_as_much_as_it_does_and_no_more(made):
-    rounded = [(name, array * np.float32(1.005) if array.ndim > 1 else array) for name, array in tensors(made[1], made[3])]
+    arrays = tensors(made[1], made[3])
+    rounded = [(name, array * np.float32(1.005) if array.ndim > 1 else array) for name, array in arrays]
     for quant, passes in (("f32", False), ("f16", False), ("q8_0", True), ("q4_0", True)):
         if passes:
             checked(made, arrays=iter(rounded), quant=quant)

@@ -6,7 +6,7 @@ import tiny_models
 from builders import refuses
 from ppf.errors import UnsupportedError
 from ppf.llm.gguf_archs import ARCHITECTURES, ARCHS
-from ppf.llm.gguf_layers import OTHERS, SHIFTED, last_norm, layers
+from ppf.llm.gguf_layers import OTHERS, SHIFTED, ends, layers
 
 
 def test_every_family_lies_in_architectures_that_are_described():
@@ -19,9 +19,9 @@ def test_each_weight_of_a_layer_is_a_part_once_and_shares_its_memory(name):
     smaller = builders.pruned(tiny_models.model(name))
     found = list(layers(smaller))
     assert len(found) == smaller.config.num_hidden_layers
-    ends = {id(one) for module in (smaller.get_input_embeddings(), smaller.get_output_embeddings()) for one in module.parameters()}
-    inner = sum(one.numel() for one in smaller.parameters() if id(one) not in ends)
-    parts = [last_norm(smaller)]
+    outer = {id(one) for module in (smaller.get_input_embeddings(), smaller.get_output_embeddings()) for one in module.parameters()}
+    inner = sum(one.numel() for one in smaller.parameters() if id(one) not in outer)
+    parts = [ends(smaller)[1]]
     for layer in found:
         parts += [*layer.attention.values(), *layer.shared_ffn.values(), *layer.others.values()]
         parts += [part for ffn in layer.ffns for part in ffn.values()]
@@ -45,9 +45,9 @@ def test_norms_that_keep_their_weights_less_one_get_it_back():
     made = tiny_models.model("gemma2-gqa")
     layer = next(iter(layers(made)))
     assert torch.equal(layer.others["post_ffw_norm"].weight, made.model.layers[0].post_feedforward_layernorm.weight + 1)
-    assert torch.equal(last_norm(made).weight, made.model.norm.weight + 1)
+    assert torch.equal(ends(made)[1].weight, made.model.norm.weight + 1)
     plain = tiny_models.model("olmo2-gqa")
-    assert torch.equal(last_norm(plain).weight, plain.model.norm.weight)
+    assert torch.equal(ends(plain)[1].weight, plain.model.norm.weight)
 
 
 def test_a_layer_without_experts_among_those_with_them_is_refused():

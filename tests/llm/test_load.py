@@ -19,7 +19,8 @@ from ppf.errors import DamagedError, InputError, PPFError, ResourceError, Unsupp
 from ppf.llm import hub as module
 from ppf.llm.architectures import layout_of_model
 from ppf.llm.experts import separate_experts
-from ppf.llm.load import adopt_model, convert, load_model, model_digest, resolve
+from ppf.llm.load import adopt_model, load_model, model_digest, resolve
+from ppf.llm.placement import Placement, convert
 from ppf.llm.surgery import cut
 
 IDS = tiny.blocks(2, 9)
@@ -266,7 +267,7 @@ def test_converting_gives_what_loading_in_that_precision_gives(tmp_path, name):
 def test_a_given_model_is_never_converted_itself(dtype):
     model = tiny.model(dtype=torch.bfloat16)
     loaded, before = adopt_model(model, tiny.tokenizer()), tiny.snapshot(model)
-    other = loaded.on(torch.device("cpu"), dtype)
+    other = loaded.on(Placement(torch.device("cpu")), dtype)
     assert other.dtype == dtype and tiny.snapshot(model) == before
     assert (other is loaded.model) is (dtype == torch.bfloat16)
 
@@ -274,10 +275,10 @@ def test_a_given_model_is_never_converted_itself(dtype):
 def test_a_loaded_model_is_converted_only_where_nothing_is_lost(tmp_path):
     loaded, cpu = load_model(str(tiny.save(tmp_path, dtype=torch.bfloat16))), torch.device("cpu")
     before = copy.deepcopy(tiny.snapshot(loaded.model)["state"])
-    assert loaded.on(cpu, torch.float16) is not loaded.model
+    assert loaded.on(Placement(cpu), torch.float16) is not loaded.model
     assert tiny.snapshot(loaded.model)["state"] == before
-    assert loaded.on(cpu, torch.float32) is loaded.model
-    assert tiny.snapshot(loaded.on(cpu, torch.bfloat16))["state"] == before
+    assert loaded.on(Placement(cpu), torch.float32) is loaded.model
+    assert tiny.snapshot(loaded.on(Placement(cpu), torch.bfloat16))["state"] == before
 
 
 QUIET = """

@@ -5,7 +5,8 @@ import tiny_models as tiny
 from builders import refuses
 from ppf.errors import UnsupportedError
 from ppf.llm.load import load_model, open_checkpoint
-from ppf.llm.stored import running_stored, stored
+from ppf.llm.placement import convert
+from ppf.llm.stored import outlined, running_stored, stored
 from ppf.llm.weights import places_of
 
 
@@ -16,10 +17,9 @@ def test_every_tensor_is_that_of_the_loaded_model(tmp_path, name):
     weights = stored(tmp_path, source.shell)
     assert weights.dtype == model.dtype
     tied = set(model.all_tied_weights_keys or {})
-    assert set(weights.parts) | tied >= set(model.state_dict())
+    assert set(weights.parts) >= set(model.state_dict()) >= tied
     for path, tensor in model.state_dict().items():
-        if path in weights.parts:
-            assert torch.equal(weights[path], tensor), path
+        assert torch.equal(weights[path], tensor), path
 
 
 @pytest.mark.parametrize("name", tiny.TINY)
@@ -35,6 +35,31 @@ def test_a_model_runs_without_its_weights_in_memory(tmp_path, name):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert own == {4} and len(set(held)) >= len(source.layout.sites)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in source.shell.modules())
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_it_answers_in_float32_whatever_its_files_hold(tmp_path, name):
+    tiny.save(tmp_path, name, dtype=torch.bfloat16)
+    source, model = open_checkpoint(str(tmp_path)), load_model(str(tmp_path)).model
+    ids = torch.from_numpy(tiny.blocks(2, 9))
+    with torch.inference_mode(), running_stored(source.shell, stored(tmp_path, source.shell).__getitem__):
+        found = source.shell(input_ids=ids, use_cache=False).logits
+    expected = tiny.logits(convert(model, torch.device("cpu"), torch.float32), ids.numpy())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_of_an_outline_vectors_are_there_and_matrices_are_shapes(tmp_path, name):
+    tiny.save(tmp_path, name, dtype=torch.bfloat16)
+    source, model = open_checkpoint(str(tmp_path)), load_model(str(tmp_path)).model
+    outline = outlined(source.shell, stored(tmp_path, source.shell))
+    own, theirs = (dict(one.named_parameters()) for one in (outline, model))
+    assert set(own) == set(theirs)
+    for path, tensor in theirs.items():
+        assert own[path].shape == tensor.shape and own[path].dtype == tensor.dtype and own[path].is_meta == (tensor.ndim > 1)
+        assert own[path].is_meta or torch.equal(own[path], tensor)
+    for path, buffer in model.named_buffers():
+        torch.testing.assert_close(outline.get_buffer(path), buffer, rtol=0, atol=0)
 
 
 def test_experts_in_an_unknown_form_are_refused(tmp_path):

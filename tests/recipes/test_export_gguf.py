@@ -1,7 +1,10 @@
 import json
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGUFReader
 
 import gguf_builders as builders
@@ -13,7 +16,9 @@ from ppf.config import ExportConfig, PruneConfig, Target
 from ppf.decide import Decider
 from ppf.errors import InputError, ResourceError, UnsupportedError
 from ppf.llm import gguf_check
-from ppf.llm.load import adopt_model, load_model
+from ppf.llm.gguf import write_gguf
+from ppf.llm.load import adopt_model, load_model, open_checkpoint
+from ppf.llm.stored import Stored
 from ppf.recipes.export import check_wish, export
 
 
@@ -57,6 +62,35 @@ def test_a_pruned_folder_becomes_a_file_with_layers_that_differ(capsys, fitted, 
     small = load_model(str(tmp_path / "small")).model
     found = GGUFReader(tmp_path / "a.gguf").fields["deci.feed_forward_length"].contents()
     assert found == [layer.mlp.gate_proj.out_features for layer in small.model.layers]
+
+
+@pytest.mark.parametrize("name", builders.HELD)
+def test_a_file_made_tensor_by_tensor_is_that_of_the_whole_model_to_the_byte(tmp_path, name):
+    tiny_models.save(tmp_path / "m", name, dtype=torch.bfloat16)
+    loaded = load_model(str(tmp_path / "m"))
+    for quant in ("bf16", "q8_0"):
+        whole, streamed = tmp_path / f"whole-{quant}", tmp_path / f"streamed-{quant}"
+        write_gguf(loaded.model, loaded.tokenizer, whole, quant, "m")
+        export(ExportConfig("m", str(streamed), quant), replace(open_checkpoint(str(tmp_path / "m")), name="m"))
+        assert streamed.read_bytes() == whole.read_bytes()
+
+
+def test_no_matrix_is_kept_while_a_file_is_made(tmp_path, monkeypatch):
+    """Matrices are mapped one layer at a time, each anew whenever it is asked for."""
+    tiny_models.save(tmp_path / "m", "llama-mha")
+    source, alive = open_checkpoint(str(tmp_path / "m")), []
+    get = Stored.__getitem__
+
+    def watched(self, name):
+        tensor = get(self, name)
+        alive[:] = [one for one in alive if one[1]() is not None] + [(name, weakref.ref(tensor))]
+        blocks = {part[0].split(".")[2] for part in alive if ".layers." in part[0] and part[1]().ndim > 1}
+        assert len(blocks) <= 2  # the one that is read, and the one that is about to go
+        return tensor
+
+    monkeypatch.setattr(Stored, "__getitem__", watched)
+    export(ExportConfig("m", str(tmp_path / "a.gguf"), "f32"), source)
+    assert (tmp_path / "a.gguf").is_file()
 
 
 @pytest.mark.parametrize("file", ["a.gguf", "small/a.gguf"])
@@ -136,10 +170,10 @@ def test_a_model_that_llama_cpp_cannot_hold_is_refused_before_it_is_pruned(tmp_p
 
 
 def test_the_package_is_asked_for_by_name(tmp_path, monkeypatch):
-    loaded = adopt_model(builders.model(), builders.byte_level("gpt-2"))
+    source = open_checkpoint(str(tiny_models.save(tmp_path / "m")))
     monkeypatch.setattr(gguf_check.importlib.util, "find_spec", lambda name: None)
     with refuses(ResourceError) as caught:
-        export(ExportConfig("m", str(tmp_path / "a.gguf")), loaded)
+        export(ExportConfig("m", str(tmp_path / "a.gguf")), source)
     assert "ppf[gguf]" in str(caught.value)
 
 

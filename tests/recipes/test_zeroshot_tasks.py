@@ -14,6 +14,7 @@ from ppf.errors import InputError
 from ppf.llm.architectures import layout_of_model
 from ppf.llm.export import export
 from ppf.llm.load import load_model
+from ppf.llm.placement import Placement
 from ppf.llm.surgery import cut
 from ppf.progress import Progress
 from ppf.recipes.zeroshot import evaluate_tasks
@@ -54,7 +55,7 @@ def pruned(tmp_path_factory):
 def dense():
     """The embedded model, and its log-probability of an end after a beginning, one token after another."""
     loaded = load_model("ref-a")
-    model = loaded.on(torch.device("cpu"), torch.float32)
+    model = loaded.on(Placement(torch.device("cpu")), torch.float32)
 
     def log_probs(beginning, end):
         whole = loaded.tokenizer(f"{beginning} {end}", add_special_tokens=False)["input_ids"]

@@ -57,7 +57,9 @@ class FitConfig:
     rounds: int = 5
     """Rounds of search, measuring and refitting after the first samples."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes an accelerator if there is one."""
+    """cpu, cuda, cuda:1, mps; auto takes an accelerator if there is one. For a model that is too large, with accelerate:
+    0=20GiB,1=20GiB fills these GPUs up to so much, split all that are here, and cpu=8GiB this machine's memory; what does not
+    fit is read from the model's files whenever it runs."""
     dtype: DtypeName = "auto"
     """Precision to measure in; auto is float32 on a CPU and the checkpoint's own elsewhere."""
     workers: Annotated[int | None, optional("N")] = None

@@ -22,6 +22,7 @@ from ppf.errors import InputError, ResourceError
 from ppf.llm import gguf_check
 from ppf.llm.gguf_archs import ARCHS
 from ppf.llm.gguf_check import Check, answers, check, in_llama_cpp
+from ppf.llm.gguf_layers import Weights
 from ppf.llm.gguf_shape import Shape, shape_of
 from ppf.llm.gguf_tensors import BLOCK, tensors, type_of
 from ppf.llm.gguf_tokenizer import Vocabulary, vocabulary
@@ -54,17 +55,24 @@ class Written:
 
 
 def write_gguf(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, quant: str, name: str, force: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    quant: str,
+    name: str,
+    force: bool = False,
+    read: Weights | None = None,
 ) -> Written:
-    """Writes a GGUF file.
+    """Writes a GGUF file, holding one tensor at a time beside the model.
 
     Args:
-        model: Dense or pruned; not changed.
+        model: Dense or pruned; not changed. Its matrices may be on the meta device.
         tokenizer: Its own.
         path: The file; it appears only after its check passed.
         quant: One of ``FILE_TYPES``.
         name: The model's name inside the file.
         force: Replace a file of that name.
+        read: Gives its tensors; None for its own.
 
     Raises:
         InputError: The file exists, or its place is none for a file.
@@ -78,9 +86,9 @@ def write_gguf(
     keys = _keys(model, shape, words, quant, name)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
-            file = _made(Path(work), model, shape, keys, quant)
+            file = _made(Path(work), model, read, shape, keys, quant)
             known = None if words.missing else tokenizer
-            found = check(file, model, known, shape, keys, tensors(model, shape), quant)
+            found = check(file, model, read, known, shape, keys, quant)
             size = file.stat().st_size
             check_gguf(path, quant, force)  # again: writing takes long, and another process may have come first
             _publish(file, path)
@@ -152,7 +160,7 @@ def _per_layer(widths: tuple[int, ...]) -> int | list[int]:
     return int(widths[0]) if len(set(widths)) == 1 else [int(width) for width in widths]
 
 
-def _write(file: Path, model: PreTrainedModel, shape: Shape, keys: dict[str, Any], quant: str) -> None:
+def _write(file: Path, model: PreTrainedModel, read: Weights | None, shape: Shape, keys: dict[str, Any], quant: str) -> None:
     """Writes keys, the list of tensors, and the tensors. They are made twice, for the list and for the data, but never kept."""
     from gguf import GGUFWriter
     from gguf.quants import quant_shape_to_byte_shape, quantize
@@ -162,28 +170,28 @@ def _write(file: Path, model: PreTrainedModel, shape: Shape, keys: dict[str, Any
         for key, value in keys.items():
             _adder(writer, value)(key, value)
         kinds = []
-        for name, array in tensors(model, shape):
+        for name, array in tensors(model, shape, read):
             kinds.append(type_of(name, array, quant))
             size = quant_shape_to_byte_shape(array.shape, kinds[-1])
             writer.add_tensor_info(name, array.shape, array.dtype, math.prod(size), raw_dtype=kinds[-1])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for kind, (_, array) in zip(kinds, tensors(model, shape), strict=True):
+        for kind, (_, array) in zip(kinds, tensors(model, shape, read), strict=True):
             writer.write_tensor_data(quantize(array, kind))
     finally:
         writer.close()
 
 
-def _made(work: Path, model: PreTrainedModel, shape: Shape, keys: dict[str, Any], quant: str) -> Path:
+def _made(work: Path, model: PreTrainedModel, read: Weights | None, shape: Shape, keys: dict[str, Any], quant: str) -> Path:
     """The file, not yet checked. Rounding to 4 bits could hide a wrong order of rows: llama.cpp answers before it, too."""
     file, first = work / "model.gguf", _lossless(model.dtype)
     if quant in _FOUR_BITS and gguf_check.has_llama_cpp():
-        _write(file, model, shape, {**keys, "general.file_type": FILE_TYPES[first]}, first)
-        answers(file, model, None, shape, first)
+        _write(file, model, read, shape, {**keys, "general.file_type": FILE_TYPES[first]}, first)
+        answers(file, model, read, None, shape, first)
     if quant == "q4_k_m":
         return _quantised(file, quant)
-    _write(file, model, shape, keys, quant)
+    _write(file, model, read, shape, keys, quant)
     return file
 
 

@@ -1,6 +1,5 @@
 """Is a GGUF file what it should be? It is read again, and where llama-cpp-python is installed, llama.cpp answers from it."""
 
-import copy
 import importlib.util
 import json
 import subprocess
@@ -16,11 +15,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.errors import DamagedError
+from ppf.llm.architectures import skeleton
 from ppf.llm.gguf_archs import ARCHS
+from ppf.llm.gguf_layers import Weights, own_weights
 from ppf.llm.gguf_shape import Shape
 from ppf.llm.gguf_structure import check_structure
-from ppf.llm.gguf_tensors import BLOCK
-from ppf.llm.load import convert
+from ppf.llm.gguf_tensors import BLOCK, tensors
+from ppf.llm.stored import running_stored
 from ppf.llm.weights import first_line
 
 WEIGHT_BOUNDS = {"f32": 0.0, "f16": 1e-3, "bf16": 4e-3, "q8_0": 2e-2, "q4_0": 0.2, "q4_k_m": 0.2}
@@ -28,6 +29,7 @@ WEIGHT_BOUNDS = {"f32": 0.0, "f16": 1e-3, "bf16": 4e-3, "q8_0": 2e-2, "q4_0": 0.
 LOGIT_BOUNDS = {"f32": 1e-3, "f16": 1e-2, "bf16": 3e-2, "q8_0": 0.1, "q4_0": 0.5, "q4_k_m": 0.5}
 """Root mean square difference of logits, as a share of their spread: both less their mean, which no probability depends on."""
 _TOKENS, _CONTEXT = 32, 256
+_ROWS = 1024
 TEXTS = (
     "The quick brown fox doesn't jump over 12345 lazy dogs, does it?",
     "def f(x):\n    return {'a': [x ** 2, -1.5e-3]}  # comment\n\n\n\tdone",
@@ -69,37 +71,51 @@ class Check:
 def check(
     file: Path,
     model: PreTrainedModel,
+    read: Weights | None,
     tokenizer: PreTrainedTokenizerBase | None,
     shape: Shape,
     keys: dict[str, Any],
-    arrays: Iterator[tuple[str, np.ndarray]],
     quant: str,
 ) -> Check:
     """Compares a file with the model that it was made from.
 
     Args:
         file: The GGUF file.
-        model: The model; not changed.
+        model: The model; not changed. Its matrices may be on the meta device.
+        read: Gives its tensors; None for its own.
         tokenizer: Its tokenizer, if the file holds it.
         shape: What ``shape_of`` said.
         keys: Every key that must be there.
-        arrays: Every tensor that must be there.
         quant: Number type of the matrices.
 
     Raises:
         DamagedError: It does not hold, compute or load what it should.
     """
-    counts = _reread(file, shape.arch, keys, arrays, quant)
+    counts = reread(file, shape.arch, keys, tensors(model, shape, read), quant)
     if not has_llama_cpp():
         return Check(*counts, None, logit_bound(quant, shape), ())
-    difference, notes = answers(file, model, tokenizer, shape, quant)
+    difference, notes = answers(file, model, read, tokenizer, shape, quant)
     return Check(*counts, difference, logit_bound(quant, shape), notes)
 
 
-def _reread(
+def reread(
     file: Path, arch: str, keys: dict[str, Any], arrays: Iterator[tuple[str, np.ndarray]], quant: str
 ) -> tuple[int, int, int, int]:
-    """Tensors, keys, matrices, and matrices of a width that the type's blocks do not divide."""
+    """Compares what a file holds, one tensor at a time.
+
+    Args:
+        file: The GGUF file.
+        arch: llama.cpp's architecture.
+        keys: Every key that must be there.
+        arrays: Every tensor that must be there.
+        quant: Number type of the matrices.
+
+    Returns:
+        How many tensors, keys, matrices, and matrices of a width that the type's blocks do not divide it has.
+
+    Raises:
+        DamagedError: It holds other ones.
+    """
     from gguf import GGUFReader
 
     check_structure(file)
@@ -114,7 +130,7 @@ def _reread(
     stored = {tensor.name: tensor for tensor in reader.tensors}
     matrices = fallbacks = 0
     for name, array in arrays:
-        _compare(name, array, stored.pop(name, None), quant)
+        _compare(file, name, array, stored.pop(name, None), quant)
         matrices += array.ndim > 1
         fallbacks += array.ndim > 1 and array.shape[-1] % BLOCK.get(quant, 1) != 0
     if stored:
@@ -127,19 +143,26 @@ def _rounded(value: Any) -> Any:
     return [float(np.float32(one)) for one in value] if isinstance(value, list) and isinstance(value[0], float) else value
 
 
-def _compare(name: str, array: np.ndarray, stored: Any, quant: str) -> None:
+def _compare(file: Path, name: str, array: np.ndarray, stored: Any, quant: str) -> None:
+    """Maps one tensor and compares some rows at a time: what the reader itself has mapped would stay in memory."""
     from gguf.quants import dequantize
 
     if stored is None or tuple(int(size) for size in reversed(stored.shape)) != array.shape:
         raise _damaged(f"tensor {name} is missing or of another shape")
-    values = dequantize(stored.data, stored.tensor_type).reshape(array.shape)
+    mapped = np.memmap(file, stored.data.dtype, "r", stored.data_offset, stored.data.shape)
+    wanted, data = array.reshape(-1, array.shape[-1]), mapped.reshape(-1, mapped.shape[-1])
+    error = size = 0.0
+    for start in range(0, len(wanted), _ROWS):
+        ours, theirs = wanted[start : start + _ROWS], data[start : start + _ROWS]
+        error += float(np.square(dequantize(theirs, stored.tensor_type).reshape(ours.shape) - ours, dtype=np.float64).sum())
+        size += float(np.square(ours, dtype=np.float64).sum())
     bound = WEIGHT_BOUNDS[quant] if array.ndim > 1 else 0.0
-    if not np.linalg.norm(values - array) <= bound * np.linalg.norm(array):
+    if not error**0.5 <= bound * size**0.5:
         raise _damaged(f"tensor {name} differs from the model's by more than {quant} rounds")
 
 
 def answers(
-    file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, shape: Shape, quant: str
+    file: Path, model: PreTrainedModel, read: Weights | None, tokenizer: PreTrainedTokenizerBase | None, shape: Shape, quant: str
 ) -> tuple[float, tuple[str, ...]]:
     """How far llama.cpp's logits are from those of transformers in float32, and what differs in the token ids of texts.
 
@@ -153,8 +176,9 @@ def answers(
         request = {"file": str(file), "ids": ids, "texts": texts, "out": str(out), "context": _CONTEXT}
         answer = in_llama_cpp("logits", {**request, "threads": torch.get_num_threads()})
         theirs = np.load(out, allow_pickle=False)
-    with torch.inference_mode():
-        ours = _exact(model)(input_ids=torch.tensor([ids])).logits[0].numpy()
+    shell = skeleton(model.config)
+    with torch.inference_mode(), running_stored(shell, read or own_weights(model)):
+        ours = shell(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
     difference = max(distance(found, ours) for found in theirs)
     if not difference <= (bound := logit_bound(quant, shape)):
         raise _damaged(f"llama.cpp's logits are off by {difference:.1e} of their spread, more than {bound:g}")
@@ -173,13 +197,6 @@ def distance(found: np.ndarray, wanted: np.ndarray) -> float:
     """Root mean square difference of logits as a share of their spread; Float[T, V] both."""
     found, wanted = (of.astype(np.float64) - of.mean(axis=-1, keepdims=True, dtype=np.float64) for of in (found, wanted))
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-
-
-def _exact(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in float32 on the CPU: itself or a copy."""
-    if model.dtype == torch.float32 and model.device.type == "cpu":
-        return model
-    return convert(copy.deepcopy(model), torch.device("cpu"), torch.float32)
 
 
 def has_llama_cpp() -> bool:

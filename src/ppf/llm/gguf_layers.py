@@ -1,6 +1,6 @@
 """The weights of each layer under llama.cpp's names, however the family names and fuses them: read through its sites."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +29,8 @@ OTHERS = {
 """By family, the modules of a layer that lie in no site, by llama.cpp's name; two norms where it is not listed."""
 SHIFTED = {"gemma2", "gemma3_text"}
 """Families whose norms keep their weights less one."""
+Weights = Callable[[str], torch.Tensor]
+"""Gives a tensor of a model by its name."""
 
 
 class Part(NamedTuple):
@@ -70,8 +72,12 @@ class Layer:
         return "ffn_gate_inp" in self.others
 
 
-def layers(model: PreTrainedModel) -> Iterator[Layer]:
-    """All decoder layers in order; their parts are views of the model's weights.
+def layers(model: PreTrainedModel, read: Weights | None = None) -> Iterator[Layer]:
+    """All decoder layers in order, each read when its turn comes.
+
+    Args:
+        model: Dense or pruned; its matrices may be on the meta device.
+        read: Gives its tensors; None for its own.
 
     Raises:
         UnsupportedError: A mixture that has experts in some layers only.
@@ -80,26 +86,96 @@ def layers(model: PreTrainedModel) -> Iterator[Layer]:
     by_layer: dict[int, list[Site]] = {index: [] for index in range(len(stack_of(model)))}
     for site in FAMILIES[family](model.config):
         by_layer[site.layer].append(site)
+    reader = _Reader(model, family, read)
     for index, sites in by_layer.items():
-        yield _layer(model, family, index, sites)
+        yield reader.layer(index, sites)
 
 
-def _layer(model: PreTrainedModel, family: str, index: int, sites: list[Site]) -> Layer:
-    attention = [site for site in sites if site.role == "attn"]
-    shared = [site for site in sites if site.sees_all]
-    ffns = [site for site in sites if site not in attention and site not in shared]
-    if "ffn_gate_inp" in OTHERS.get(family, _PRE) and (not ffns or ffns[0].role != "expert"):
-        raise UnsupportedError(f"llama.cpp needs experts in all layers; layer {index} has none; use the folder instead")
-    module = stack_of(model)[index]
-    return Layer(
-        *_heads(attention[0]),
-        tuple(site.units for site in ffns),
-        sum(site.units for site in shared),
-        _attention(model, attention[0]),
-        tuple(_ffn(model, site) for site in ffns),
-        _ffn(model, shared[0]) if shared else {},
-        {name: _other(model, module, path, attention[0]) for name, path in OTHERS.get(family, _PRE).items()},
-    )
+def own_weights(model: PreTrainedModel) -> Weights:
+    """The tensors that a model itself holds."""
+    return lambda name: model.get_parameter(name).detach()
+
+
+def ends(model: PreTrainedModel, read: Weights | None = None) -> tuple[torch.Tensor, Part, torch.Tensor]:
+    """The embeddings, the norm before the output head, and that head; arguments as in ``layers``."""
+    base, reader = model.base_model, _Reader(model, family_of(model.config), read)
+    norm = base.norm if hasattr(base, "norm") else base.final_layer_norm
+    first, last = (reader.part(module).weight for module in (model.get_input_embeddings(), model.get_output_embeddings()))
+    return first, reader.norm(norm), last
+
+
+class _Reader:
+    """Puts together what a model's tensors say."""
+
+    def __init__(self, model: PreTrainedModel, family: str, read: Weights | None) -> None:
+        self._model, self._family, self._read = model, family, read or own_weights(model)
+        self._names = {id(module): name for name, module in model.named_modules()}
+
+    def layer(self, index: int, sites: list[Site]) -> Layer:
+        family = self._family
+        attention = [site for site in sites if site.role == "attn"]
+        shared = [site for site in sites if site.sees_all]
+        ffns = [site for site in sites if site not in attention and site not in shared]
+        if "ffn_gate_inp" in OTHERS.get(family, _PRE) and (not ffns or ffns[0].role != "expert"):
+            raise UnsupportedError(f"llama.cpp needs experts in all layers; layer {index} has none; use the folder instead")
+        module = stack_of(self._model)[index]
+        return Layer(
+            *_heads(attention[0]),
+            tuple(site.units for site in ffns),
+            sum(site.units for site in shared),
+            self._attention(attention[0]),
+            tuple(self._ffn(site) for site in ffns),
+            self._ffn(shared[0]) if shared else {},
+            {name: self._other(module, path, attention[0]) for name, path in OTHERS.get(family, _PRE).items()},
+        )
+
+    def part(self, module: nn.Module) -> Part:
+        name = self._names[id(module)]
+        bias = getattr(module, "bias", None)
+        return Part(self._read(f"{name}.weight"), None if bias is None else self._read(f"{name}.bias"))
+
+    def norm(self, module: nn.Module) -> Part:
+        """A norm, or a router, whose one row becomes a vector."""
+        weight, bias = self.part(module)
+        if weight.ndim == 1 and self._family in SHIFTED:
+            weight = weight.float() + 1
+        return Part(weight[0] if weight.ndim == 2 and len(weight) == 1 else weight, bias)
+
+    def _attention(self, site: Site) -> dict[str, Part]:
+        names = ("attn_q", "attn_k", "attn_v")
+        if not site.units:
+            return self._empty(names, "attn_output")
+        blocks = [self._rows(site, at) for at in range(len(site.writers))]
+        if len(blocks) == 1:  # head after head, each with its query, key and value
+            blocks = [Part(*(_third(tensor, site.units, at) for tensor in blocks[0])) for at in range(3)]
+        return {**dict(zip(names, blocks, strict=True)), "attn_output": self.part(self._model.get_submodule(site.reader))}
+
+    def _ffn(self, site: Site) -> dict[str, Part]:
+        names = ("ffn_gate", "ffn_up") if len(site.writers) == 2 else ("ffn_up",)
+        if not site.units:
+            return self._empty(names, "ffn_down")
+        blocks = (self._rows(site, at) for at in range(len(site.writers)))
+        return {**dict(zip(names, blocks, strict=True)), "ffn_down": self.part(self._model.get_submodule(site.reader))}
+
+    def _empty(self, writers: tuple[str, ...], reader: str) -> dict[str, Part]:
+        """The parts of a sub-layer that is gone."""
+        hidden = self._model.config.hidden_size
+        return {**dict.fromkeys(writers, Part(torch.zeros(0, hidden))), reader: Part(torch.zeros(hidden, 0))}
+
+    def _rows(self, site: Site, at: int) -> Part:
+        """The rows of all units in one of a site's writers."""
+        rows = site.writers[at]
+        span = slice(rows.offset, rows.offset + site.units * rows.width)
+        weight, bias = self.part(self._model.get_submodule(rows.module))
+        return Part(weight[span], None if bias is None else bias[span])
+
+    def _other(self, layer: nn.Module, path: str, attention: Site) -> Part:
+        """A norm or a router of a layer; ones where it went with its sub-layer."""
+        owner, _, name = path.rpartition(".")
+        module = getattr(layer.get_submodule(owner), name, None)
+        if module is None:  # of queries and keys: as wide as a head, or as all of them
+            return Part(torch.ones(0 if attention.norms else _heads(attention)[2]))
+        return Part(torch.ones(self._model.config.hidden_size)) if isinstance(module, nn.Identity) else self.norm(module)
 
 
 def _heads(site: Site) -> tuple[int, int, int]:
@@ -108,65 +184,5 @@ def _heads(site: Site) -> tuple[int, int, int]:
     return site.units * site.columns // head_dim, site.units, head_dim
 
 
-def _attention(model: PreTrainedModel, site: Site) -> dict[str, Part]:
-    names = ("attn_q", "attn_k", "attn_v")
-    if not site.units:
-        return _empty(model, names, "attn_output")
-    blocks = [_rows(model, site, at) for at in range(len(site.writers))]
-    if len(blocks) == 1:  # head after head, each with its query, key and value
-        blocks = [Part(*(_third(tensor, site.units, at) for tensor in blocks[0])) for at in range(3)]
-    return {**dict(zip(names, blocks, strict=True)), "attn_output": _part(model.get_submodule(site.reader))}
-
-
-def _ffn(model: PreTrainedModel, site: Site) -> dict[str, Part]:
-    names = ("ffn_gate", "ffn_up") if len(site.writers) == 2 else ("ffn_up",)
-    if not site.units:
-        return _empty(model, names, "ffn_down")
-    blocks = (_rows(model, site, at) for at in range(len(site.writers)))
-    return {**dict(zip(names, blocks, strict=True)), "ffn_down": _part(model.get_submodule(site.reader))}
-
-
-def _empty(model: PreTrainedModel, writers: tuple[str, ...], reader: str) -> dict[str, Part]:
-    """The parts of a sub-layer that is gone."""
-    hidden = model.config.hidden_size
-    return {**dict.fromkeys(writers, Part(torch.zeros(0, hidden))), reader: Part(torch.zeros(hidden, 0))}
-
-
-def _rows(model: PreTrainedModel, site: Site, at: int) -> Part:
-    """The rows of all units in one of a site's writers."""
-    rows = site.writers[at]
-    span = slice(rows.offset, rows.offset + site.units * rows.width)
-    weight, bias = _part(model.get_submodule(rows.module))
-    return Part(weight[span], None if bias is None else bias[span])
-
-
 def _third(tensor: torch.Tensor | None, heads: int, at: int) -> torch.Tensor | None:
     return None if tensor is None else tensor.reshape(heads, 3, -1, *tensor.shape[1:])[:, at].flatten(0, 1)
-
-
-def _other(model: PreTrainedModel, layer: nn.Module, path: str, attention: Site) -> Part:
-    """A norm or a router of a layer; ones where it went with its sub-layer."""
-    owner, _, name = path.rpartition(".")
-    module = getattr(layer.get_submodule(owner), name, None)
-    if module is None:  # of queries and keys: as wide as a head, or as all of them
-        return Part(torch.ones(0 if attention.norms else _heads(attention)[2]))
-    return Part(torch.ones(model.config.hidden_size)) if isinstance(module, nn.Identity) else _norm(module, family_of(model.config))
-
-
-def _norm(module: nn.Module, family: str) -> Part:
-    """A norm, or a router, whose one row becomes a vector."""
-    weight, bias = _part(module)
-    if weight.ndim == 1 and family in SHIFTED:
-        weight = weight.float() + 1
-    return Part(weight[0] if weight.ndim == 2 and len(weight) == 1 else weight, bias)
-
-
-def last_norm(model: PreTrainedModel) -> Part:
-    """The norm before the output head."""
-    base = model.base_model
-    return _norm(base.norm if hasattr(base, "norm") else base.final_layer_norm, family_of(model.config))
-
-
-def _part(module: nn.Module) -> Part:
-    bias = getattr(module, "bias", None)
-    return Part(module.weight.detach(), None if bias is None else bias.detach())  # type: ignore[operator]

@@ -88,6 +88,9 @@ class _Widths:
 def shape_of(model: PreTrainedModel) -> Shape:
     """Chooses the architecture.
 
+    Args:
+        model: Dense or pruned; only shapes are asked of its matrices, which may be on the meta device.
+
     Raises:
         UnsupportedError: No architecture of llama.cpp computes what this model does.
     """

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ppf.errors import DamagedError, InputError
 from ppf.llm.gguf_archs import ARCHS
-from ppf.llm.gguf_layers import Layer, Part, last_norm, layers
+from ppf.llm.gguf_layers import Layer, Part, Weights, ends, layers
 from ppf.llm.gguf_shape import Shape
 
 BLOCK = {"q8_0": 32, "q4_0": 32, "q4_k_m": 256}
@@ -22,12 +22,13 @@ _HEAD_NORMS = ("attn_q_norm", "attn_k_norm")
 _FLOAT16_MAX = 65504.0
 
 
-def tensors(model: PreTrainedModel, shape: Shape) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(model: PreTrainedModel, shape: Shape, read: Weights | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the file, one after another, so that never more than one lies in memory twice.
 
     Args:
-        model: Dense or pruned; not changed.
+        model: Dense or pruned; not changed, and its matrices may be on the meta device.
         shape: What ``shape_of`` said of it.
+        read: Gives its tensors; None for its own.
 
     Yields:
         Name, and Float[...] in float32 with the input dimension last.
@@ -35,7 +36,7 @@ def tensors(model: PreTrainedModel, shape: Shape) -> Iterator[tuple[str, np.ndar
     Raises:
         DamagedError: A weight is not finite.
     """
-    for name, array in _all(model, shape):
+    for name, array in _all(model, shape, read):
         if not np.isfinite(array).all():
             raise DamagedError(f"weights must be finite numbers; {name} holds others; restore the model")
         yield name, np.ascontiguousarray(array, dtype=np.float32)
@@ -62,15 +63,16 @@ def type_of(name: str, array: np.ndarray, quant: str) -> Any:
     return GGMLQuantizationType[kind]
 
 
-def _all(model: PreTrainedModel, shape: Shape) -> Iterator[tuple[str, np.ndarray]]:
-    biased = ARCHS[shape.arch].biased
-    yield "token_embd.weight", _numpy(model.get_input_embeddings().weight) * np.float32(shape.embedding_scale)
-    yield from _named("output_norm", last_norm(model), biased, shape.output_scale)
+def _all(model: PreTrainedModel, shape: Shape, read: Weights | None) -> Iterator[tuple[str, np.ndarray]]:
+    biased, (embedding, norm, head) = ARCHS[shape.arch].biased, ends(model, read)
+    yield "token_embd.weight", _scaled(embedding, shape.embedding_scale)
+    yield from _named("output_norm", norm, biased, shape.output_scale)
     if not shape.tied:
-        yield "output.weight", _numpy(model.get_output_embeddings().weight)
+        yield "output.weight", _scaled(head, 1.0)
+    del embedding, head  # or they would stay in memory as long as the layers are read
     if shape.rope_factors is not None and ARCHS[shape.arch].divisors:
         yield "rope_freqs.weight", shape.rope_factors
-    for index, layer in enumerate(layers(model)):
+    for index, layer in enumerate(layers(model, read)):
         for name, array in _layer(layer, shape, index):
             yield f"blk.{index}.{name}", array
 
@@ -114,7 +116,7 @@ def _attention(layer: Layer, shape: Shape, index: int) -> Iterator[tuple[str, np
             (count / own) ** 0.5 if norm is not None and arch.across and own else 1.0
         )  # padding would make the mean square smaller
         if norm is not None:
-            array = _numpy(norm.weight) * np.float32(scale / spread)
+            array = _scaled(norm.weight, scale / spread)
             yield f"{name}_norm.weight", _padded(array, count * width, 0) if arch.across else array
             scale = spread
         for kind, array in _named(name, layer.attention[name], arch.biased, scale):
@@ -156,9 +158,9 @@ def _reader(name: str, part: Part, columns: int, shape: Shape) -> Iterator[tuple
 
 def _named(name: str, part: Part, biased: bool = False, scale: float = 1.0) -> Iterator[tuple[str, np.ndarray]]:
     """Weight and bias times ``scale``; with ``biased`` a bias of zeros where there is none."""
-    yield f"{name}.weight", _numpy(part.weight) * np.float32(scale)
+    yield f"{name}.weight", _scaled(part.weight, scale)
     if part.bias is not None:
-        yield f"{name}.bias", _numpy(part.bias) * np.float32(scale)
+        yield f"{name}.bias", _scaled(part.bias, scale)
     elif biased:
         yield f"{name}.bias", np.zeros(len(part.weight), np.float32)
 
@@ -169,5 +171,6 @@ def _padded(array: np.ndarray, size: int, axis: int) -> np.ndarray:
     return np.pad(array, missing) if any(after for _, after in missing) else array
 
 
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().to("cpu", torch.float32).numpy()
+def _scaled(tensor: torch.Tensor, scale: float) -> np.ndarray:
+    array = tensor.to("cpu", torch.float32).numpy()
+    return array if scale == 1 else array * np.float32(scale)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ppf.llm.architectures import family_of, layout_of_model, skeleton
 from ppf.llm.auto import register
 from ppf.llm.experts import separate_experts
 from ppf.llm.hub import fetch
+from ppf.llm.placement import Placement, convert, copied
 from ppf.llm.weights import check_weights, first_line, readable
 from ppf.space.layout import Layout
 
@@ -47,6 +48,7 @@ class LoadedModel:
         folder: Where its files lie; None if it was given as an object.
         digest: See ``model_digest``.
         dtype: Of the checkpoint, whatever the model was converted to since.
+        spread: Its copies that lie on several devices.
     """
 
     model: PreTrainedModel
@@ -56,17 +58,22 @@ class LoadedModel:
     folder: Path | None
     digest: str
     dtype: torch.dtype
+    spread: dict[tuple[Placement, torch.dtype], PreTrainedModel] = field(default_factory=dict)
 
-    def on(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """The model on a device in a dtype: itself where nothing is lost by converting it, else a copy.
+    def on(self, where: Placement, dtype: torch.dtype) -> PreTrainedModel:
+        """The model there in a dtype: itself where nothing is lost by converting it, else a copy.
 
-        A model that the caller gave as an object is never changed.
+        A model that the caller gave as an object is never changed, nor is one that is spread: its copy has its weights.
         """
-        same = self.model.device == device and self.model.dtype == dtype
-        lossless = torch.promote_types(self.dtype, dtype) == dtype
-        if same:
+        if where.limits is not None:
+            if (where, dtype) not in self.spread:
+                self.spread[where, dtype] = copied(self.model, where, dtype)
+            return self.spread[where, dtype]
+        if self.model.device == where.device and self.model.dtype == dtype:
             return self.model
-        return convert(self.model if self.folder is not None and lossless else copy.deepcopy(self.model), device, dtype)
+        if self.folder is None or torch.promote_types(self.dtype, dtype) != dtype:
+            return copied(self.model, where, dtype)
+        return convert(self.model, where.device, dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,22 +147,6 @@ def adopt_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = separate_experts(copy.deepcopy(model, weights).eval())
     return LoadedModel(twin, tokenizer, layout_of_model(twin), name, None, model_digest(twin), twin.dtype)
-
-
-def convert(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Moves a model and converts its weights, in place.
-
-    Unlike ``model.to(dtype)`` it leaves the rotary frequencies as exact as transformers loads them; in bfloat16 they
-    would turn far positions by wrong angles. The scale of Gemma's embeddings is rounded as it is there.
-    """
-    exact = {name: buffer.to(device) for name, buffer in model.named_buffers()}
-    model.to(device, dtype)
-    for name, buffer in exact.items():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        scale = getattr(module, f"scalar_{leaf}", None)
-        setattr(module, leaf, buffer if scale is None else torch.tensor(scale, device=device, dtype=dtype))
-    return model
 
 
 def resolve(name: str) -> Path:

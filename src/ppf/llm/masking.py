@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ppf.llm.architectures import counters_of, linear
 from ppf.llm.compensation import Fill, means_per_site
 from ppf.llm.depth import stand_ins
-from ppf.llm.norms import as_cut, routed
+from ppf.llm.norms import as_cut, multiply, routed
 from ppf.llm.perplexity import enough_memory
 from ppf.llm.surgery import cut_site
 from ppf.space.layout import Layout, Site
@@ -48,8 +48,8 @@ def masked(model: PreTrainedModel, layout: Layout, mask: Mask, fill: Fill | None
             if bits.all() or not bits.any():
                 continue
             reader = linear(model, site.reader)
-            columns = torch.from_numpy(bits.copy()).repeat_interleave(site.columns).to(reader.weight)
-            hook = _multiply(columns) if mean is None else _replace(columns, mean.to(reader.weight) * (1 - columns))
+            columns = torch.from_numpy(bits.copy()).repeat_interleave(site.columns).to(reader.weight.dtype)
+            hook = multiply(columns) if mean is None else _replace(columns, mean.to(columns) * (1 - columns))
             stack.callback(reader.register_forward_pre_hook(hook).remove)
         yield model
 
@@ -107,15 +107,10 @@ def _count(stack: ExitStack, model: PreTrainedModel, family: str, site: Site, ke
         _set(stack, getattr(owner, holder) if holder else owner, name, per_unit * kept)
 
 
-def _multiply(columns: torch.Tensor):
-    def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (inputs[0] * columns, *inputs[1:])
-
-    return hook
-
-
 def _replace(columns: torch.Tensor, rest: torch.Tensor):
     def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        nonlocal columns, rest
+        columns, rest = columns.to(inputs[0].device), rest.to(inputs[0].device)
         return (torch.addcmul(rest, inputs[0], columns), *inputs[1:])
 
     return hook

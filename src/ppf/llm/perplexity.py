@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ppf.errors import DamagedError, ResourceError
+from ppf.llm.head import in_parts, logits_of, states_of
 
 _TOP = 64
 _DRAWS = 2000
@@ -120,35 +120,37 @@ def reference_of(model: PreTrainedModel, blocks: np.ndarray, tokens_per_batch: i
     """
     kept_tokens, kept_probs = [], []
     with enough_memory():
-        for rows in _batches(blocks, tokens_per_batch):
-            for row in _logits(model, rows):
-                log_probs = row[:-1].float().log_softmax(-1)
-                values, tokens = log_probs.topk(min(_TOP, log_probs.shape[-1] - 1), dim=-1)
-                kept_tokens.append(tokens)
-                kept_probs.append(torch.cat([values, _rest(values)], dim=-1))
-        return Reference(torch.stack(kept_tokens), torch.stack(kept_probs))
+        for log_probs in _log_probs(model, blocks, tokens_per_batch):
+            values, tokens = log_probs.topk(min(_TOP, log_probs.shape[-1] - 1), dim=-1)
+            kept_tokens.append(tokens)
+            kept_probs.append(torch.cat([values, _rest(values)], dim=-1))
+        tokens, probs = torch.cat(kept_tokens), torch.cat(kept_probs)
+    return Reference(*(kept.unflatten(0, (len(blocks), -1)) for kept in (tokens, probs)))
 
 
 @torch.inference_mode()
 def _losses(
     model: PreTrainedModel, blocks: np.ndarray, tokens_per_batch: int, reference: Reference | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    losses, divergences = [], []
+    targets = torch.from_numpy(np.ascontiguousarray(blocks[:, 1:])).long().flatten()
+    found = torch.zeros(2, len(targets), dtype=torch.float64)
+    end = 0
     with enough_memory():
-        for rows in _batches(blocks, tokens_per_batch):
-            for ids, row in zip(rows, _logits(model, rows), strict=True):
-                log_probs = row[:-1].float().log_softmax(-1)
-                targets = torch.from_numpy(np.ascontiguousarray(ids[1:])).to(log_probs.device, torch.long)
-                losses.append(functional.nll_loss(log_probs, targets).item())
-                divergences.append(0.0 if reference is None else _divergence(log_probs, reference, len(losses) - 1))
-    return np.array(losses), np.array(divergences)
+        for log_probs in _log_probs(model, blocks, tokens_per_batch):
+            start, end = end, end + len(log_probs)
+            found[0, start:end] = -log_probs.gather(-1, targets[start:end, None].to(log_probs.device)).squeeze(-1).cpu()
+            if reference is not None:
+                found[1, start:end] = _divergences(log_probs, reference, slice(start, end)).cpu()
+    losses, divergences = found.unflatten(1, (len(blocks), -1)).mean(-1).numpy()
+    return losses, divergences
 
 
-def _divergence(log_probs: torch.Tensor, reference: Reference, block: int) -> float:
-    dense = reference.log_probs[block]
-    values = log_probs.gather(-1, reference.tokens[block])
+def _divergences(log_probs: torch.Tensor, reference: Reference, tokens: slice) -> torch.Tensor:
+    """Float[n]: from what the dense model says of these of all predicted tokens."""
+    listed, dense = (kept.flatten(0, 1)[tokens] for kept in (reference.tokens, reference.log_probs))
+    values = log_probs.gather(-1, listed)
     other = torch.cat([values, _rest(values)], dim=-1)
-    return (dense.exp() * (dense - other)).sum(-1).mean().item()
+    return (dense.exp() * (dense - other)).sum(-1)
 
 
 def _rest(log_probs: torch.Tensor) -> torch.Tensor:
@@ -156,25 +158,28 @@ def _rest(log_probs: torch.Tensor) -> torch.Tensor:
     return torch.log1p(-log_probs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
 
 
-def _batches(blocks: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+def _log_probs(model: PreTrainedModel, blocks: np.ndarray, tokens_per_batch: int) -> Iterator[torch.Tensor]:
+    """Float[n, V] in float32, of all predicted tokens in order, some at a time."""
     size = max(1, tokens_per_batch // blocks.shape[1])
-    return [blocks[start : start + size] for start in range(0, len(blocks), size)]
+    for start in range(0, len(blocks), size):
+        for states in _states(model, blocks[start : start + size]):
+            for part in in_parts(model, states):
+                yield logits_of(model, part).log_softmax(-1)
 
 
-def _logits(model: PreTrainedModel, rows: np.ndarray) -> Iterator[torch.Tensor]:
-    """Float[L, V] row after row; on too little memory the batch is halved until single rows are left."""
+def _states(model: PreTrainedModel, rows: np.ndarray) -> Iterator[torch.Tensor]:
+    """Of all rows in order; on too little memory the batch is halved until single rows are left."""
     try:
-        ids = torch.from_numpy(np.ascontiguousarray(rows)).to(model.device, torch.long)
-        logits = model(input_ids=ids, use_cache=False).logits
+        states = states_of(model, rows)
     except (MemoryError, RuntimeError) as error:
         if len(rows) == 1 or not is_memory(error):
             raise
     else:
-        yield from logits
+        yield states
         return
     half = len(rows) // 2
-    yield from _logits(model, rows[:half])
-    yield from _logits(model, rows[half:])
+    yield from _states(model, rows[:half])
+    yield from _states(model, rows[half:])
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from ppf.errors import InputError
 from ppf.llm.architectures import linear, stack_of
+from ppf.llm.head import in_parts, logits_of, states_of
+from ppf.llm.placement import entry_of, weight_of
 from ppf.space.importance import Importance
 from ppf.space.layout import Layout, Site
 
@@ -66,7 +68,7 @@ def taylor(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int
 
     Gradients are taken for the masks alone; the weights need none. The loss is the sum over a block's tokens: the mean's
     gradients would vanish in float16. Of the layers only what enters each is kept; each runs once more on the way back, which
-    saves the memory of what happens inside them.
+    saves the memory of what happens inside them. So does the head, for some tokens at a time.
 
     Reference: arXiv:1906.10771, method with gates (differs: gates on reader columns, one square a block).
     """
@@ -74,13 +76,26 @@ def taylor(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int
     with _frozen(model), _run_again(model), _gates(model, layout) as gates:
         for row in blocks:
             with torch.enable_grad():
-                ids = torch.from_numpy(np.ascontiguousarray(row)).to(model.device, torch.long)[None]
-                logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-                loss = functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+                loss = _loss(model, row)
                 grads = torch.autograd.grad(loss, gates, materialize_grads=True)  # an expert may see no token of a block
             for total, grad in zip(totals, grads, strict=True):
                 total += grad.float().cpu() ** 2
     return totals
+
+
+def _loss(model: PreTrainedModel, row: np.ndarray) -> torch.Tensor:
+    """The cross-entropy of Int[L] token ids, summed."""
+    targets = torch.from_numpy(np.ascontiguousarray(row[1:])).long()
+    states = states_of(model, row[None])
+
+    def of(part: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        logits = logits_of(model, part)
+        return functional.cross_entropy(logits, wanted.to(logits.device), reduction="sum")
+
+    parts, loss = list(in_parts(model, states)), states.new_zeros((), dtype=torch.float32)
+    for part, wanted in zip(parts, targets.split([len(part) for part in parts]), strict=True):
+        loss = loss + checkpoint(of, part, wanted, use_reentrant=False, preserve_rng_state=False)
+    return loss
 
 
 def flap(model: PreTrainedModel, layout: Layout, blocks: np.ndarray, seed: int) -> list[torch.Tensor]:
@@ -155,7 +170,8 @@ def moments(model: PreTrainedModel, names: Iterable[str], blocks: np.ndarray) ->
             handle = module.register_forward_pre_hook(lambda _, inputs, name=name: hook(name, inputs))
             stack.callback(handle.remove)
         for row in blocks:
-            model(input_ids=torch.from_numpy(np.ascontiguousarray(row)).to(model.device, torch.long)[None], use_cache=False)
+            ids = torch.from_numpy(np.ascontiguousarray(row)).to(entry_of(model), torch.long)
+            model.base_model(input_ids=ids[None], use_cache=False)  # what follows is of no use, and large
     found = {}
     for name, (first, second) in sums.items():
         count = max(tokens[name], 1)
@@ -169,7 +185,7 @@ def exact(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _weights(model: PreTrainedModel, site: Site) -> torch.Tensor:
-    return linear(model, site.reader).weight.detach().float().cpu()
+    return weight_of(linear(model, site.reader)).float().cpu()
 
 
 @contextmanager
@@ -202,7 +218,7 @@ def _gates(model: PreTrainedModel, layout: Layout) -> Iterator[list[torch.Tensor
     with ExitStack() as stack:
         for site in layout.sites:
             reader = linear(model, site.reader)
-            gate = torch.ones(reader.in_features, device=reader.weight.device, dtype=reader.weight.dtype, requires_grad=True)
+            gate = torch.ones(reader.in_features, device=entry_of(reader), dtype=reader.weight.dtype, requires_grad=True)
             gates.append(gate)
             stack.callback(reader.register_forward_pre_hook(lambda _, inputs, gate=gate: (inputs[0] * gate,)).remove)
         yield gates

@@ -79,7 +79,7 @@ class SharedLayers:
         def look(_: nn.Module, __: Any, inputs: dict[str, Any]) -> None:
             self._here = states_of(inputs["input_ids"].cpu().numpy().tobytes())
 
-        stack.callback(self._model.register_forward_pre_hook(look, with_kwargs=True).remove)
+        stack.callback(self._model.base_model.register_forward_pre_hook(look, with_kwargs=True).remove)
 
     def _keep(self, entry: int) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def keep(_: nn.Module, __: Any, output: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """Weights that stay in their files: read one tensor at a time, written one tensor at a time.
 
 Stored            the tensors of a folder by the model's names, each mapped from its file when it is asked for
+outlined          a model with its vectors alone, of whose matrices only the shapes are there
 running_stored    a model that has its weights while it runs only, one module after another
 write_stored      a folder's weight files from tensors that come one after another
 """
@@ -61,41 +62,64 @@ def stored(folder: Path, shell: PreTrainedModel) -> Stored:
     parts = places_of(folder, shell)
     first = next(iter(parts.values()))[0].dtype
     said = shell.config.dtype
-    return Stored(parts, said if isinstance(said, torch.dtype) else DTYPES[first])
+    tied = {name: parts[other] for name, other in (shell.all_tied_weights_keys or {}).items() if name not in parts}
+    return Stored({**parts, **tied}, said if isinstance(said, torch.dtype) else DTYPES[first])
+
+
+def outlined(shell: PreTrainedModel, weights: Stored) -> PreTrainedModel:
+    """Gives a model its buffers and its vectors, norms and biases, in place; of its matrices it knows shape and dtype.
+
+    Args:
+        shell: The model on the meta device.
+        weights: Its own.
+    """
+    fill_buffers(shell.eval(), torch.device("cpu"))
+    for path, module in shell.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        _show(module, {name: weights[f"{path}.{name}"] if of.ndim == 1 else of.to(weights.dtype) for name, of in own.items()})
+    shell.tie_weights()
+    return shell
 
 
 @contextmanager
 def running_stored(shell: PreTrainedModel, weights: Callable[[str], torch.Tensor]) -> Iterator[None]:
     """Lets a model without weights run, in float32 on the CPU: each module has its own for as long as it runs.
 
-    Embeddings, of which few rows are read, stay as they are stored, and what they give is converted. Outside of its run a
-    module shows zeros of its weights' shape that take no memory.
+    Of the embeddings only the rows that are asked for are there. Outside of its run a module shows zeros of its weights' shape
+    that take no memory.
 
     Args:
         shell: The model on the meta device; afterwards it is good for nothing.
         weights: Gives a tensor by its name.
     """
-    fill_buffers(shell.eval(), torch.device("cpu"))
+    fill_buffers(shell.float().eval(), torch.device("cpu"))
     with ExitStack() as stack:
         for path, module in shell.named_modules():
             own = {name: f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
             if not own:
                 continue
-            hooks = _hooks(own, weights, isinstance(module, nn.Embedding))
-            _show(module, {name: torch.zeros(()).expand(getattr(module, name).shape) for name in own})
-            stack.callback(module.register_forward_pre_hook(hooks[0]).remove)
-            stack.callback(module.register_forward_hook(hooks[1]).remove)
+            empty = {name: torch.zeros(()).expand(getattr(module, name).shape) for name in own}
+            enter, leave = _hooks(own, empty, weights, module is shell.get_input_embeddings())
+            _show(module, empty)
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
         yield
 
 
-def _hooks(own: Mapping[str, str], weights: Callable[[str], torch.Tensor], embeds: bool) -> tuple[Callable, Callable]:
-    def enter(module: nn.Module, _: tuple[torch.Tensor, ...]) -> None:
+def _hooks(
+    own: Mapping[str, str], empty: Mapping[str, torch.Tensor], weights: Callable[[str], torch.Tensor], embeds: bool
+) -> tuple[Callable, Callable]:
+    def enter(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         tensors = {name: weights(path) for name, path in own.items()}
-        _show(module, tensors if embeds else {name: tensor.float() for name, tensor in tensors.items()})
+        if embeds:
+            rows, places = inputs[0].unique(return_inverse=True)
+            tensors, inputs = {"weight": tensors["weight"][rows]}, (places,)
+            module.padding_idx = None  # else it must be one of the rows; without gradients it does nothing
+        _show(module, {name: tensor.float() for name, tensor in tensors.items()})
+        return inputs
 
-    def leave(module: nn.Module, _: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        _show(module, {name: torch.zeros(()).expand(getattr(module, name).shape) for name in own})
-        return output.float() if embeds else output
+    def leave(module: nn.Module, *_: object) -> None:
+        _show(module, empty)
 
     return enter, leave
 

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppf.artifact import load_artifact, save_artifact
 from ppf.errors import InputError, PPFError, ResourceError
 from ppf.llm import pydocs
+from ppf.llm.placement import entry_of
 
 PARTS = ("calibration", "search", "test")
 """Of a text, as it is split."""
@@ -200,7 +201,7 @@ def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, size
     tokens = getattr(sizes, part) + (sizes.validation if part == "search" else 0)
     wanted = -(-tokens // sizes.seq_len)
     blocks, ids, cache = min(wanted, _SAMPLED_BLOCKS[part]), None, None
-    ids = torch.full((blocks, 1), first, device=model.device)
+    ids = torch.full((blocks, 1), first, device=entry_of(model))
     step = ids
     for _ in range(sizes.seq_len - 1):
         output = model(input_ids=step, past_key_values=cache, use_cache=True)

@@ -16,14 +16,15 @@ from ppf.llm.depth import can_lose_sublayers, with_depth
 from ppf.llm.export import CHECKED
 from ppf.llm.load import LoadedModel
 from ppf.llm.perplexity import evaluate
+from ppf.llm.placement import Placement
 from ppf.llm.scores import score_units
 from ppf.llm.stored import stored
 from ppf.llm.streamed import stored_digest
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
 from ppf.provenance import own_name
-from ppf.recipes.choices import choose_device, choose_dtype, choose_seq_len, tokens_per_batch
-from ppf.recipes.compensate import added_params, compensated
+from ppf.recipes.choices import choose_dtype, choose_placement, choose_seq_len, tokens_per_batch
+from ppf.recipes.compensate import added_params, check_whole, compensated
 from ppf.recipes.export import check_wish, export_pruned
 from ppf.recipes.lab import load_for
 from ppf.recipes.prune import Pruned, check_out, dense_bytes, measured_of, told_of
@@ -103,8 +104,9 @@ def apply_plan(record: Any, loaded: LoadedModel, config: PruneConfig, progress: 
         InputError: Ratios or a text that cannot be used.
         DamagedError: A mask that is not whole or of another layout.
     """
-    device = choose_device(config.device)
-    dtype = choose_dtype("auto", device, loaded.dtype)
+    where = choose_placement(config.device)
+    check_whole(config.compensate, where)
+    dtype = choose_dtype("auto", where.device, loaded.dtype)
     export = is_export(record)
     if export:
         _check_grid(config)
@@ -112,23 +114,23 @@ def apply_plan(record: Any, loaded: LoadedModel, config: PruneConfig, progress: 
         mask = mask_of(record, loaded.layout)
     else:
         policy, budget = wish_of(record, loaded.layout, *config.grid)
-    text = _text(config, loaded, device, dtype, progress)
+    text = _text(config, loaded, where, dtype, progress)
     blocks = text.calibration if text else np.zeros((0, 1), dtype=np.int64)
     wish: dict[str, Any] = {}
     if not export:
         with progress.stage("importance"):
-            order = _order(loaded, text, device, dtype)
+            order = _order(loaded, text, where, dtype)
         mask = select(allocate(policy, budget, loaded.layout, *config.grid), order, loaded.layout)
         wish = {"policy": policy.to_json(), "importance": {"method": order.method, "source": own_name(order.source)}}
     with progress.stage("cutting"):
-        smaller, how = compensated(loaded, mask, blocks, config.compensate, device, dtype)
+        smaller, how = compensated(loaded, mask, blocks, config.compensate, where, dtype)
     added = added_params(loaded, config.compensate, mask.allocation.kept)
     plan = _plan(record, loaded.name, loaded.digest, loaded.dtype, loaded.layout, mask, added) | wish | {"compensation": how}
     if not export:
         plan["ratio"] = {"asked": budget.ratio(loaded.layout), **plan["ratio"]}
     if text:
         with progress.stage("measuring the result"):
-            plan |= _measured(loaded, smaller, text, device, dtype)
+            plan |= _measured(loaded, smaller, text, where, dtype)
     return Pruned(smaller, loaded.tokenizer, None, plan)
 
 
@@ -140,12 +142,10 @@ def _as_planned(record: Any, model: PreTrainedModel, layout: Layout) -> Layout:
     return deep if record.get("layout") == deep.fingerprint else layout
 
 
-def _measured(
-    loaded: LoadedModel, smaller: PreTrainedModel, text: Text, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def _measured(loaded: LoadedModel, smaller: PreTrainedModel, text: Text, where: Placement, dtype: torch.dtype) -> dict[str, Any]:
     """Perplexity of both models on the text's test part, and their speed, as in an export from a study."""
-    measured, speeds = measured_of(loaded, smaller, text.test, device, dtype)
-    dense = evaluate(loaded.on(device, dtype), text.test, tokens_per_batch(device))
+    measured, speeds = measured_of(loaded, smaller, text.test, where, dtype)
+    dense = evaluate(loaded.on(where, dtype), text.test, tokens_per_batch(where.device))
     return {
         **told_of(measured, speeds, dense.blocks),
         "dense": {"log_ppl": dense.log_ppl, "ppl": float(np.exp(dense.log_ppl))},
@@ -163,19 +163,19 @@ def _check_grid(config: PruneConfig) -> None:
         raise InputError("--align and --tp must come without the plan of an export; one came; its mask stays as it is")
 
 
-def _text(config: PruneConfig, loaded: LoadedModel, device: torch.device, dtype: torch.dtype, progress: Progress) -> Text | None:
+def _text(config: PruneConfig, loaded: LoadedModel, where: Placement, dtype: torch.dtype, progress: Progress) -> Text | None:
     if config.text is None:
         return None
     with progress.stage("text"):
-        model = loaded.on(device, dtype)
+        model = loaded.on(where, dtype)
         length = choose_seq_len(None, model.config.max_position_embeddings)
         sizes = TextSizes(length, FitConfig.calibration_tokens, length, 0, FitConfig.test_tokens)
         return load_text(config.text, loaded.tokenizer, sizes, FitConfig.seed, model)
 
 
-def _order(loaded: LoadedModel, text: Text | None, device: torch.device, dtype: torch.dtype) -> Any:
+def _order(loaded: LoadedModel, text: Text | None, where: Placement, dtype: torch.dtype) -> Any:
     blocks = text.calibration if text else np.zeros((0, 1), dtype=np.int64)
-    model = loaded.on(device, dtype)
+    model = loaded.on(where, dtype)
     return score_units(model, loaded.layout, blocks, _SCORES[bool(text)], text.name if text else "", FitConfig.seed)
 
 

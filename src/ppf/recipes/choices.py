@@ -6,9 +6,15 @@ from pathlib import Path
 import torch
 
 from ppf.errors import InputError
+from ppf.llm.placement import Placement
 from ppf.provenance import cores
+from ppf.space.budget import parse_size
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16_384, "mps": 4096}
+
+
+_SHARE_OF_WEIGHTS = 0.8
+"""Of a GPU's free memory; activations take the rest."""
 
 
 def tokens_per_batch(device: torch.device) -> int:
@@ -31,6 +37,44 @@ def choose_device(name: str) -> torch.device:
     if device.type not in TOKENS_PER_BATCH:
         raise InputError(f"--device must be a CPU, a CUDA or an MPS device; {name!r} came; use auto or cpu")
     return device
+
+
+def choose_placement(name: str) -> Placement:
+    """Where a model goes: one device, as ``choose_device`` says, or several, ``split`` or such as ``0=20GiB,1=20GiB``.
+
+    Raises:
+        InputError: No such device here, or no size.
+    """
+    if name != "split" and "=" not in name:
+        return Placement(choose_device(name))
+    count = torch.cuda.device_count()
+    if name == "split":
+        if not count:
+            raise InputError("--device split needs GPUs; none is here; cpu=8GiB holds so much of a model in memory")
+        limits = [(str(gpu), int(_SHARE_OF_WEIGHTS * torch.cuda.mem_get_info(gpu)[0])) for gpu in range(count)]
+    else:
+        limits = [(place.strip(), parse_size(size)) for place, _, size in (part.partition("=") for part in name.split(","))]
+    known = ["cpu"] if limits[0][0] == "cpu" else [str(gpu) for gpu in range(count)]
+    for at, (place, _) in enumerate(limits):
+        if place not in known or place in dict(limits[:at]):
+            came = f"{place!r} came" if place not in known else f"{place} came twice"
+            raise InputError(f"--device must name GPUs that are here, each once, or cpu alone; {came}; see nvidia-smi")
+    return Placement(
+        choose_device("cpu" if known == ["cpu"] else f"cuda:{limits[0][0]}"),
+        tuple((place if place == "cpu" else int(place), size) for place, size in limits),
+    )
+
+
+def choose_whole(name: str, what: str) -> Placement:
+    """One device, for what needs the whole model there.
+
+    Raises:
+        InputError: No such device here, or several.
+    """
+    where = choose_placement(name)
+    if where.limits is not None:
+        raise InputError(f"--device must be one for {what}; {name} came; use auto, cuda or cpu")
+    return where
 
 
 def choose_dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:

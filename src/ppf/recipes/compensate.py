@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from ppf.config import CompensateName, Target
 from ppf.errors import InputError
 from ppf.llm.compensation import bias_params, reader_means
-from ppf.llm.load import LoadedModel, convert
+from ppf.llm.load import LoadedModel
+from ppf.llm.placement import Placement, convert
 from ppf.llm.ridge import PENALTY, refit
 from ppf.llm.surgery import cut
 from ppf.space.budget import parse_count, parse_size
@@ -18,7 +19,7 @@ from ppf.space.mask import Mask
 
 
 def compensated(
-    loaded: LoadedModel, mask: Mask, blocks: np.ndarray, method: CompensateName, device: torch.device, dtype: torch.dtype
+    loaded: LoadedModel, mask: Mask, blocks: np.ndarray, method: CompensateName, where: Placement, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Cuts a model, and makes up for what went.
 
@@ -27,19 +28,20 @@ def compensated(
         mask: Which units stay.
         blocks: Int[B, L] calibration tokens; unused with ``"none"``.
         method: ``"none"``, ``"bias"`` or ``"ridge"``.
-        device: Where to run the dense model over them.
+        where: Where to run the dense model over them.
         dtype: In which precision.
 
     Returns:
         The smaller model where the dense one was, in the dtype of its checkpoint; and a JSON-ready record of what was done.
 
     Raises:
-        InputError: No calibration text, or what is read of it is not finite.
+        InputError: No calibration text, what is read of it is not finite, or the model is spread over several devices.
     """
     layout, home = loaded.layout, loaded.model.device
     if method == "none":
         return convert(cut(loaded.model, layout, mask), home, loaded.dtype), {"method": "none"}
-    model = loaded.on(device, dtype)
+    check_whole(method, where)
+    model = loaded.on(where, dtype)
     record: dict[str, Any] = {"method": method, "tokens": int(blocks.size)}
     if method == "bias":
         smaller = cut(model, layout, mask, fill=reader_means(model, layout, blocks))
@@ -47,6 +49,16 @@ def compensated(
         smaller = cut(model, layout, mask, fitted=refit(model, layout, mask, blocks))
         record["penalty"] = PENALTY
     return convert(smaller, home, loaded.dtype), record
+
+
+def check_whole(method: CompensateName, where: Placement) -> None:
+    """Refuses what reads and refits weights that are not there.
+
+    Raises:
+        InputError: The model is spread over several devices.
+    """
+    if method != "none" and where.limits is not None:
+        raise InputError(f"--compensate {method} needs the model on one device; several came; leave it out, or use auto or cpu")
 
 
 def added_params(loaded: LoadedModel, method: CompensateName, kept: np.ndarray) -> int:

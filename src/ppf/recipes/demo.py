@@ -8,8 +8,9 @@ import torch
 
 from ppf.config import DemoConfig, FitConfig, Target
 from ppf.decide import Decider
-from ppf.llm.load import LoadedModel, convert, load_model
+from ppf.llm.load import LoadedModel, load_model
 from ppf.llm.perplexity import evaluate
+from ppf.llm.placement import convert
 from ppf.llm.surgery import cut
 from ppf.llm.text import Text
 from ppf.progress import Progress

@@ -8,7 +8,7 @@ from ppf.config import EvalConfig
 from ppf.llm.load import LoadedModel
 from ppf.llm.perplexity import evaluate as measure
 from ppf.llm.text import take_blocks, whole_text
-from ppf.recipes.choices import choose_device, choose_dtype, choose_seq_len, tokens_per_batch
+from ppf.recipes.choices import choose_dtype, choose_placement, choose_seq_len, tokens_per_batch
 
 
 def evaluate(config: EvalConfig, loaded: LoadedModel) -> dict[str, Any]:
@@ -25,8 +25,9 @@ def evaluate(config: EvalConfig, loaded: LoadedModel) -> dict[str, Any]:
     Raises:
         InputError: No such text, or too short for one block.
     """
-    device = choose_device(config.device)
-    model = loaded.on(device, choose_dtype(config.dtype, device, loaded.dtype))
+    where = choose_placement(config.device)
+    device = where.device
+    model = loaded.on(where, choose_dtype(config.dtype, device, loaded.dtype))
     length = choose_seq_len(config.seq_len, model.config.max_position_embeddings)
     stream = whole_text(config.text, loaded.tokenizer)
     blocks = take_blocks(stream, length, config.tokens, 0, config.text)

@@ -8,28 +8,34 @@ from ppf.config import ExportConfig, PruneConfig, QuantName
 from ppf.errors import InputError
 from ppf.llm.gguf import Written, check_gguf, write_gguf
 from ppf.llm.gguf_shape import shape_of
-from ppf.llm.load import LoadedModel
+from ppf.llm.load import Checkpoint, LoadedModel
+from ppf.llm.stored import outlined, stored
+from ppf.llm.weights import readable
 from ppf.provenance import own_name
 from ppf.recipes.prune import Pruned
 
 
-def export(config: ExportConfig, loaded: LoadedModel) -> dict[str, Any]:
-    """Writes a GGUF file.
+def export(config: ExportConfig, source: Checkpoint) -> dict[str, Any]:
+    """Writes a GGUF file tensor by tensor; the model is never in memory.
 
     Args:
         config: Where and how.
-        loaded: A dense or an exported model.
+        source: A dense or an exported model.
 
     Returns:
         As ``record_of``.
 
     Raises:
         InputError: The file exists.
-        UnsupportedError: llama.cpp has no architecture for the model.
+        UnsupportedError: llama.cpp has no architecture for the model, or its files hold experts in a form that is not known.
         DamagedError: The check failed; nothing is left behind.
-        ResourceError: A package is missing, or the file cannot be written.
+        ResourceError: A package is missing, or a file cannot be read or written.
     """
-    written = write_gguf(loaded.model, loaded.tokenizer, Path(config.gguf), config.quant, own_name(loaded.name), config.force)
+    path, name = Path(config.gguf), own_name(source.name)
+    with readable(source.folder):
+        weights = stored(source.folder, source.shell)
+        model = outlined(source.shell, weights)
+        written = write_gguf(model, source.tokenizer, path, config.quant, name, config.force, weights.__getitem__)
     return record_of(written, config.gguf)
 
 

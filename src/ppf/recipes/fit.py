@@ -31,8 +31,9 @@ from ppf.llm.load import LoadedModel
 from ppf.lock import locked
 from ppf.progress import Advance, Progress
 from ppf.provenance import provenance
-from ppf.recipes.choices import choose_device
-from ppf.recipes.lab import Lab, check_engine, check_study_place, layout_for, leave_no_beginning, load_for
+from ppf.recipes.choices import choose_placement
+from ppf.recipes.lab import Lab, check_engine, layout_for, load_for
+from ppf.recipes.places import check_study_place, leave_no_beginning
 from ppf.repair import set_aside_damaged
 from ppf.samples import Sample, kept_matrix
 from ppf.space.allocation import allocate
@@ -80,7 +81,7 @@ def fit(config: FitConfig, progress: Progress, loaded: LoadedModel | None = None
             if (folder / "study.json").exists():
                 for one in set_aside_damaged(StudyFolder(folder)):
                     progress.say(f"{one}; it is made again")
-            choose_device(config.device)
+            choose_placement(config.device)
             with Lab(loaded, config, progress) as lab:
                 return _fit_all(lab, levels)
         finally:

@@ -20,14 +20,15 @@ from ppf.llm.engines.local import LocalEngine
 from ppf.llm.engines.ray_cluster import Cluster, RayEngine, import_ray
 from ppf.llm.load import LoadedModel, load_model
 from ppf.llm.perplexity import Evaluation, evaluate
+from ppf.llm.placement import is_spread
 from ppf.llm.scores import score_units
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
 from ppf.recipes.choices import (
     TOKENS_PER_BATCH,
     check_named,
-    choose_device,
     choose_dtype,
+    choose_placement,
     choose_seq_len,
     choose_workers,
     tokens_per_batch,
@@ -60,11 +61,12 @@ class Lab:
     def __init__(self, loaded: LoadedModel, config: FitConfig, progress: Progress) -> None:
         self.loaded, self.config, self.progress = loaded, config, progress
         self.layout = layout_for(config, loaded)
-        self.device = choose_device(config.device)
+        where = choose_placement(config.device)
+        self.device = where.device
         self.dtype = choose_dtype(config.dtype, self.device, loaded.dtype)
         if (Path(config.study) / "study.json").exists():  # wherever it goes on, a study measures in one precision
             self.dtype = getattr(torch, StudyFolder(config.study).record["dtype"], self.dtype)
-        self.model = loaded.on(self.device, self.dtype)
+        self.model = loaded.on(where, self.dtype)
         self.batch = tokens_per_batch(self.device)
         self.reference_tokens = 0
         self._best = math.inf
@@ -205,7 +207,7 @@ class Lab:
 
     def _here(self) -> tuple[Engine, int]:
         folder = self.loaded.folder
-        if self.device.type != "cpu" or folder is None:
+        if self.device.type != "cpu" or folder is None or is_spread(self.model):
             if self.config.workers is not None:
                 self.progress.say("--workers has no effect: masks are measured in this process, on an accelerator or of an object")
             return InProcessEngine(self.model, self.layout, self.text, self.batch), 1
@@ -300,22 +302,6 @@ def _record(evaluation: Evaluation) -> dict[str, Any]:
     return {**vars(evaluation), "interval": list(evaluation.interval), "blocks": evaluation.blocks.tolist()}
 
 
-def check_study_place(folder: Path) -> None:
-    """Refuses a folder that holds anything but a study, before anything is written into it.
-
-    Raises:
-        InputError: It holds something else, or is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} must be a folder; a file is there; choose another place")
-    if not folder.is_dir() or (folder / "study.json").exists():
-        return
-    names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and ".damaged" not in entry.name}
-    strangers = {name for name in names - {"lock", "text.safetensors"} if not name.startswith("samples.sqlite")}
-    if strangers:
-        raise InputError(f"{folder} must be a new or a study folder; it holds {min(strangers)!r}; choose another")
-
-
 def check_engine(config: FitConfig, given: LoadedModel | None) -> None:
     """Refuses an engine that cannot work, before a model is loaded.
 
@@ -327,16 +313,6 @@ def check_engine(config: FitConfig, given: LoadedModel | None) -> None:
         if given is not None and given.folder is None:
             raise InputError("--engine ray must have a model that each node can read; an object came; give its folder or hub id")
         import_ray(config.ray_address)
-
-
-def leave_no_beginning(folder: Path, made: bool) -> None:
-    """Removes what a fit wrote before its study had a record, and the folder if the fit made it: there is nothing to go on with."""
-    if folder.is_dir() and not (folder / "study.json").exists():
-        for name in ("text.safetensors", "lock"):
-            (folder / name).unlink(missing_ok=True)
-        if made:
-            with contextlib.suppress(OSError):  # other hidden files lie there
-                folder.rmdir()
 
 
 def load_for(name: str, progress: Progress) -> LoadedModel:

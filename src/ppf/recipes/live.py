@@ -10,7 +10,7 @@ from ppf.errors import DamagedError
 from ppf.llm.elastic import ElasticModel
 from ppf.llm.load import LoadedModel, adopt_model
 from ppf.progress import Progress
-from ppf.recipes.choices import choose_device, choose_dtype
+from ppf.recipes.choices import choose_dtype, choose_whole
 from ppf.recipes.lab import load_for
 from ppf.space.allocation import Allocation
 
@@ -43,12 +43,12 @@ def elastic_for(
         DamagedError: The study is of another model.
         UnsupportedError: A model that cannot be elastic.
     """
-    where = choose_device(device)
+    where = choose_whole(device, "a live model")
     loaded = _loaded(decider, model, tokenizer, progress)
     known = decider.study.record["model"]
     if loaded.digest != known["digest"]:
         raise DamagedError(f"the study must be one of this model; it is one of {known['name']} as it was then; give its own model")
-    dense = loaded.on(where, choose_dtype(dtype, where, loaded.dtype))
+    dense = loaded.on(where, choose_dtype(dtype, where.device, loaded.dtype))
 
     def decide(ratio: float) -> Allocation:
         return decider.decide(Target(ratio=ratio, nested=nested)).allocation

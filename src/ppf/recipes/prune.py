@@ -1,6 +1,5 @@
 """prune: decision -> (refinement) -> surgery -> true measurement -> verified export."""
 
-import copy
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,14 +20,15 @@ from ppf.learn.search import refine as search
 from ppf.llm.collect import Wanted
 from ppf.llm.export import export, weight_bytes
 from ppf.llm.gguf import Written, write_gguf
-from ppf.llm.load import Checkpoint, LoadedModel, convert
+from ppf.llm.load import Checkpoint, LoadedModel
 from ppf.llm.perplexity import Evaluation, evaluate, summarise
+from ppf.llm.placement import Placement, copied, entry_of
 from ppf.llm.text import Text
 from ppf.lock import locked
 from ppf.progress import Progress
 from ppf.provenance import own_name
-from ppf.recipes.choices import choose_device, tokens_per_batch
-from ppf.recipes.compensate import added_params, compensated, with_room
+from ppf.recipes.choices import choose_placement, tokens_per_batch
+from ppf.recipes.compensate import added_params, check_whole, compensated, with_room
 from ppf.recipes.fit import incumbents, refit
 from ppf.recipes.lab import Lab, settings_of
 from ppf.samples import kept_matrix
@@ -119,6 +119,8 @@ def prune(
         InputError: More than the floors allow, candidates of nested policies, or a study that is not fitted.
         DamagedError: A study of another model.
     """
+    where = choose_placement(device)
+    check_whole(compensate, where)
     decider = decider_for(folder, loaded.digest, target, candidates)
     loaded = replace(loaded, layout=decider.layout)  # with floors of 0 where its study has them
     most = added_params(loaded, compensate, loaded.layout.units)
@@ -129,12 +131,12 @@ def prune(
         with locked(decider.study.folder), Lab(loaded, config, progress) as lab:
             lab.open_study()
             decision = refined(decider, decision, lab, target, candidates)
-    text, at = Text.load(decider.study.path("text"), decider.layout.fingerprint), choose_device(device)
+    text = Text.load(decider.study.path("text"), decider.layout.fingerprint)
     dtype = getattr(torch, decider.study.record["dtype"])
     with progress.stage("cutting"):
-        smaller, how = compensated(loaded, decision.mask, text.calibration, compensate, at, dtype)
+        smaller, how = compensated(loaded, decision.mask, text.calibration, compensate, where, dtype)
     with progress.stage("measuring the result"):
-        measured, speeds = measured_of(loaded, smaller, text.test, at, dtype)
+        measured, speeds = measured_of(loaded, smaller, text.test, where, dtype)
     added = added_params(loaded, compensate, decision.allocation.kept)
     dense = decider.study.record["dense"]["test"].get("blocks")  # one of before they were kept has none
     plan = _with_compensation(plan_for(decider, decision, bool(candidates)) | told_of(measured, speeds, dense), how, added)
@@ -225,11 +227,11 @@ def _apart(found: np.ndarray, units: np.ndarray, count: int) -> list[np.ndarray]
 
 
 def measured_of(
-    loaded: LoadedModel, smaller: PreTrainedModel, blocks: np.ndarray, device: torch.device, dtype: torch.dtype
+    loaded: LoadedModel, smaller: PreTrainedModel, blocks: np.ndarray, where: Placement, dtype: torch.dtype
 ) -> tuple[Evaluation, dict[str, float]]:
     """Perplexity of the small model on some blocks, and tokens/s of both models."""
-    models = [loaded.on(device, dtype), convert(copy.deepcopy(smaller), device, dtype)]
-    evaluation = evaluate(models[1], blocks, tokens_per_batch(device))
+    models = [loaded.on(where, dtype), copied(smaller, where, dtype)]
+    evaluation = evaluate(models[1], blocks, tokens_per_batch(where.device))
     speeds = tokens_per_second(models, blocks)
     return evaluation, {"before": speeds[0], "after": speeds[1]}
 
@@ -238,7 +240,7 @@ def measured_of(
 def tokens_per_second(models: list[PreTrainedModel], blocks: np.ndarray) -> list[float]:
     """Prompt tokens a second, median of five interleaved runs after a warm-up."""
     rows = max(1, _SPEED_TOKENS // blocks.shape[1])
-    ids = torch.from_numpy(np.ascontiguousarray(blocks[:rows])).long().to(models[0].device)
+    ids = torch.from_numpy(np.ascontiguousarray(blocks[:rows])).long().to(entry_of(models[0]))
     seconds: list[list[float]] = [[] for _ in models]
     for run in range(_SPEED_RUNS + 1):
         for model, times in zip(models, seconds, strict=True):

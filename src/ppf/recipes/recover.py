@@ -13,15 +13,16 @@ from ppf.artifact import check_room
 from ppf.config import RecoverConfig
 from ppf.errors import InputError
 from ppf.llm.export import weight_bytes
-from ppf.llm.load import EMBEDDED, LoadedModel, convert, resolve
+from ppf.llm.load import EMBEDDED, LoadedModel, resolve
 from ppf.llm.perplexity import Evaluation, evaluate, summarise
+from ppf.llm.placement import Placement, convert, copied
 from ppf.llm.recover import Training, check_adapters, usual_lr
 from ppf.llm.recover import recover as train
 from ppf.llm.surgery import savable_generation_config
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
 from ppf.provenance import own_name
-from ppf.recipes.choices import choose_device, choose_dtype, choose_seq_len, tokens_per_batch
+from ppf.recipes.choices import choose_dtype, choose_placement, choose_seq_len, tokens_per_batch
 from ppf.recipes.lab import load_for
 from ppf.recipes.prune import Pruned, check_out
 from ppf.recipes.teacher import check_teacher, find_teacher, plan_of
@@ -52,7 +53,7 @@ def recover_folder(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
     out = _out(config, folder)
     if not config.full:
         check_adapters()
-    choose_device(config.device)
+    choose_placement(config.device)
     plan = plan_of(folder)
     loaded = load_for(config.model, progress)
     check_room(Path(out), weight_bytes(folder))
@@ -84,14 +85,15 @@ def recover(
         InputError: A text or a teacher that does not fit, or a loss that is no longer finite.
         DamagedError: The model gives no finite losses as it is.
     """
-    device = choose_device(config.device)
+    where = choose_placement(config.device)
+    device = where.device
     dtype = precision(config.dtype, device, loaded.dtype)
     check_teacher(loaded, teacher)
-    text = _text(config, loaded, teacher, device, dtype, progress)
+    text = _text(config, loaded, teacher, where, dtype, progress)
     how = _training(config, loaded, text, device, dtype)
-    dense = None if teacher is None else teacher.on(device, dtype)
+    dense = None if teacher is None else teacher.on(where, dtype)
     with progress.stage("measuring before"):
-        before = evaluate(loaded.on(device, dtype), text.test, tokens_per_batch(device))
+        before = evaluate(loaded.on(where, dtype), text.test, tokens_per_batch(device))
         best = None if dense is None else evaluate(dense, text.test, tokens_per_batch(device))
     student = convert(copy.deepcopy(loaded.model), device, _weights_dtype(how, device))
     with progress.stage("training", how.steps) as advance:
@@ -99,7 +101,7 @@ def recover(
     trained = convert(trained, torch.device("cpu"), loaded.dtype)
     trained.generation_config = savable_generation_config(loaded.model)
     with progress.stage("measuring after"):
-        after = evaluate(convert(copy.deepcopy(trained), device, dtype), text.test, tokens_per_batch(device))
+        after = evaluate(copied(trained, where, dtype), text.test, tokens_per_batch(device))
     record = _record(config, how, text, teacher) | _figures(before, after, best)
     record["seconds"] = round(progress.seconds["training"], 1)
     return Pruned(trained, loaded.tokenizer, None, _with_record(plan, record))
@@ -120,7 +122,7 @@ def _text(
     config: RecoverConfig,
     loaded: LoadedModel,
     teacher: LoadedModel | None,
-    device: torch.device,
+    where: Placement,
     dtype: torch.dtype,
     progress: Progress,
 ) -> Text:
@@ -130,7 +132,7 @@ def _text(
     third = config.tokens // 3  # the share that the calibration part has of both
     sizes = TextSizes(length, third, config.tokens - third, 0, config.test_tokens)
     with progress.stage("text"):
-        model = None if teacher is None else teacher.on(device, dtype)
+        model = None if teacher is None else teacher.on(where, dtype)
         return load_text(config.text, loaded.tokenizer, sizes, config.seed, model, config.test_text)
 
 

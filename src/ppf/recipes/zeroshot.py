@@ -7,7 +7,7 @@ from ppf.llm.load import LoadedModel
 from ppf.llm.zeroshot import check_harness, task_manager, task_names, zeroshot
 from ppf.progress import Progress
 from ppf.provenance import own_name
-from ppf.recipes.choices import choose_device, choose_dtype, tokens_per_batch
+from ppf.recipes.choices import choose_dtype, choose_whole, tokens_per_batch
 from ppf.recipes.lab import load_for
 
 _TOKENS_A_SEQUENCE = 128
@@ -31,7 +31,7 @@ def evaluate_tasks(config: EvalConfig, progress: Progress) -> dict[str, Any]:
     assert config.tasks is not None  # the command line sends others to evaluate
     names = task_names(config.tasks)
     manager = task_manager(names, config.include_path)
-    device, found = choose_device(config.device), {}
+    device, found = choose_whole(config.device, "tasks").device, {}
     for role, name in {"against": config.against, "model": config.model}.items():
         if name is not None:
             loaded = load_for(name, progress)
@@ -45,9 +45,9 @@ def evaluate_tasks(config: EvalConfig, progress: Progress) -> dict[str, Any]:
 
 
 def _answers(loaded: LoadedModel, names: list[str], manager: Any, config: EvalConfig) -> dict[str, Any]:
-    device = choose_device(config.device)
-    model = loaded.on(device, choose_dtype(config.dtype, device, loaded.dtype))
-    batch = max(1, tokens_per_batch(device) // _TOKENS_A_SEQUENCE)
+    where = choose_whole(config.device, "tasks")
+    model = loaded.on(where, choose_dtype(config.dtype, where.device, loaded.dtype))
+    batch = max(1, tokens_per_batch(where.device) // _TOKENS_A_SEQUENCE)
     found = zeroshot(model, loaded.tokenizer, names, manager, config.limit, batch)
     return {
         task: {metric: {"value": value, "stderr": error} for metric, (value, error) in metrics.items()}

@@ -71,7 +71,7 @@ def test_too_little_memory_is_a_result_with_a_reason():
         if len(calls) <= 4:  # one mask's: the batch and its halves, down to one block
             raise MemoryError
 
-    model.register_forward_pre_hook(full_once)
+    model.base_model.register_forward_pre_hook(full_once)
     found = [result for _, result in engine.measure(wanted)]
     assert math.isnan(found[0].log_ppl) and "memory" in found[0].reason
     assert [result.reason for result in found[1:]] == ["", ""]

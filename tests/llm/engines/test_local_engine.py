@@ -19,7 +19,8 @@ from ppf.errors import DamagedError, InputError, ResourceError
 from ppf.llm.depth import with_depth
 from ppf.llm.engines.bench import InProcessEngine
 from ppf.llm.engines.local import LocalEngine
-from ppf.llm.load import convert, load_model
+from ppf.llm.load import load_model
+from ppf.llm.placement import convert
 from ppf.llm.text import Text
 from ppf.space.mask import Mask
 

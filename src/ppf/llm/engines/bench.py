@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ppf.errors import ResourceError
 from ppf.llm.masking import masked, narrowed
 from ppf.llm.perplexity import Reference, measure, reference_of
+from ppf.llm.placement import is_spread
 from ppf.llm.shared_layers import SharedLayers
 from ppf.llm.text import Text
 from ppf.samples import Measurement
@@ -56,7 +57,7 @@ class Bench:
         self._references: dict[str, Reference] = {}
         self._shared = SharedLayers(model, layout, text.search.size)
         # Arithmetic is what a CPU is short of, memory what an accelerator is.
-        self._pruned = narrowed if model.device.type == "cpu" else masked
+        self._pruned = narrowed if model.device.type == "cpu" and not is_spread(model) else masked
 
     def prepare(self, part: str) -> Reference:
         """The dense model's answers on a part."""

@@ -16,7 +16,8 @@ import torch
 
 from ppf.errors import DamagedError, InputError, InUseError, NewerError, PPFError, ResourceError, UnsupportedError
 from ppf.llm.engines.bench import Bench
-from ppf.llm.load import convert, load_model, quiet_transformers
+from ppf.llm.load import load_model, quiet_transformers
+from ppf.llm.placement import convert
 from ppf.llm.text import Text
 from ppf.samples import Measurement
 from ppf.space.layout import Layout
