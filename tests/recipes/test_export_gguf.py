@@ -67,11 +67,12 @@ def test_a_pruned_folder_becomes_a_file_with_layers_that_differ(capsys, fitted, 
 @pytest.mark.parametrize("name", builders.HELD)
 def test_a_file_made_tensor_by_tensor_is_that_of_the_whole_model_to_the_byte(tmp_path, name):
     tiny_models.save(tmp_path / "m", name, dtype=torch.bfloat16)
-    loaded = load_model(str(tmp_path / "m"))
+    model, tokenizer = load_model(str(tmp_path / "m")).model, tiny_models.tokenizer()
     for quant in ("bf16", "q8_0"):
         whole, streamed = tmp_path / f"whole-{quant}", tmp_path / f"streamed-{quant}"
-        write_gguf(loaded.model, loaded.tokenizer, whole, quant, "m")
-        export(ExportConfig("m", str(streamed), quant), replace(open_checkpoint(str(tmp_path / "m")), name="m"))
+        write_gguf(model, tokenizer, whole, quant, "m")
+        source = replace(open_checkpoint(str(tmp_path / "m")), name="m", tokenizer=tokenizer)
+        export(ExportConfig("m", str(streamed), quant), source)
         assert streamed.read_bytes() == whole.read_bytes()
 
 
