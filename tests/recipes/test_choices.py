@@ -3,7 +3,18 @@ import torch
 
 from builders import refuses
 from ppf.errors import InputError
-from ppf.recipes.choices import TOKENS_PER_BATCH, choose_device, choose_dtype, choose_seq_len, choose_workers, tokens_per_batch
+from ppf.llm.placement import Placement
+from ppf.recipes import choices
+from ppf.recipes.choices import (
+    TOKENS_PER_BATCH,
+    choose_device,
+    choose_dtype,
+    choose_placement,
+    choose_seq_len,
+    choose_whole,
+    choose_workers,
+    tokens_per_batch,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -38,3 +49,28 @@ def test_a_block_beyond_the_context_is_refused():
 
 def test_workers_are_at_least_one_however_large_the_model():
     assert choose_workers(3, 1) == 3 and choose_workers(None, 10**15) == 1 <= choose_workers(None, 1)
+
+
+def test_a_device_alone_takes_a_whole_model():
+    assert choose_placement("cpu") == Placement(CPU) == choose_whole("cpu", "tasks")
+
+
+def test_limits_are_in_the_order_in_which_devices_are_filled(monkeypatch):
+    assert choose_placement("cpu=8GiB") == Placement(CPU, (("cpu", 2**33),))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: ((gpu + 1) * 1000, 10**6))
+    monkeypatch.setattr(choices, "choose_device", torch.device)
+    assert choose_placement("2=1GB, 0=500MB") == Placement(torch.device("cuda:2"), ((2, 10**9), (0, 5 * 10**8)))
+    assert choose_placement("split") == Placement(torch.device("cuda:0"), ((0, 800), (1, 1600), (2, 2400)))
+
+
+@pytest.mark.parametrize("name", ["split", "7=1GB", "cpu=", "cpu=lots", "=1GB", "cpu=1GB,cpu=2GB", "cpu=1GB,0=1GB", "mps=1GB", "cpu=1GB,"])
+def test_limits_that_cannot_be_kept_are_refused(name):
+    with refuses(InputError):
+        choose_placement(name)
+
+
+def test_what_needs_a_whole_model_takes_one_device():
+    with refuses(InputError) as caught:
+        choose_whole("cpu=1GB", "a live model")
+    assert "a live model" in str(caught.value)

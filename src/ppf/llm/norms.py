@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ppf.llm.architectures import linear
 from ppf.llm.experts import routers
+from ppf.llm.placement import weight_of
 from ppf.space.layout import Site
 
 
@@ -53,6 +54,17 @@ def as_cut(model: PreTrainedModel, cuts: Iterable[tuple[Site, np.ndarray]]) -> I
         yield
 
 
+def multiply(columns: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
+    """A hook that multiplies what a module reads by Float[C]; where the module runs is known by what it reads."""
+
+    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        nonlocal columns
+        columns = columns.to(inputs[0].device)
+        return (inputs[0] * columns, *inputs[1:])
+
+    return hook
+
+
 @contextmanager
 def routed(model: PreTrainedModel, cuts: Iterable[tuple[Site, int]]) -> Iterator[None]:
     """Lets routers choose among the experts that keep a unit while the block runs.
@@ -70,11 +82,12 @@ def routed(model: PreTrainedModel, cuts: Iterable[tuple[Site, int]]) -> Iterator
 
 def _choose_among(stays: list[int]) -> Callable[[nn.Module, tuple[torch.Tensor, ...], Any], tuple[torch.Tensor, ...]]:
     def choose(router: Any, inputs: tuple[torch.Tensor, ...], _: Any) -> tuple[torch.Tensor, ...]:
-        ids = torch.tensor(stays, dtype=torch.long, device=router.weight.device)
+        weight = weight_of(router).to(inputs[0].device)
+        ids = torch.tensor(stays, dtype=torch.long, device=weight.device)
         fewer = copy.copy(router)
-        fewer._parameters = {"weight": router.weight[ids]}
+        fewer._parameters = {"weight": weight[ids]}
         fewer.top_k = min(router.top_k, len(stays))
-        logits, scores, chosen = fewer.forward(*inputs)
+        logits, scores, chosen = type(router).forward(fewer, *inputs)  # not one that was put in its place, of the whole router
         return logits, scores, ids[chosen]
 
     return choose
