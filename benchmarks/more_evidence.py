@@ -107,9 +107,9 @@ def order() -> list[str]:
             cells = [f"{sum(found) / len(found):.2f} ({min(found):.2f})" for found in taus.values()]
             rows.append([name, kind, *cells, f"{sum(fit['mse'] for fit in fits) / len(fits):.1e}"])
     first = next(iter(record["result"]["models"].values()))
-    words = f"""Kendall's tau of the damage among {first["masks"]} held-out masks, those of one ratio, around each fit's own policies and on
-        the text that it measured on; {first["fitted"]} other masks were fitted. Means over {max(seeds)} fits, the worst in brackets;
-        then the mean squared error on the scale PPL_dense / PPL."""
+    words = f"""Kendall's tau of the damage among {first["masks"]} held-out masks, those of one ratio, around each fit's own
+        policies and on the text that it measured on; {first["fitted"]} other masks were fitted. Means over {max(seeds)} fits, the
+        worst in brackets; then the mean squared error on the scale PPL_dense / PPL."""
     header = [
         "model",
         "predictor",

@@ -64,7 +64,9 @@ def test_limits_are_in_the_order_in_which_devices_are_filled(monkeypatch):
     assert choose_placement("split") == Placement(torch.device("cuda:0"), ((0, 800), (1, 1600), (2, 2400)))
 
 
-@pytest.mark.parametrize("name", ["split", "7=1GB", "cpu=", "cpu=lots", "=1GB", "cpu=1GB,cpu=2GB", "cpu=1GB,0=1GB", "mps=1GB", "cpu=1GB,"])
+@pytest.mark.parametrize(
+    "name", ["split", "7=1GB", "cpu=", "cpu=lots", "=1GB", "cpu=1GB,cpu=2GB", "cpu=1GB,0=1GB", "mps=1GB", "cpu=1GB,"]
+)
 def test_limits_that_cannot_be_kept_are_refused(name):
     with refuses(InputError):
         choose_placement(name)

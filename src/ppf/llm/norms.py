@@ -91,14 +91,3 @@ def _choose_among(stays: list[int]) -> Callable[[nn.Module, tuple[torch.Tensor, 
         return logits, scores, ids[chosen]
 
     return choose
-
-
-def multiply(columns: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
-    """A hook that multiplies what a module reads by Float[C]; where the module runs is known by what it reads."""
-
-    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        nonlocal columns
-        columns = columns.to(inputs[0].device)
-        return (inputs[0] * columns, *inputs[1:])
-
-    return hook

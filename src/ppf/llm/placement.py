@@ -91,10 +91,10 @@ def entry_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def weight_of(module: nn.Linear) -> torch.Tensor:
-    """The weight of a linear layer, also where it is read from its file only while it runs."""
+def weight_of(module: Any) -> torch.Tensor:
+    """The weight of a linear layer or a router, also where it is read from its file only while it runs."""
     weight = module.weight.detach()
-    return module._hf_hook.weights_map["weight"].to(weight.dtype) if weight.is_meta else weight  # type: ignore[union-attr, index]
+    return module._hf_hook.weights_map["weight"].to(weight.dtype) if weight.is_meta else weight
 
 
 def is_spread(model: PreTrainedModel) -> bool:
