@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,22 @@ def fit_command(folder: Path) -> tuple[str | None, bool]:
         return None, False
     if not config.model:
         return None, False
-    words = ["ppf", "fit", config.model]
+    return command_of(vars(config)), sure
+
+
+def command_of(settings: Mapping[str, Any], told: Callable[[str], str] = str) -> str:
+    """The command of a fit with these settings; those at their defaults are left out.
+
+    Args:
+        settings: By their names in ``FitConfig``.
+        told: What is told of a word.
+    """
+    words = ["ppf", "fit", told(settings.get("model") or "MODEL")]
     for field in fields(FitConfig):
-        value, flag = getattr(config, field.name), "--" + field.name.replace("_", "-")
-        if field.name != "model" and value != field.default:
-            words += [flag] if value is True else [flag, str(value)]
-    return shlex.join(words), sure
+        value, flag = settings.get(field.name), "--" + field.name.replace("_", "-")
+        if field.name != "model" and value is not None and value != field.default:
+            words += [flag] if value is True else [flag, told(str(value))]
+    return shlex.join(words)
 
 
 def _settings(folder: Path) -> tuple[dict[str, Any], bool]:

@@ -147,8 +147,9 @@ class _MixtureModel(_PerLayerModel):
     def layer(self, kind, own, index):
         layer = kind(own, index)
         if hasattr(layer.mlp, "experts"):
-            fused, gate, count = layer.mlp.experts, layer.mlp.gate, len(own.expert_sizes)
-            layer.mlp.experts = Experts(fused.hidden_dim, own.expert_sizes, fused.act_fn)
+            fused, gate = layer.mlp.experts, layer.mlp.gate
+            sizes = getattr(own, "expert_sizes", [fused.intermediate_dim] * fused.num_experts)
+            layer.mlp.experts, count = Experts(fused.hidden_dim, sizes, fused.act_fn), len(sizes)
             gate.weight = nn.Parameter(gate.weight.new_empty(count, fused.hidden_dim))
             gate.num_experts, gate.top_k = count, min(gate.top_k, count)
         return layer

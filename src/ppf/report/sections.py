@@ -1,14 +1,12 @@
 """What a report says, and in which order."""
 
-import shlex
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
 from typing import Any
 
 import numpy as np
 
 from ppf import __version__
-from ppf.config import FitConfig
+from ppf.fit_command import command_of
 from ppf.provenance import machine, own_name, portable
 from ppf.report import plots
 from ppf.report.facts import Facts, Table
@@ -173,23 +171,13 @@ def _again(facts: Facts) -> str:
         ["commit", str(made.get("commit") or "not recorded")],
         ["this report", _versions(__version__, here)],
     ]
-    command = fit_command(record["settings"])
+    command = command_of(record["settings"], portable)
     text = "The same command, on the same model and text, gives the same masks; times differ."
     cards = [
         code("Command", command, "Settings that are not named are the defaults."),
         table("Facts", "Digests tell whether two studies saw the same.", ["what", "value"], rows, "words"),
     ]
     return section("How to make it again", text, cards)
-
-
-def fit_command(settings: dict[str, Any]) -> str:
-    """The command that gives a study of these settings, with those that differ from the defaults."""
-    words = ["ppf", "fit", portable(settings.get("model") or "MODEL"), "--study", own_name(settings.get("study") or "STUDY")]
-    for field in fields(FitConfig):
-        value = settings.get(field.name)
-        if field.default is not MISSING and value is not None and value != field.default:
-            words += ["--" + field.name.replace("_", "-"), portable(str(value))]
-    return " ".join(map(shlex.quote, [str(word) for word in words]))
 
 
 def _versions(own: Any, others: dict[str, Any]) -> str:
