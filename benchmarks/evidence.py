@@ -13,7 +13,11 @@ BOLD = """Bold: the least, and what cannot be told from it: the 95 % interval of
     the seeds where there are three or more, else over the blocks."""
 
 
-SEARCHES = {"searches": "True searches, one ratio at a time", "long": "How much room is left: a long true search"}
+SEARCHES = {
+    "searches": "True searches, one ratio at a time",
+    "long": "How much room is left: a long true search",
+    "longest": "How much room is left: fifty times the tokens of a fit, for one ratio",
+}
 """By the beginning of a results file's name."""
 
 
