@@ -8,6 +8,7 @@ from ppf.config import Target
 from ppf.decide import Decider
 from ppf.errors import InputError
 from ppf.llm.load import adopt_model, load_model
+from ppf.llm.placement import Placement
 from ppf.llm.text import Text
 from ppf.progress import Progress
 from ppf.recipes.compensate import added_params, compensated, with_room
@@ -71,7 +72,7 @@ def test_the_weights_keep_the_dtype_of_the_checkpoint(fitted):
     mask = decider.decide(Target(ratio=0.4)).mask
     blocks = Text.load(decider.study.path("text"), decider.layout.fingerprint).calibration
     for method in ("none", "bias", "ridge"):
-        smaller, record = compensated(loaded, mask, blocks, method, CPU, torch.float32)
+        smaller, record = compensated(loaded, mask, blocks, method, Placement(CPU), torch.float32)
         assert {parameter.dtype for parameter in smaller.parameters()} == {torch.bfloat16} and record["method"] == method
     units = loaded.layout.units
     assert loaded.model.dtype == torch.bfloat16 and added_params(loaded, "ridge", units) == 0
