@@ -7,6 +7,7 @@ from builders import random_mask, refuses
 from ppf.errors import ResourceError
 from ppf.llm import placement
 from ppf.llm.architectures import layout_of_model, stack_of
+from ppf.llm.depth import with_depth
 from ppf.llm.engines.bench import Bench
 from ppf.llm.load import adopt_model, load_model
 from ppf.llm.masking import masked
@@ -68,6 +69,18 @@ def test_scores_are_those_of_the_whole_model(name, method):
     for ours, theirs in zip(*(score_units(one, of, BLOCKS, method, "", 0).scores for one in (twin, model)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert away(twin) and not any(weight.requires_grad for weight in twin.parameters())
+
+
+@pytest.mark.parametrize("name", ["mixtral-gqa", "qwen3_moe-experts-everywhere"])
+def test_routers_choose_among_the_experts_that_are_left(name):
+    model = tiny.model(name)
+    of = with_depth(model, layout_of_model(model))
+    figures = []
+    for one in (model, parted(model, NONE)):
+        with masked(one, of, tiny.EXPERT_MASKS["one"](of)):
+            figures.append(measure(one, BLOCKS, None, 24)[0])
+    np.testing.assert_allclose(*figures, rtol=0, atol=2e-6)
+    assert not np.allclose(figures[0], measure(model, BLOCKS, None, 24)[0], atol=1e-4)
 
 
 def test_a_bench_takes_masks_and_shared_layers_of_a_spread_model():
