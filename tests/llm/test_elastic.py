@@ -9,6 +9,7 @@ import tiny_models as tiny
 from builders import importance, random_mask, refuses
 from ppf.errors import DamagedError, InputError, UnsupportedError
 from ppf.llm.architectures import layout_of_model
+from ppf.llm.depth import with_depth
 from ppf.llm.elastic import ElasticModel
 from ppf.llm.masking import narrowed
 from ppf.llm.surgery import cut
@@ -55,6 +56,18 @@ def test_at_any_allocation_it_answers_as_the_cut_model(name, case):
     with torch.inference_mode():
         torch.testing.assert_close(live(input_ids=torch.from_numpy(IDS)).logits, expected, rtol=0, atol=1e-5)
     live.set_allocation(Allocation(live.layout.units))
+    torch.testing.assert_close(answers(live), tiny.logits(dense, IDS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", tiny.EXPERT_MASKS)
+@pytest.mark.parametrize("name", tiny.MIXTURES)
+def test_without_some_experts_it_sends_tokens_where_the_cut_model_does(name, case):
+    dense, model = tiny.model(name), tiny.model(name)
+    layout = with_depth(dense, layout_of_model(dense))
+    mask = tiny.EXPERT_MASKS[case](layout)
+    live = ElasticModel(model, layout, importance(layout, 5))
+    expected = tiny.logits(cut(dense, layout, mask), IDS)
+    torch.testing.assert_close(answers(live, view=live.view(mask.allocation)), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(answers(live), tiny.logits(dense, IDS), rtol=0, atol=1e-5)
 
 
@@ -253,6 +266,16 @@ def test_what_looks_at_all_units_at_once_is_refused():
     model = tiny.model("llama-mha")
     model.model.layers[0].mlp.act_fn = torch.nn.Softmax(-1)  # depends on units that are masked
     layout = layout_of_model(model)
+    with refuses(UnsupportedError) as caught:
+        ElasticModel(model, layout, importance(layout))
+    assert "differ" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", tiny.MIXTURES)
+def test_routers_that_do_not_follow_are_refused(name, monkeypatch):
+    monkeypatch.setattr("ppf.llm.prefix.routers", lambda _: {})
+    model = tiny.model(name)
+    layout = with_depth(model, layout_of_model(model))
     with refuses(UnsupportedError) as caught:
         ElasticModel(model, layout, importance(layout))
     assert "differ" in str(caught.value)

@@ -15,6 +15,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from ppf.errors import InputError, UnsupportedError
+from ppf.llm.experts import routers
 from ppf.llm.masking import masked
 from ppf.llm.prefix import Running, View, follow, permute, prefix_of, running_units, spans_of
 from ppf.space.allocation import Allocation
@@ -42,7 +43,7 @@ class ElasticModel:
 
     Raises:
         UnsupportedError: Units that no prefix of a tensor, or of its blocks, can hold; or a model that answers otherwise than
-            the masked one when it is tried at half of its units.
+            the masked one when it is tried at half of its units, at its floors, and with every second site at its floor.
         DamagedError: The importance is of another model.
     """
 
@@ -56,16 +57,20 @@ class ElasticModel:
         check_units(importance.scores, layout.units, "importance")
         self.layout, self._model, self._decide = layout, model, decide
         self._spans = spans_of(model, layout)
-        half = Allocation(np.maximum(layout.floors, layout.units // 2))
-        with masked(model, layout, select(half, importance, layout)):
-            expected = _answer(model)
+        half = np.maximum(layout.floors, layout.units // 2)
+        mixed = np.where(np.arange(len(half)) % 2, layout.floors, half)  # routers choose only where some experts stay
+        expected = []
+        for kept in (half, layout.floors, mixed):
+            with masked(model, layout, select(Allocation(kept), importance, layout)):
+                expected.append((Allocation(kept), _answer(model)))
         self._wholes = [permute(model.get_submodule(name), span, importance) for name, span in self._spans.items()]
         dense = self.view(Allocation(layout.units))
         self._running = Running(dense)
         follow(model, layout, self._spans, self._running)
         self.current = dense
         """What runs where nothing else is said; replaced as a whole, never changed."""
-        self._check(half, expected)
+        for allocation, answer in expected:
+            self._check(allocation, answer)
 
     @property
     def config(self) -> Any:
@@ -92,7 +97,8 @@ class ElasticModel:
         if kept.shape != layout.units.shape or (kept < layout.floors).any() or (kept > layout.units).any():
             raise InputError("an allocation must lie between the floors and the units of this model; another came; use its own")
         spans = zip(self._wholes, self._spans.values(), strict=True)
-        return View(allocation, tuple(prefix_of(whole, span, kept) for whole, span in spans))
+        chosen = routers(zip(layout.sites, map(int, kept), strict=True))
+        return View(allocation, tuple(prefix_of(whole, span, kept) for whole, span in spans), chosen)
 
     def set_allocation(self, allocation: Allocation) -> View:
         """What runs from now on where a caller says nothing else; requests under way end as they began."""
@@ -109,10 +115,10 @@ class ElasticModel:
             raise InputError("a ratio must come to a model with a decider; this one has none; give decide= or an allocation")
         return self.set_allocation(self._decide(ratio))
 
-    def _check(self, half: Allocation, expected: torch.Tensor) -> None:
+    def _check(self, allocation: Allocation, expected: torch.Tensor) -> None:
         """Whatever a family does with its units besides multiplying by them shows here."""
         try:
-            with self.at(self.view(half)) as model:
+            with self.at(self.view(allocation)) as model:
                 found = _answer(model)
         except (RuntimeError, ValueError, IndexError) as error:
             raise UnsupportedError(

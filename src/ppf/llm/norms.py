@@ -76,11 +76,13 @@ def routed(model: PreTrainedModel, cuts: Iterable[tuple[Site, int]]) -> Iterator
     with ExitStack() as stack:
         for path, stays in routers(cuts).items():
             # before other hooks on the way out: one may take the weights away again
-            stack.callback(model.get_submodule(path).register_forward_hook(_choose_among(stays), prepend=True).remove)
+            stack.callback(model.get_submodule(path).register_forward_hook(choose_among(stays), prepend=True).remove)
         yield
 
 
-def _choose_among(stays: list[int]) -> Callable[[nn.Module, tuple[torch.Tensor, ...], Any], tuple[torch.Tensor, ...]]:
+def choose_among(stays: list[int]) -> Callable[[nn.Module, tuple[torch.Tensor, ...], Any], tuple[torch.Tensor, ...]]:
+    """A hook that lets a router choose among the experts of these numbers."""
+
     def choose(router: Any, inputs: tuple[torch.Tensor, ...], _: Any) -> tuple[torch.Tensor, ...]:
         weight = weight_of(router).to(inputs[0].device)
         ids = torch.tensor(stays, dtype=torch.long, device=weight.device)

@@ -5,6 +5,7 @@ fused    ████░░████░░██░     rows [:k] of every bl
          kept, not read                                              kept, not read
 
 A site that keeps nothing runs its first unit, which no code of any family can do without, into a reader of zeros.
+Routers choose among the experts that keep one.
 """
 
 import copy
@@ -23,6 +24,8 @@ from transformers import PreTrainedModel
 
 from ppf.errors import UnsupportedError
 from ppf.llm.architectures import counters_of, linear
+from ppf.llm.experts import routers
+from ppf.llm.norms import choose_among
 from ppf.space.allocation import Allocation
 from ppf.space.importance import Importance
 from ppf.space.layout import Layout, Rows, Site
@@ -38,10 +41,12 @@ class View:
     Attributes:
         allocation: Int[S] kept units.
         tensors: Of every layer that a site touches its blocks of rows, one behind the other; one block if all of them run.
+        chosen: By path of each router that loses an expert, the numbers of those that stay.
     """
 
     allocation: Allocation
     tensors: tuple[tuple[Part, ...], ...]
+    chosen: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class PrefixLinear(nn.Linear):
 
 
 def follow(model: PreTrainedModel, layout: Layout, spans: dict[str, Span], running: Running) -> None:
-    """Lets every layer of the spans, and what counts heads, follow what its thread says. The model is changed."""
+    """Lets every layer of the spans, what counts heads, and routers follow what their thread says. The model is changed."""
     for index, name in enumerate(spans):
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear):
@@ -96,6 +101,8 @@ def follow(model: PreTrainedModel, layout: Layout, spans: dict[str, Span], runni
                 setattr(owner, holder, copy.copy(getattr(owner, holder)))
             counter = getattr(owner, holder) if holder else owner
             _ask(counter, name, partial(_heads, running, index, per_unit))
+    for path in routers((site, site.floor) for site in layout.sites):
+        model.get_submodule(path).register_forward_hook(partial(_choose, running, path))
 
 
 def _entries(running: Running, index: int) -> torch.Tensor:
@@ -104,6 +111,11 @@ def _entries(running: Running, index: int) -> torch.Tensor:
 
 def _heads(running: Running, site: int, per_unit: int) -> int:
     return per_unit * running_units(int(running.view.allocation.kept[site]))
+
+
+def _choose(running: Running, path: str, router: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:
+    stays = running.view.chosen.get(path)
+    return output if stays is None else choose_among(stays)(router, inputs, output)
 
 
 def _ask(owner: Any, name: str, value: Callable[[], Any]) -> None:

@@ -112,8 +112,12 @@ class Live:
         decision = self.decider.decide(Target(ratio=ratio, nested=self.nested))
         return Size(decision, self.elastic.view(decision.allocation))
 
-    def adopt(self, decider: Decider) -> None:
+    def adopt(self, decider: Decider, ratio: float | None = None) -> None:
         """Decides by another fit of the same model from now on; a size that a request under way has fixed stays.
+
+        Args:
+            decider: Of the other fit.
+            ratio: That runs from now on; None keeps the ratio, as far as the floors allow.
 
         Raises:
             InputError: Another model, or another order of its units than that in memory.
@@ -126,18 +130,17 @@ class Live:
             raise InputError(
                 "a study fitted anew must keep its model and the order of the units; it has another; start the server again"
             )
-        known, self.decider = self.costs, decider
+        known, size, self.decider = self.costs, self.size, decider
         try:
-            self.set_ratio(min(self.size.decision.asked, largest_ratio(decider.layout)))
+            self.set_ratio(min(size.decision.asked, largest_ratio(decider.layout)) if ratio is None else ratio)
             self.costs = self._costs(known.latency_at)
-        except BaseException:  # all of the new fit, or nothing
-            self.decider, self.costs = old, known
-            self.set_ratio(self.size.decision.asked)
+        except BaseException:  # all of the new fit, or nothing; what ran is put back as it was, which cannot fail too
+            self.decider, self.costs, self.size, self.elastic.current = old, known, size, size.view
             raise
 
     def set_ratio(self, ratio: float) -> Size:
         """Changes what runs where a request names no ratio, requests under way included."""
-        self.size = self.size_for(ratio)
+        self.size: Size = self.size_for(ratio)
         self.elastic.current = self.size.view
         return self.size
 
