@@ -19,7 +19,7 @@ from ppf.learn.train_nested import chain_of
 from ppf.llm.depth import with_depth
 from ppf.llm.load import load_model
 from ppf.samples import Measurement, Sample
-from ppf.server.app import Service, create_app
+from ppf.server.app import Service
 from ppf.server.refit import open_whole
 from ppf.server.run import access_of, listen, server_of
 from ppf.server.served import open_served
@@ -99,7 +99,7 @@ def running(study, **options):
     with listen(config) as listener:
         port = listener.getsockname()[1]
         served = None if config.no_model else open_served(config, decider)
-        server = server_of(create_app(Service(decider, served, config.nested, mark), access_of(config, port)))
+        server = server_of(Service(decider, served, config.nested, mark), access_of(config, port))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         while not server.started:

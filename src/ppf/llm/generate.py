@@ -13,6 +13,8 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from ppf.llm.elastic import Carried, ElasticModel
 from ppf.llm.prefix import View
 
+_COLD = 1e-5
+"""Below this temperature the likeliest token is all that is left."""
 _CONTEXT = 8
 """Tokens before the first new one that decoding looks at, so that spaces and parts of characters come out right."""
 
@@ -23,7 +25,7 @@ class Sampling:
 
     Attributes:
         max_tokens: The most new tokens.
-        temperature: 0 takes the likeliest token.
+        temperature: 0, or next to it, takes the likeliest token.
         top_p: Only the likeliest tokens that together have this probability.
         seed: Of the choice; None draws one.
         stop: Strings before which the text ends.
@@ -125,7 +127,7 @@ class _Draw:
             self._generator.manual_seed(sampling.seed)
 
     def __call__(self, logits: torch.Tensor) -> int:
-        if self._sampling.temperature == 0:
+        if self._sampling.temperature < _COLD:
             return int(logits.argmax())
         shares, tokens = torch.softmax((logits - logits.max()) / self._sampling.temperature, 0).sort(descending=True)
         before = shares.cumsum(0) - shares

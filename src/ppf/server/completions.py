@@ -6,6 +6,8 @@ the server's time limit or its end cut has the ``finish_reason`` "length", the o
 ``ppf.ended`` says "time" or "shutdown".
 """
 
+import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -14,12 +16,14 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from ppf.llm.generate import Piece, Sampling
 from ppf.server.live import Job, Live
 from ppf.server.schemas import ChatBody, CompletionBody
 from ppf.server.wire import JsonResponse, Refusal, dump, error_body
 
+_LOG = logging.getLogger(__name__)
 _DEFAULT_TOKENS = 16
 """As OpenAI's completions; a chat answers with as many as are allowed."""
 
@@ -78,23 +82,41 @@ class Exchange:
         return cls(live, Job(prompt, sampling, size), model, chat, usage, number, int(time.time()))
 
     async def whole(self, request: Request) -> Response:
-        """One answer."""
+        """One answer, unless the client leaves before it is there.
+
+        Raises:
+            Refusal: Too many wait, or there is not enough memory.
+        """
+        self.live.admit(self.job)
+        answer, gone = asyncio.ensure_future(self._whole()), asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            return answer.result() if answer.done() else Response(status_code=499)
+        finally:
+            answer.cancel()
+            gone.cancel()
+            self.live.leave(self.job)
+
+    async def _whole(self) -> Response:
         text, last = [], None
         async for piece in self.live.pieces(self.job):
             text.append(piece.text)
             last = piece
-            if piece.tokens % 16 == 0 and await request.is_disconnected():
-                self.job.cancelled.set()
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": _finish(last)}
         words = "".join(text)
         choice |= {"message": {"role": "assistant", "content": words, "refusal": None}} if self.chat else {"text": words}
         return JsonResponse({**self._head(""), "choices": [choice], "usage": self._usage(last), "ppf": self._ppf(last)})
 
     def stream(self) -> Response:
-        """Events, one a token that brought text."""
-        return StreamingResponse(self._events(), media_type="text/event-stream")
+        """Events, one a token that brought text.
 
-    async def _events(self) -> AsyncIterator[bytes]:
+        Raises:
+            Refusal: Too many wait.
+        """
+        self.live.admit(self.job)
+        return _Stream(self)
+
+    async def events(self) -> AsyncIterator[bytes]:
         last = None
         try:
             if self.chat:
@@ -109,9 +131,9 @@ class Exchange:
                 if isinstance(error, Refusal)
                 else Refusal(500, "the server must be able to answer; it failed; see its log", "failed")
             )
-            yield _line(error_body(refusal.status, refusal.message, refusal.code))
             if refusal is not error:
-                raise
+                _LOG.error("a stream failed", exc_info=error)
+            yield _line(error_body(refusal.status, refusal.message, refusal.code))
             return
         yield self._event({} if self.chat else "", last, True)
         if self.usage:
@@ -138,6 +160,26 @@ class Exchange:
     def _ppf(self, last: Piece | None) -> dict[str, Any]:
         view, ended = self.job.view or self.live.size.view, (last.finish if last else None) or self.job.ended
         return {"ratio": self.live.ratio_of(view), "switches": self.job.switches, "ended": ended}
+
+
+class _Stream(StreamingResponse):
+    """The events of an exchange, whose job leaves when nobody reads them any more, be it before the first."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__(exchange.events(), media_type="text/event-stream")
+        self._exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._exchange.live.leave(self._exchange.job)
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _finish(last: Piece | None) -> str:

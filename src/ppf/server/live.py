@@ -48,12 +48,13 @@ class Job:
         prompt: Token ids.
         sampling: How to go on.
         size: Fixed by the request; None follows the live ratio.
-        switches: Where the size changed: at which new token, to which ratio, and what became of the KV cache.
+        switches: Where the size changed: at which new token, from and to which ratio, and what became of the KV cache.
         cached: Tokens in its KV cache.
         view: At which the cache is.
         ended: What cut it before it was done: ``"time"`` or ``"shutdown"``.
         asked: When it came, by the monotonic clock.
         cancelled: Nobody waits for it any more.
+        give: Hands a piece, a failure or the end to whoever waits.
     """
 
     prompt: Sequence[int]
@@ -65,6 +66,7 @@ class Job:
     ended: str | None = None
     asked: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    give: Callable[[Piece | Exception | None], None] = lambda _: None
 
 
 class Live:
@@ -100,6 +102,7 @@ class Live:
         ratios, latency = [self.ratio_of(size.view) for size in sizes], 1e3 * np.minimum.accumulate(seconds)
         self.costs = self._costs(lambda ratio: float(np.interp(ratio, ratios, latency)))
         self._jobs: set[Job] = set()
+        self._closed = False
         self._workers = min(_RUNNING, cores())
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="ppf-live")
 
@@ -144,15 +147,29 @@ class Live:
         self.elastic.current = self.size.view
         return self.size
 
-    async def pieces(self, job: Job) -> AsyncIterator[Piece]:
-        """Runs a job in a thread. It ends early, without a last piece, when its time is up or the server stops.
+    def admit(self, job: Job) -> None:
+        """Gives a job its place among those that run or wait; ``leave`` takes it away.
 
         Raises:
-            Refusal: Too many wait, or there is not enough memory.
+            Refusal: Too many wait, or the server stops.
         """
-        if len(self._jobs) >= self._workers + _WAITING:
+        if self._closed or len(self._jobs) >= self._workers + _WAITING:
             self.meter.counts["refused"] += 1
-            raise Refusal(503, f"at most {_WAITING} requests may wait; more came; try again later", "busy")
+            must = "the server must go on; it stops" if self._closed else f"at most {_WAITING} requests may wait; more came"
+            raise Refusal(503, f"{must}; try again later", "busy")
+        self._jobs.add(job)
+
+    def leave(self, job: Job) -> None:
+        """Takes a job's place away, and ends it if it still runs."""
+        job.cancelled.set()
+        self._jobs.discard(job)
+
+    async def pieces(self, job: Job) -> AsyncIterator[Piece]:
+        """Runs an admitted job in a thread. It ends early, without a last piece, when its time is up or the server stops.
+
+        Raises:
+            Refusal: There is not enough memory.
+        """
         queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
         loop, end = asyncio.get_running_loop(), "cancelled"
 
@@ -160,9 +177,9 @@ class Live:
             with contextlib.suppress(RuntimeError):  # the server has stopped
                 loop.call_soon_threadsafe(queue.put_nowait, item)
 
-        self._jobs.add(job)
+        job.give = give
         try:
-            self._pool.submit(self._work, job, give)
+            self._pool.submit(self._work, job)
             while (item := await queue.get()) is not None:
                 if isinstance(item, Exception):
                     end = "failed"
@@ -170,8 +187,7 @@ class Live:
                 end = "done" if item.finish else end
                 yield item
         finally:
-            job.cancelled.set()
-            self._jobs.discard(job)
+            self.leave(job)
             self.meter.counts[end] += 1
 
     def load(self) -> Load:
@@ -201,17 +217,19 @@ class Live:
         }
 
     def close(self) -> None:
-        """Ends what runs at its next token."""
+        """Ends what runs or waits, and takes nothing more."""
+        self._closed = True
         for job in list(self._jobs):
             job.ended = "shutdown"
             job.cancelled.set()
+            job.give(None)  # one that waits has no thread that could
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def ratio_of(self, view: View) -> float:
         """The share of the prunable parameters that a view leaves out."""
         return float(self.decider.layout.ratio(view.allocation.kept))
 
-    def _work(self, job: Job, give: Callable[[Piece | Exception | None], None]) -> None:
+    def _work(self, job: Job) -> None:
         start, alone = time.monotonic(), 1.0
         try:
             self.meter.counts["prompt_tokens"] += len(job.prompt)
@@ -231,18 +249,18 @@ class Live:
                     self.meter.note_step(piece.seconds, piece.seconds / alone)
                 job.cached = len(job.prompt) + piece.tokens - 1
                 self.meter.counts["completion_tokens"] += 1
-                give(piece)
+                job.give(piece)
         except Exception as error:  # the waiting side tells the client
-            give(error)
+            job.give(error)
         finally:
-            give(None)
+            job.give(None)
 
     def _note_view(self, job: Job, piece: Piece) -> float:
         """Keeps what runs from now on, and how many seconds a token takes there on an idle machine."""
         ratio = self.ratio_of(piece.view)
         if job.view is not None:
             cache = "rebuilt" if piece.carried == "rebuild" else piece.carried
-            job.switches.append({"token": piece.tokens, "ratio": ratio, "cache": cache})
+            job.switches.append({"token": piece.tokens, "from": self.ratio_of(job.view), "ratio": ratio, "cache": cache})
         job.view = piece.view
         return self.costs.latency_at(ratio) / 1e3
 

@@ -1,5 +1,6 @@
 """Starting and stopping: what can be refused is refused before anything heavy is loaded."""
 
+import asyncio
 import ipaddress
 import os
 import socket
@@ -15,11 +16,11 @@ from ppf.config.serve import is_loopback
 from ppf.decide import Decider
 from ppf.errors import InputError, InUseError, ResourceError
 from ppf.server.app import LivePart, Service, create_app
-from ppf.server.guard import HEADER_BYTES, Access, Guard
+from ppf.server.guard import HEADER_BYTES, Access
 from ppf.server.refit import open_whole
 
 _SILENT_SECONDS = 10.0
-_STOP_SECONDS = 4
+_ENDING_SECONDS, _STOP_SECONDS = 1.5, 4
 _CONNECTIONS = 200
 
 
@@ -28,10 +29,19 @@ class _Server(uvicorn.Server):
 
     should_exit: bool
     announcement = ""
+    close: Callable[[], None]
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print(self.announcement, end="", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """What is not answered soon is ended, so that its client hears of it."""
+        ending = asyncio.get_running_loop().call_later(_ENDING_SECONDS, self.close)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.force_exit, self.should_exit = bool(self.should_exit), True
@@ -80,16 +90,16 @@ def serve(config: ServeConfig, open_live: Callable[[ServeConfig, Decider], LiveP
     with listen(config) as listener:
         access = access_of(config, listener.getsockname()[1])
         live = None if open_live is None else open_live(config, decider)
-        server = server_of(create_app(Service(decider, live, config.nested, mark), access))
+        server = server_of(Service(decider, live, config.nested, mark), access)
         server.announcement = f"serving http://{_shown(config.host)}:{access.port}\n"
         server.run([listener])
 
 
-def server_of(app: Guard) -> _Server:
+def server_of(service: Service, access: Access) -> _Server:
     """A server that keeps to its limits; ``run`` it with a socket that listens."""
-    return _Server(
+    server = _Server(
         uvicorn.Config(
-            app,
+            create_app(service, access),
             http=_Protocol,
             ws="none",
             lifespan="on",
@@ -102,6 +112,8 @@ def server_of(app: Guard) -> _Server:
             timeout_graceful_shutdown=_STOP_SECONDS,
         )
     )
+    server.close = service.live.close if service.live else lambda: None
+    return server
 
 
 def access_of(config: ServeConfig, port: int) -> Access:
