@@ -161,6 +161,10 @@ def test_a_ratio_beyond_the_floors_is_refused(study):
 # --- the controller over the model ---
 
 
+def no_memory(*_):
+    raise MemoryError
+
+
 def test_the_controller_changes_the_ratio_and_tells_why(study, caplog):
     live = opened(study)
     goal = Goal(None, int(live.costs.weights[0] * 0.8), 0.0, 0.6)
@@ -174,6 +178,37 @@ def test_the_controller_changes_the_ratio_and_tells_why(study, caplog):
     assert "ratio 0.000 -> " in caplog.text
     served.look(goal)
     assert len(served.state()["controller"]["decisions"]) == 1
+    live.close()
+
+
+def test_a_ratio_that_could_not_be_set_is_tried_at_the_next_look(study, monkeypatch):
+    live = opened(study)
+    goal = Goal(None, int(live.costs.weights[0] * 0.8), 0.0, 0.6)
+    served = Served(live, "tiny", 8, lambda _: goal)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(live.elastic, "view", no_memory)
+        served.look(goal)
+    assert live.size.decision.asked == 0 and served.state()["controller"]["decisions"] == []
+    served.look(goal)
+    (decision,) = served.state()["controller"]["decisions"]
+    assert live.size.decision.asked == decision["to"] > 0.1
+    live.close()
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 6])
+def test_another_fit_is_taken_as_a_whole_or_not_at_all(study, monkeypatch, fails_at):
+    live, other = opened(study, ratio=0.5), Decider(study)
+    goals = {live.decider: Goal(None, 10**12, 0.0, 0.6), other: Goal(None, 10**12, 0.0, 0.3)}
+    served = Served(live, "tiny", 8, goals.__getitem__)
+    before = (live.decider, live.size, live.elastic.current, live.costs, served.goal, served.state())
+    view, calls = live.elastic.view, iter(range(100))
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(live.elastic, "view", lambda allocation: view(allocation) if next(calls) < fails_at else no_memory())
+        served.adopt(other)
+    assert (live.decider, live.size, live.elastic.current, live.costs, served.goal, served.state()) == before
+    served.adopt(other)
+    assert live.decider is other and served.goal is goals[other] and live.size.decision.asked == 0.3
+    assert [one["to"] for one in served.state()["controller"]["decisions"]] == [0.3]
     live.close()
 
 

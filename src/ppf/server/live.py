@@ -94,7 +94,7 @@ class Live:
         self.decider, self.elastic, self.tokenizer, self.nested = decider, elastic, tokenizer, nested
         self.context = int(elastic.config.max_position_embeddings)
         self.meter = Meter()
-        self.set_ratio(ratio)
+        self.size = self.set_ratio(ratio)
         sizes = self._sizes()
         seconds = step_seconds(self.elastic, [size.view for size in sizes], timing_seconds)
         ratios, latency = [self.ratio_of(size.view) for size in sizes], 1e3 * np.minimum.accumulate(seconds)
@@ -112,8 +112,12 @@ class Live:
         decision = self.decider.decide(Target(ratio=ratio, nested=self.nested))
         return Size(decision, self.elastic.view(decision.allocation))
 
-    def adopt(self, decider: Decider) -> None:
+    def adopt(self, decider: Decider, ratio: float | None = None) -> None:
         """Decides by another fit of the same model from now on; a size that a request under way has fixed stays.
+
+        Args:
+            decider: Of the other fit.
+            ratio: That runs from now on; None keeps the ratio, as far as the floors allow.
 
         Raises:
             InputError: Another model, or another order of its units than that in memory.
@@ -126,13 +130,12 @@ class Live:
             raise InputError(
                 "a study fitted anew must keep its model and the order of the units; it has another; start the server again"
             )
-        known, self.decider = self.costs, decider
+        known, size, self.decider = self.costs, self.size, decider
         try:
-            self.set_ratio(min(self.size.decision.asked, largest_ratio(decider.layout)))
+            self.set_ratio(min(size.decision.asked, largest_ratio(decider.layout)) if ratio is None else ratio)
             self.costs = self._costs(known.latency_at)
-        except BaseException:  # all of the new fit, or nothing
-            self.decider, self.costs = old, known
-            self.set_ratio(self.size.decision.asked)
+        except BaseException:  # all of the new fit, or nothing; what ran is put back as it was, which cannot fail too
+            self.decider, self.costs, self.size, self.elastic.current = old, known, size, size.view
             raise
 
     def set_ratio(self, ratio: float) -> Size:

@@ -104,10 +104,13 @@ class Served:
     def adopt(self, decider: Decider) -> None:
         """See ``LivePart``. The controller's limits are those of the new fit, and so is the ratio that it stands at."""
         goal = self._goal_of(decider)
-        self.live.adopt(decider)
+        if goal is None:
+            self.live.adopt(decider)
+        else:
+            to = State(min(max(self._at.ratio, goal.low), goal.high))
+            self.live.adopt(decider, to.ratio)
+            self._stand(to, "the study was fitted anew, with other limits")
         self.goal = goal
-        if goal is not None:
-            self._turn(State(min(max(self._at.ratio, goal.low), goal.high)), "the study was fitted anew, with other limits")
 
     async def watch(self) -> None:
         """See ``LivePart``."""
@@ -120,13 +123,15 @@ class Served:
 
     def look(self, goal: Goal) -> None:
         """Lets the controller decide once."""
-        self._turn(*step(self._at, self.live.load(), goal, self.costs))
+        to, reason = step(self._at, self.live.load(), goal, self.costs)
+        if to.ratio != self._at.ratio:
+            self.live.set_ratio(to.ratio)
+        self._stand(to, reason)
 
-    def _turn(self, to: State, reason: str) -> None:
-        """Stands somewhere from now on; where that is another ratio, it is told why."""
+    def _stand(self, to: State, reason: str) -> None:
+        """Stands where the model is by now; where that is another ratio, it is told why."""
         before, self._at = self._at.ratio, to
         if to.ratio != before:
-            self.live.set_ratio(to.ratio)
             self._decisions.append({"time": time.time(), "from": before, "to": to.ratio, "reason": reason})
             _log.warning("ratio %.3f -> %.3f: %s", before, to.ratio, reason)
 
