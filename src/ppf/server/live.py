@@ -96,7 +96,7 @@ class Live:
         self.decider, self.elastic, self.tokenizer, self.nested = decider, elastic, tokenizer, nested
         self.context = int(elastic.config.max_position_embeddings)
         self.meter = Meter()
-        self.set_ratio(ratio)
+        self.size = self.set_ratio(ratio)
         sizes = self._sizes()
         seconds = step_seconds(self.elastic, [size.view for size in sizes], timing_seconds)
         ratios, latency = [self.ratio_of(size.view) for size in sizes], 1e3 * np.minimum.accumulate(seconds)
