@@ -3,6 +3,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -140,6 +141,16 @@ def test_a_network_disk_is_known(network, tmp_path_factory):
     assert network_disk(network) == ""
 
 
+@pytest.mark.parametrize("name", ["a b", "a\tb", "a\nb", "a\\040b", "a\xa0b", "caf\udce9"])
+def test_a_network_disk_of_any_name_is_known(tmp_path, monkeypatch, name):
+    place = str(tmp_path / name)
+    for char in "\\ \t\n":  # the backslash first: it begins what the others become
+        place = place.replace(char, f"\\{ord(char):03o}")
+    (tmp_path / "mounts").write_bytes(os.fsencode(f"1 2 0:1 / / rw - ext4 /dev/sda rw\n3 1 0:2 / {place} rw - nfs4 server:/ rw\n"))
+    monkeypatch.setattr(lock, "_MOUNTS", tmp_path / "mounts")
+    assert network_disk(tmp_path / name / "study") == "nfs4" and network_disk(tmp_path / "a") == ""
+
+
 def test_on_a_network_disk_nobody_takes_over_from_another_machine(network):
     (network / "lock").write_text(json.dumps(asdict(replace(Holder.here(), host="elsewhere", pid=7))))
     with refuses(InUseError) as caught, locked(network):
@@ -204,10 +215,26 @@ def test_a_number_that_another_process_has_now_is_no_holder(tmp_path, change):
         assert dead == replace(Holder.here(), since=dead.since, **change)
 
 
-def test_a_full_disk_is_no_reason_not_to_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(json, "dumps", lambda *_: "")  # nothing gets onto it
-    with locked(tmp_path), refuses(InUseError), locked(tmp_path):
-        pytest.fail("two writers")
+@pytest.fixture(params=[0, 9])
+def full(request):
+    """No file may grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (request.param, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_no_reason_not_to_lock(tmp_path, full):
+    for _ in range(2):
+        with locked(tmp_path) as dead, refuses(InUseError), locked(tmp_path):
+            pytest.fail("two writers")
+        assert dead is None and (tmp_path / "lock").stat().st_size == 0
+
+
+def test_a_full_network_disk_is_said_and_not_another_writer(network, full):
+    with refuses(ResourceError) as caught, locked(network):
+        pytest.fail("a lock that nobody sees")
+    assert f"{network} must take a lock file" in str(caught.value)
 
 
 def test_a_lock_file_that_its_holder_removed_is_not_what_is_locked(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ppf.config import FitConfig
 from ppf.errors import PPFError
-from ppf.study import read_sealed
+from ppf.study import is_sealed, read_sealed
 
 _TELLING = ("study.json", "report.json")
 _SETTINGS = '"settings":'
@@ -54,13 +54,13 @@ def _settings(folder: Path) -> tuple[dict[str, Any], bool]:
     records = [path for name in _TELLING for path in sorted(folder.glob(f"{name}*"))]
     for path in records:
         try:
-            return dict(read_sealed(path)["settings"]), True
+            return dict(read_sealed(path)["settings"]), is_sealed(path)
         except (PPFError, KeyError, TypeError, ValueError):
             continue
     for path in records:
-        _, _, rest = path.read_text(encoding="utf-8", errors="replace").partition(_SETTINGS)
         try:
+            _, _, rest = path.read_text(encoding="utf-8", errors="replace").partition(_SETTINGS)
             return dict(json.JSONDecoder().raw_decode(rest.lstrip())[0]), False
-        except (ValueError, TypeError, RecursionError):
+        except (OSError, ValueError, TypeError, RecursionError):
             continue
     return {}, False

@@ -4,15 +4,17 @@ Some network disks grant every lock to everyone. There the file alone decides, a
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from ppf.errors import InUseError, ResourceError
 
@@ -21,6 +23,8 @@ _NETWORK = {
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs", "fuse.sshfs", "fuse.glusterfs",
     "fuse.ceph", "fuse.s3fs", "fuse.gcsfuse",
 }  # fmt: skip
+_ESCAPED = re.compile(r"\\([0-7]{3})")
+"""How the kernel writes a space, a tab, a line break or a backslash in a name."""
 _SETTLING = 0.2
 """Seconds in which another, who read the file as empty too, has written into it."""
 
@@ -68,15 +72,17 @@ def locked(folder: Path) -> Iterator[Holder | None]:
 
     Raises:
         InUseError: Another process holds it.
-        ResourceError: The folder cannot be made.
+        ResourceError: The folder cannot be made, or on a network disk the file cannot be written.
     """
     with _held(folder) as handle:
         before, ours = _read(handle), Holder.here()
         is_shared = bool(network_disk(folder))
         if before is not None and (before.is_alive or (is_shared and before.host != ours.host)):
             raise _in_use(folder, before)
-        _write(handle, json.dumps(asdict(ours)))
+        reason = _write(handle, json.dumps(asdict(ours)))
         if is_shared:
+            if reason:  # there the file is all that keeps others out
+                raise ResourceError(f"{folder} must take a lock file; {reason}; free the disk or choose another place")
             time.sleep(_SETTLING)
             if (now := _read(handle)) != ours:
                 raise _in_use(folder, now)
@@ -90,21 +96,21 @@ def network_disk(folder: Path) -> str:
     """The kind of network disk on which a folder lies; empty for a disk of this machine, and where the system does not say."""
     place, kinds = Path(os.path.realpath(folder)), {"": ""}
     with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in _MOUNTS.read_text(errors="replace").splitlines():
-            at, _, kind = line.partition(" - ")
-            mounted = at.split()[4]
+        for line in _MOUNTS.read_bytes().splitlines():
+            at, _, kind = os.fsdecode(line).partition(" - ")
+            mounted = _ESCAPED.sub(lambda found: chr(int(found[1], 8)), at.split(" ")[4])
             if place.is_relative_to(mounted):
                 kinds[mounted] = kind.split()[0]
     kind = kinds[max(kinds, key=len)]
     return kind if kind in _NETWORK else ""
 
 
-def _held(folder: Path) -> TextIO:
-    """The folder's lock file, locked."""
+def _held(folder: Path) -> FileIO:
+    """The folder's lock file, locked. It has no buffer: what a full disk did not take would fail again when it is closed."""
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed by the caller)
+            handle = open(folder / "lock", "ab+", buffering=0)  # noqa: SIM115 (closed by the caller)
         except OSError as error:
             raise ResourceError(f"{folder} must be a writable folder; {error.strerror}; choose another place") from error
         try:
@@ -128,7 +134,7 @@ def _in_use(folder: Path, holder: Holder | None) -> InUseError:
     return InUseError(f"{folder} must have one writer; {who}; {todo}")
 
 
-def _read(handle: TextIO) -> Holder | None:
+def _read(handle: FileIO) -> Holder | None:
     """Who the file says; None if it says nobody, or nothing that can be read."""
     try:
         handle.seek(0)
@@ -138,13 +144,17 @@ def _read(handle: TextIO) -> Holder | None:
         return None
 
 
-def _write(handle: TextIO, record: str) -> None:
-    """Whoever locks needs no record of who does: a full disk is no reason to stop."""
-    with contextlib.suppress(OSError):
+def _write(handle: FileIO, record: str) -> str:
+    """Why a record could not be written, empty if it was. Where locks hold, a full disk is no reason to stop."""
+    data = record.encode()
+    try:
         handle.seek(0)
         handle.truncate()
-        handle.write(record)
-        handle.flush()
+        written = handle.write(data)
+        os.fsync(handle.fileno())  # only now a network disk says whether there was room, and shows others what was written
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if written == len(data) else os.strerror(errno.ENOSPC)
 
 
 def _started(pid: int) -> int:

@@ -211,9 +211,10 @@ def print_repaired(record: dict[str, Any]) -> None:
         print("nothing is damaged")
         return
     print("next     " + (record["fit"] or "the fit of the study as it was, which no file tells any more"))
-    print("         It makes what is missing from the samples.", end="\n" if record["sure"] else " ")
-    if record["fit"] and not record["sure"]:
-        print("It was read from a damaged file: compare it with the one that you gave.")
+    unsure = record["fit"] and not record["sure"]
+    print("         It makes what is missing from the samples.", end=" " if unsure else "\n")
+    if unsure:
+        print("No checksum vouches for it: compare it with the one that you gave.")
 
 
 def print_report(report: dict[str, Any], study: str) -> None:

@@ -158,11 +158,21 @@ def read_sealed(path: Path) -> dict[str, Any]:
     record = read_json(path, MEND)
     if not isinstance(record, dict):
         raise DamagedError(f"{path} must hold a JSON object; it does not; {MEND}")
-    sealed, seal = not {_SEALED, _SEAL}.isdisjoint(record), record.pop(_SEAL, None)
+    sealed, seal = _is_sealed(record), record.pop(_SEAL, None)
     record.pop(_SEALED, None)
     if sealed and seal != _digest(record):
         raise DamagedError(f"{path} must be as it was written; its checksum differs; {MEND}")
     return record
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a checksum vouches for what ``read_sealed`` gives; earlier versions wrote none.
+
+    Raises:
+        DamagedError: Missing, or no JSON.
+        ResourceError: It cannot be read.
+    """
+    return _is_sealed(read_json(path, MEND))
 
 
 def check_version(record: dict[str, Any], folder: Path) -> None:
@@ -176,6 +186,10 @@ def check_version(record: dict[str, Any], folder: Path) -> None:
         newer = type(version) is int and version > STUDY_VERSION
         advice = "use the newer ppf that made it" if newer else "fit again in a new folder"
         raise DamagedError(f"{folder} must be a study of version {STUDY_VERSION}; it is of {str(version)[:20]}; {advice}")
+
+
+def _is_sealed(record: dict[str, Any]) -> bool:
+    return not {_SEALED, _SEAL}.isdisjoint(record)
 
 
 def _digest(record: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from ppf import cli
 from ppf import repair as module
 from ppf.config import FitConfig
 from ppf.errors import MEND, DamagedError, InputError, InUseError, NewerError, PPFError, ResourceError
+from ppf.fit_command import fit_command
 from ppf.lock import locked
 from ppf.repair import repair
 from ppf.study import StudyFolder, read_sealed, write_sealed
@@ -253,7 +254,29 @@ def test_where_nothing_tells_the_command_that_is_said(copy, capsys):
     for name in ("study.json", "report.json"):
         (copy / name).unlink()
     assert cli.main(["repair", str(copy)]) == 0
-    assert "which no file tells any more" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "which no file tells any more" in out and out.endswith("from the samples.\n")
+
+
+def test_a_command_without_a_checksum_is_to_be_compared(copy, capsys):
+    """Records of earlier versions have none."""
+    for name in ("study.json", "report.json"):
+        record = read_sealed(copy / name)
+        settings = {**record["settings"], "model": "a", "workers": None}
+        (copy / name).write_text(json.dumps(record | {"settings": settings}))
+    flip(copy / "agent.safetensors")
+    assert cli.main(["repair", str(copy)]) == 0
+    out = capsys.readouterr().out
+    assert "ppf fit a --study" in out and "compare it" in out and out.endswith("\n")
+
+
+def test_a_folder_in_the_place_of_a_record_is_said(copy):
+    for name in ("study.json", "report.json"):
+        (copy / name).unlink()
+        (copy / name).mkdir()
+    assert fit_command(copy) == (None, False)
+    with refuses(ResourceError):
+        repair(copy)
 
 
 def test_no_cut_and_no_flip_of_any_file_bricks_a_study(copy, fitted):
