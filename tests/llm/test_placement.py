@@ -13,6 +13,7 @@ from ppf.llm.masking import masked
 from ppf.llm.perplexity import measure, reference_of
 from ppf.llm.placement import Placement, copied, entry_of, is_spread, spread, weight_of
 from ppf.llm.scores import SCORES, score_units
+from ppf.llm.statistics import layer_statistics
 from ppf.llm.text import Text
 
 CPU = torch.device("cpu")
@@ -68,6 +69,17 @@ def test_scores_are_those_of_the_whole_model(name, method):
     for ours, theirs in zip(*(score_units(one, of, BLOCKS, method, "", 0).scores for one in (twin, model)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert away(twin) and not any(weight.requires_grad for weight in twin.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt_neox-parallel", "phi3-gqa", "mixtral-gqa"])
+def test_statistics_are_those_of_the_whole_model(name):
+    model = tiny.model(name)
+    of, twin = layout_of_model(model), parted(model, NONE)
+    ours, theirs = (vars(layer_statistics(one, of, BLOCKS)) for one in (twin, model))
+    for field in ours:
+        for found, expected in zip(ours[field], theirs[field], strict=True):
+            np.testing.assert_allclose(found, expected, rtol=2e-6 if tiny.is_mixture(name) else 0, err_msg=field)
+    assert away(twin)
 
 
 def test_a_bench_takes_masks_and_shared_layers_of_a_spread_model():
