@@ -65,7 +65,8 @@ class Elsewhere(torch.Tensor):
 def test_weights_may_lie_on_another_device(tmp_path, name):
     tiny.save(tmp_path, name)
     source, model, ids = open_checkpoint(str(tmp_path)), load_model(str(tmp_path)).model, torch.from_numpy(tiny.blocks(2, 9))
-    with torch.inference_mode(), running_stored(source.shell, lambda path: model.get_parameter(path).detach().as_subclass(Elsewhere)):
+    weights = {path: weight.detach().as_subclass(Elsewhere) for path, weight in model.named_parameters(remove_duplicate=False)}
+    with torch.inference_mode(), running_stored(source.shell, weights.__getitem__):
         found = source.shell(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, model(input_ids=ids, use_cache=False).logits, rtol=0, atol=1e-5)
 
