@@ -1,3 +1,5 @@
+from weakref import ref
+
 import numpy as np
 import pytest
 import torch
@@ -121,6 +123,15 @@ def test_a_model_that_was_given_is_left_alone():
     model = tiny.model()
     loaded = adopt_model(model, tiny.tokenizer())
     assert away(loaded.on(Placement(CPU, (("cpu", 1),)), torch.float32)) and not away(model)
+
+
+def test_a_model_keeps_one_spread_copy_whatever_is_free_just_now():
+    loaded = adopt_model(tiny.model(), tiny.tokenizer())
+    first, second = (Placement(CPU, (("cpu", size),)) for size in (1, 2))
+    copy = ref(loaded.on(first, torch.float32))
+    assert loaded.on(first, torch.float32) is copy()
+    twin = loaded.on(second, torch.float32)
+    assert list(loaded.spread.values()) == [twin] and copy() is None
 
 
 def test_without_accelerate_it_is_asked_for(monkeypatch):
