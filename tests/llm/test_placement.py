@@ -1,3 +1,5 @@
+from weakref import ref
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from ppf.llm.masking import masked
 from ppf.llm.perplexity import measure, reference_of
 from ppf.llm.placement import Placement, copied, entry_of, is_spread, spread, weight_of
 from ppf.llm.scores import SCORES, score_units
+from ppf.llm.statistics import layer_statistics
 from ppf.llm.text import Text
 
 CPU = torch.device("cpu")
@@ -83,6 +86,17 @@ def test_routers_choose_among_the_experts_that_are_left(name):
     assert not np.allclose(figures[0], measure(model, BLOCKS, None, 24)[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt_neox-parallel", "phi3-gqa", "mixtral-gqa"])
+def test_statistics_are_those_of_the_whole_model(name):
+    model = tiny.model(name)
+    of, twin = layout_of_model(model), parted(model, NONE)
+    ours, theirs = (vars(layer_statistics(one, of, BLOCKS)) for one in (twin, model))
+    for field in ours:
+        for found, expected in zip(ours[field], theirs[field], strict=True):
+            np.testing.assert_allclose(found, expected, rtol=2e-6 if tiny.is_mixture(name) else 0, err_msg=field)
+    assert away(twin)
+
+
 def test_a_bench_takes_masks_and_shared_layers_of_a_spread_model():
     model = tiny.model()
     of = layout_of_model(model)
@@ -122,6 +136,15 @@ def test_a_model_that_was_given_is_left_alone():
     model = tiny.model()
     loaded = adopt_model(model, tiny.tokenizer())
     assert away(loaded.on(Placement(CPU, (("cpu", 1),)), torch.float32)) and not away(model)
+
+
+def test_a_model_keeps_one_spread_copy_whatever_is_free_just_now():
+    loaded = adopt_model(tiny.model(), tiny.tokenizer())
+    first, second = (Placement(CPU, (("cpu", size),)) for size in (1, 2))
+    copy = ref(loaded.on(first, torch.float32))
+    assert loaded.on(first, torch.float32) is copy()
+    twin = loaded.on(second, torch.float32)
+    assert list(loaded.spread.values()) == [twin] and copy() is None
 
 
 def test_without_accelerate_it_is_asked_for(monkeypatch):

@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import tiny_models as tiny
 from builders import refuses
 from ppf.errors import InputError
+from ppf.llm import head, scores
 from ppf.llm.architectures import layout_of_model, linear
 from ppf.llm.scores import SCORES, score_units
 
@@ -153,6 +155,18 @@ def test_taylor_is_the_slope_of_the_loss_along_the_mask():
 
     slope = (loss(1.02) - loss(0.98)) / 0.04
     assert scored(model, "taylor", blocks=BLOCKS[:1]).scores[1][7] == pytest.approx(slope**2, rel=0.01)
+
+
+@pytest.mark.parametrize("at_once", [1, 2**24])
+def test_a_head_may_lie_on_another_device_than_the_last_layer(monkeypatch, at_once):
+    """As a tied one does where the model is spread. The tensors are of devices that need not be here, and hold no values."""
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(scores, "logits_of", lambda model, part: part.to("cuda:0") @ torch.ones(4, tiny.VOCAB, device="cuda:0"))
+    monkeypatch.setattr(scores, "states_of", lambda model, rows: torch.ones(11, 4, device="cuda:1"))
+    row = BLOCKS[0]
+    with FakeTensorMode():
+        loss = scores._loss(tiny.model(), row)
+    assert loss.device == torch.device("cuda:1")
 
 
 def test_small_gradients_do_not_vanish_in_float16():

@@ -48,6 +48,29 @@ def test_it_answers_in_float32_whatever_its_files_hold(tmp_path, name):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor on a device that is not here: it can be moved, and its rows be taken, but nothing on the CPU computes with it."""
+
+    @classmethod
+    def __torch_function__(cls, kind, types, args=(), kwargs=None):
+        found = super().__torch_function__(kind, types, args, kwargs)
+        if kind is torch.Tensor.to and "cpu" in args[1:]:
+            return found.as_subclass(torch.Tensor)
+        if isinstance(found, torch.Tensor) and kind not in (torch.Tensor.__getitem__, torch.Tensor.float, torch.Tensor.to):
+            raise RuntimeError("tensors on two devices")
+        return found
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_weights_may_lie_on_another_device(tmp_path, name):
+    tiny.save(tmp_path, name)
+    source, model, ids = open_checkpoint(str(tmp_path)), load_model(str(tmp_path)).model, torch.from_numpy(tiny.blocks(2, 9))
+    weights = {path: weight.detach().as_subclass(Elsewhere) for path, weight in model.named_parameters(remove_duplicate=False)}
+    with torch.inference_mode(), running_stored(source.shell, weights.__getitem__):
+        found = source.shell(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, model(input_ids=ids, use_cache=False).logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", tiny.TINY)
 def test_of_an_outline_vectors_are_there_and_matrices_are_shapes(tmp_path, name):
     tiny.save(tmp_path, name, dtype=torch.bfloat16)

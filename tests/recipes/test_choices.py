@@ -59,9 +59,11 @@ def test_limits_are_in_the_order_in_which_devices_are_filled(monkeypatch):
     assert choose_placement("cpu=8GiB") == Placement(CPU, (("cpu", 2**33),))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: ((gpu + 1) * 1000, 10**6))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda gpu: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: 300 if gpu else 200)  # the rest torch has and does not use
     monkeypatch.setattr(choices, "choose_device", torch.device)
     assert choose_placement("2=1GB, 0=500MB") == Placement(torch.device("cuda:2"), ((2, 10**9), (0, 5 * 10**8)))
-    assert choose_placement("split") == Placement(torch.device("cuda:0"), ((0, 800), (1, 1600), (2, 2400)))
+    assert choose_placement("split") == Placement(torch.device("cuda:0"), ((0, 880), (1, 1600), (2, 2400)))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import json
 import shutil
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ppf import cli
 from ppf.config import EvalConfig, Target
 from ppf.decide import Decider
 from ppf.errors import DamagedError, InputError, ResourceError
-from ppf.llm import export
+from ppf.llm import export, placement
 from ppf.llm.load import adopt_model, load_model
 from ppf.llm.masking import masked
 from ppf.llm.text import Text
@@ -155,6 +156,23 @@ def test_speed_is_that_of_each_model():
     models = [tiny_models.model("llama-mha"), tiny_models.model("llama-mha", 1)]
     speeds = tokens_per_second(models, tiny_models.blocks(8, 16))
     assert len(speeds) == 2 and min(speeds) > 0
+
+
+@pytest.mark.parametrize("refine", [{}, {"refine": True, "candidates": 2}], ids=["taken", "refined"])
+def test_limits_are_never_filled_by_two_models(fitted, tmp_path, monkeypatch, refine):
+    """Nor when it is asked again and other limits are found, as ``split`` may."""
+    study = ppf.Study(shutil.copytree(fitted.folder, tmp_path / "s"), tiny_models.model("llama-mha"), tiny_models.tokenizer())
+    spread, made, most = placement.spread, [], []
+
+    def counted(*arguments):
+        found = spread(*arguments)
+        made.append(ref(found))
+        most.append(sum(one() is not None for one in made))
+        return found
+
+    monkeypatch.setattr(placement, "spread", counted)
+    figures = [study.prune(ratio=0.4, device=device, **refine).plan["measured"] for device in ("cpu=1KB", "cpu=2KB")]
+    assert len(made) >= 4 and set(most) == {1} and figures[0] == figures[1]
 
 
 def test_a_wanted_size_holds_the_whole_file(fitted, tmp_path):

@@ -249,6 +249,7 @@ def test_in_python_it_is_one_call_after_the_other(fitted, place, tmp_path):
         ("{small} --teacher {tmp}/none", 2, "is none"),
         ("{small} --teacher ref-a", 2, "vocabulary"),
         ("{small} --device abacus", 2, "--device"),
+        ("{small} --device cpu=1GB", 2, "training"),
         ("{small} --seq-len 4096", 2, "--seq-len"),
         ("{small} --lr 1e30", 2, "--lr"),
         ("{small} --lr 1e30 --full", 2, "--lr"),

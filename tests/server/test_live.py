@@ -43,6 +43,7 @@ def collect(live, *jobs, then=lambda piece: None):
 
     async def one(job, see):
         found = []
+        live.admit(job)
         async for piece in live.pieces(job):
             see(piece)
             found.append(piece)

@@ -41,7 +41,7 @@ class RecoverConfig:
     test_tokens: int = 32_768
     """Tokens for the figures before and after."""
     device: str = "auto"
-    """As in fit."""
+    """One device, as in fit."""
     dtype: TrainDtypeName = "auto"
     """Precision to compute in; auto is float32 on a CPU and the checkpoint's own elsewhere. Trained weights are float32."""
     seed: int = 0

@@ -48,7 +48,7 @@ class LoadedModel:
         folder: Where its files lie; None if it was given as an object.
         digest: See ``model_digest``.
         dtype: Of the checkpoint, whatever the model was converted to since.
-        spread: Its copies that lie on several devices.
+        spread: Its copy that lies on several devices, if there is one: ``on`` keeps the last, and two would not fit.
     """
 
     model: PreTrainedModel
@@ -67,6 +67,7 @@ class LoadedModel:
         """
         if where.limits is not None:
             if (where, dtype) not in self.spread:
+                self.spread.clear()
                 self.spread[where, dtype] = copied(self.model, where, dtype)
             return self.spread[where, dtype]
         if self.model.device == where.device and self.model.dtype == dtype:

@@ -7,6 +7,7 @@ spread     accelerate moves activations from layer to layer; weights that fit no
 """
 
 import copy
+import gc
 import importlib
 import logging
 from collections.abc import Mapping
@@ -70,6 +71,7 @@ def spread(model: PreTrainedModel, device: torch.device, limits: Mapping[int | s
         ResourceError: accelerate is not installed.
     """
     accelerate = _accelerate()
+    gc.collect()  # a spread model that was let go holds its memory until then: accelerate's hooks make cycles
     weights = {name: weight.detach() for name, weight in model.named_parameters(remove_duplicate=False)}
     empty = {id(weight): _parameter(torch.empty_like(weight, device="meta", dtype=dtype)) for weight in model.parameters()}
     twin = copy.deepcopy(model, dict(empty))
@@ -100,6 +102,12 @@ def weight_of(module: Any) -> torch.Tensor:
 def is_spread(model: PreTrainedModel) -> bool:
     """Whether a model lies on several devices, or not as a whole on any."""
     return hasattr(model, "_hf_hook")
+
+
+def free_bytes(gpu: int) -> int:
+    """Bytes that weights can have on a GPU just now: what is free there, and what torch holds there and does not use."""
+    gc.collect()  # as in ``spread``
+    return torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
 
 
 def _set_buffers(model: PreTrainedModel, exact: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:

@@ -94,7 +94,8 @@ def _loss(model: PreTrainedModel, row: np.ndarray) -> torch.Tensor:
 
     parts, loss = list(in_parts(model, states)), states.new_zeros((), dtype=torch.float32)
     for part, wanted in zip(parts, targets.split([len(part) for part in parts]), strict=True):
-        loss = loss + checkpoint(of, part, wanted, use_reentrant=False, preserve_rng_state=False)
+        found = checkpoint(of, part, wanted, use_reentrant=False, preserve_rng_state=False)
+        loss = loss + found.to(loss.device)  # a tied head lies with the embeddings, not where the last layer does
     return loss
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ppf.llm.architectures import ends_of, linear
+from ppf.llm.placement import weight_of
 from ppf.llm.scores import Moments, exact, fluctuation, moments, per_unit
 from ppf.space.layout import Layout
 from ppf.space.statistics import Statistics
@@ -64,7 +65,7 @@ def _outliers(model: PreTrainedModel, names: list[str], seen: Moments) -> float:
 
     Reference: arXiv:2310.05175, section 3 (LOD).
     """
-    weights = {name: linear(model, name).weight.detach().float().abs() for name in names}
+    weights = {name: weight_of(linear(model, name)).float().abs() for name in names}
     norms = {name: (seen[name].square * seen[name].share).sqrt() for name in names}
     size = sum(weight.numel() for weight in weights.values())
     mean = sum(float(weight.sum(0).cpu().double() @ norms[name].double()) for name, weight in weights.items()) / size
@@ -79,7 +80,7 @@ def _alphas(model: PreTrainedModel, modules: dict[int, list[str]]) -> dict[int, 
 
     Reference: arXiv:2410.10912, section 3 (PL_Alpha_Hill).
     """
-    found = {layer: [_hill(linear(model, name).weight) for name in names] for layer, names in modules.items()}
+    found = {layer: [_hill(weight_of(linear(model, name))) for name in names] for layer, names in modules.items()}
     means = {layer: float(np.mean(known)) for layer, alphas in found.items() if (known := [a for a in alphas if a is not None])}
     average = float(np.mean(list(means.values()))) if means else 0.0
     return {layer: means.get(layer, average) for layer in modules}
@@ -91,7 +92,7 @@ def _hill(weight: torch.Tensor) -> float | None:
     Returns:
         1 + k / sum_i log(l_i / l_(n - k)) over the k = n // 2 largest; None where these do not differ or are none.
     """
-    singular = torch.linalg.svdvals(weight.detach().float())  # from the largest down
+    singular = torch.linalg.svdvals(weight.float())  # from the largest down
     noise = singular[0] * max(weight.shape) * torch.finfo(torch.float32).eps  # below this, a zero that rounding moved
     logs = 2 * singular[singular > noise].cpu().double().log()
     half = len(logs) // 2

@@ -90,7 +90,7 @@ def running_stored(shell: PreTrainedModel, weights: Callable[[str], torch.Tensor
 
     Args:
         shell: The model on the meta device; afterwards it is good for nothing.
-        weights: Gives a tensor by its name.
+        weights: Gives a tensor by its name, on any device.
     """
     fill_buffers(shell.float().eval(), torch.device("cpu"))
     with ExitStack() as stack:
@@ -113,9 +113,9 @@ def _hooks(
         tensors = {name: weights(path) for name, path in own.items()}
         if embeds:
             rows, places = inputs[0].unique(return_inverse=True)
-            tensors, inputs = {"weight": tensors["weight"][rows]}, (places,)
+            tensors, inputs = {"weight": tensors["weight"][rows.to(tensors["weight"].device)]}, (places,)
             module.padding_idx = None  # else it must be one of the rows; without gradients it does nothing
-        _show(module, {name: tensor.float() for name, tensor in tensors.items()})
+        _show(module, {name: tensor.to("cpu", torch.float32) for name, tensor in tensors.items()})
         return inputs
 
     def leave(module: nn.Module, *_: object) -> None:

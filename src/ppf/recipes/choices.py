@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ppf.errors import InputError
-from ppf.llm.placement import Placement
+from ppf.llm.placement import Placement, free_bytes
 from ppf.provenance import cores
 from ppf.space.budget import parse_size
 
@@ -51,7 +51,7 @@ def choose_placement(name: str) -> Placement:
     if name == "split":
         if not count:
             raise InputError("--device split needs GPUs; none is here; cpu=8GiB holds so much of a model in memory")
-        limits = [(str(gpu), int(_SHARE_OF_WEIGHTS * torch.cuda.mem_get_info(gpu)[0])) for gpu in range(count)]
+        limits = [(str(gpu), int(_SHARE_OF_WEIGHTS * free_bytes(gpu))) for gpu in range(count)]
     else:
         limits = [(place.strip(), parse_size(size)) for place, _, size in (part.partition("=") for part in name.split(","))]
     known = ["cpu"] if limits[0][0] == "cpu" else [str(gpu) for gpu in range(count)]

@@ -119,6 +119,7 @@ def prune(
         InputError: More than the floors allow, candidates of nested policies, or a study that is not fitted.
         DamagedError: A study of another model.
     """
+    loaded.spread.clear()  # an earlier one's memory is free, too
     where = choose_placement(device)
     check_whole(compensate, where)
     decider = decider_for(folder, loaded.digest, target, candidates)
@@ -131,6 +132,7 @@ def prune(
         with locked(decider.study.folder), Lab(loaded, config, progress) as lab:
             lab.open_study()
             decision = refined(decider, decision, lab, target, candidates)
+        del lab  # and with it the dense model where that is spread
     text = Text.load(decider.study.path("text"), decider.layout.fingerprint)
     dtype = getattr(torch, decider.study.record["dtype"])
     with progress.stage("cutting"):
@@ -229,11 +231,20 @@ def _apart(found: np.ndarray, units: np.ndarray, count: int) -> list[np.ndarray]
 def measured_of(
     loaded: LoadedModel, smaller: PreTrainedModel, blocks: np.ndarray, where: Placement, dtype: torch.dtype
 ) -> tuple[Evaluation, dict[str, float]]:
-    """Perplexity of the small model on some blocks, and tokens/s of both models."""
-    models = [loaded.on(where, dtype), copied(smaller, where, dtype)]
-    evaluation = evaluate(models[1], blocks, tokens_per_batch(where.device))
-    speeds = tokens_per_second(models, blocks)
-    return evaluation, {"before": speeds[0], "after": speeds[1]}
+    """Perplexity of the small model on some blocks, and tokens/s of both models.
+
+    Limits are for one model: with them the dense one comes where the small one was.
+    """
+    apart = where.limits is not None
+    if apart:
+        loaded.spread.clear()
+    models = [copied(smaller, where, dtype)]
+    evaluation, speeds = evaluate(models[0], blocks, tokens_per_batch(where.device)), list[float]()
+    if apart:
+        speeds += tokens_per_second(models, blocks)
+        models.clear()
+    speeds += tokens_per_second([*models, loaded.on(where, dtype)], blocks)
+    return evaluation, {"before": speeds[1], "after": speeds[0]}
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from ppf.llm.surgery import savable_generation_config
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
 from ppf.provenance import own_name
-from ppf.recipes.choices import choose_dtype, choose_placement, choose_seq_len, tokens_per_batch
+from ppf.recipes.choices import choose_dtype, choose_seq_len, choose_whole, tokens_per_batch
 from ppf.recipes.lab import load_for
 from ppf.recipes.prune import Pruned, check_out
 from ppf.recipes.teacher import check_teacher, find_teacher, plan_of
@@ -53,7 +53,7 @@ def recover_folder(config: RecoverConfig, progress: Progress) -> dict[str, Any]:
     out = _out(config, folder)
     if not config.full:
         check_adapters()
-    choose_placement(config.device)
+    choose_whole(config.device, "training")
     plan = plan_of(folder)
     loaded = load_for(config.model, progress)
     check_room(Path(out), weight_bytes(folder))
@@ -85,7 +85,7 @@ def recover(
         InputError: A text or a teacher that does not fit, or a loss that is no longer finite.
         DamagedError: The model gives no finite losses as it is.
     """
-    where = choose_placement(config.device)
+    where = choose_whole(config.device, "training")
     device = where.device
     dtype = precision(config.dtype, device, loaded.dtype)
     check_teacher(loaded, teacher)

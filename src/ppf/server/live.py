@@ -143,7 +143,7 @@ class Live:
 
     def set_ratio(self, ratio: float) -> Size:
         """Changes what runs where a request names no ratio, requests under way included."""
-        self.size: Size = self.size_for(ratio)
+        self.size = self.size_for(ratio)
         self.elastic.current = self.size.view
         return self.size
 
