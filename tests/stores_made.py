@@ -1,6 +1,8 @@
 """Small sample stores, whole and altered."""
 
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import replace
 
@@ -27,6 +29,24 @@ def stored(folder, *samples):
             store.add(one)
     assert [file.name for file in folder.iterdir()] == [path.name]
     return path
+
+
+CUT_OFF = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+for pragma in ("journal_mode=DELETE", "cache_size=1"):
+    db.execute("PRAGMA " + pragma)
+db.execute("BEGIN IMMEDIATE")
+db.execute("UPDATE samples SET reason = ?", ["x" * 5000])
+os._exit(0)
+"""
+
+
+def cut_off(path):
+    """Kills one who writes without WAL, when some of it has reached the file already."""
+    before = path.read_bytes()
+    subprocess.run([sys.executable, "-c", CUT_OFF, str(path)], check=True)
+    assert path.read_bytes()[100:] != before[100:] and path.with_name(f"{path.name}-journal").stat().st_size
 
 
 def change(path, sql, *values):

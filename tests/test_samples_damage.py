@@ -1,3 +1,4 @@
+import os
 import shutil
 import sqlite3
 
@@ -5,9 +6,10 @@ import numpy as np
 import pytest
 
 from builders import refuses
+from ppf import samples as samples_module
 from ppf.errors import DamagedError, ResourceError
-from ppf.samples import SampleStore
-from stores_made import change, opened, sample, stored
+from ppf.samples import SampleStore, roll_back
+from stores_made import change, cut_off, opened, sample, stored
 
 CHANGES = {
     "purpose": "probe", "ratio": 0.31, "kept": "[2, 19]", "mask": bytes(3), "status": "failed", "reason": "x", "log_ppl": 2.5000001,
@@ -129,3 +131,32 @@ def test_a_database_of_another_program_is_refused(tmp_path):
     change(tmp_path / "s", "CREATE TABLE samples (name TEXT)")
     with opened(tmp_path / "s") as store, refuses(DamagedError):
         store.all()
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_write_that_was_cut_off_without_wal_is_never_read_and_can_be_undone(tmp_path, monkeypatch, writable):
+    """On a disk that is read only to this machine another one may write at any time."""
+    samples = [sample(seed) for seed in range(120)]
+    path = stored(tmp_path, *samples)
+    cut_off(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: writable or mode != os.W_OK)
+    before = path.read_bytes()
+    with refuses(DamagedError) as caught, opened(path) as store:
+        store.all()
+    assert "ppf repair" in str(caught.value) and "cut off" in str(caught.value) and path.read_bytes() == before
+    roll_back(path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    with opened(path) as store:
+        assert store.all() == samples and store.damaged == 0
+
+
+def test_without_wal_a_reader_who_cannot_write_sees_what_another_adds(tmp_path, monkeypatch):
+    path = stored(tmp_path, sample(1))
+    change(path, "PRAGMA journal_mode=DELETE")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(samples_module, "network_disk", lambda folder: "nfs4")
+    with opened(path) as reader, opened(path, write=True) as writer:
+        assert reader.all() == [sample(1)]
+        for seed in range(2, 60):
+            writer.add(sample(seed))
+        assert reader.all() == [sample(seed) for seed in range(1, 60)]

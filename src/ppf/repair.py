@@ -22,7 +22,7 @@ from ppf.learn.nested import Chain
 from ppf.learn.predictor import Predictor
 from ppf.lock import locked
 from ppf.salvage import salvage
-from ppf.samples import SampleStore
+from ppf.samples import SampleStore, roll_back
 from ppf.space.importance import Importance
 from ppf.study import StudyFolder, check_version, read_sealed
 
@@ -168,7 +168,7 @@ def _set_aside(path: Path, why: str) -> Aside:
 
 def _stores(folder: Path) -> list[Path]:
     """All databases and logs, those set aside earlier included: a repair that was killed begins again."""
-    return sorted(path for path in folder.glob(f"{_STORE}*") if not path.name.endswith(_INDEX))
+    return sorted(path for path in folder.glob(f"{_STORE}*") if not path.name.endswith((_INDEX, _JOURNAL)))
 
 
 def _mend_store(folder: Path) -> tuple[list[Aside], int]:
@@ -195,6 +195,8 @@ def _damage(path: Path) -> tuple[str, int]:
     if not path.exists():
         return "it is missing", 0
     try:
+        if Path(f"{path}{_JOURNAL}").exists():
+            roll_back(path)
         with closing(SampleStore(path, "")) as store:
             return store.damage()
     except NewerError:

@@ -144,10 +144,9 @@ class SampleStore:
             if not write and not self.path.exists():
                 raise DamagedError(f"{path} must exist; it does not; fit the study first")
             mode = "rwc" if write else "ro"
-            if not write and not Path(f"{path}-wal").exists() and not os.access(self.path.parent, os.W_OK):
+            if not write and not os.access(self.path.parent, os.W_OK) and _is_resting(self.path):
                 mode += "&immutable=1"  # else SQLite would make files beside it, which no disk that is read only takes
-            address = f"{self.path.resolve().as_uri()}?mode={mode}"
-            self._db = sqlite3.connect(address, uri=True, timeout=_PATIENCE, isolation_level=None)
+            self._db = _connected(self.path, mode)
             on_error.callback(self._db.close)
             # A text that is damaged comes back altered, not as an error, so that it costs its own row only.
             self._db.text_factory = lambda raw: raw.decode(errors="surrogateescape")
@@ -239,6 +238,17 @@ class SampleStore:
                 yield sample
 
 
+def roll_back(path: Path) -> None:
+    """Undoes a write of a store that was cut off. The caller must be its one writer.
+
+    Raises:
+        DamagedError: It is not whole.
+        ResourceError: It cannot be written.
+    """
+    with _translated(path), closing(_connected(path, "rw")) as db:
+        db.execute("SELECT 1 FROM sqlite_master LIMIT 1")  # SQLite rolls back before it reads
+
+
 def kept_matrix(samples: list[Sample], layout: Layout) -> np.ndarray:
     """Int[N, S]: kept units of many samples.
 
@@ -262,6 +272,17 @@ def whole_row(row: Sequence[Any]) -> Sample | None:
         return None
 
 
+def _connected(path: Path, mode: str) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=_PATIENCE, isolation_level=None)
+
+
+def _is_resting(path: Path) -> bool:
+    """Whether a store in WAL mode has no log. Of one without WAL no file tells that nobody writes, but reading it makes none."""
+    with path.open("rb") as file:
+        is_wal = file.read(20)[18:] == b"\2\2"
+    return is_wal and not any(Path(f"{path}{end}").exists() for end in ("-wal", "-journal"))
+
+
 def _crc(row: list[Any]) -> int:
     """Of the values as SQLite gives them back, so that a value of another type counts as altered too."""
     return zlib.crc32(repr(row).encode())
@@ -277,6 +298,8 @@ def _translated(path: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:  # SQLite quotes a damaged schema in its message
         raise DamagedError(f"{path} must be a whole SQLite file; its schema is not text; {MEND}") from error
     except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_ROLLBACK:
+            raise DamagedError(f"{path} must hold whole writes only; a write was cut off; {MEND}") from error
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits say more than is needed here
         if code in _BUSY:
             raise InUseError(f"{path} must have one writer; another process holds it; wait for it") from error

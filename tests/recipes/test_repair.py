@@ -20,6 +20,7 @@ from ppf.fit_command import fit_command
 from ppf.lock import locked
 from ppf.repair import repair
 from ppf.study import StudyFolder, read_sealed, write_sealed
+from stores_made import cut_off
 
 MADE = ("importance", "predictor", "agent", "nested", "text")
 FILES = [*(f"{name}.safetensors" for name in MADE), "plans.json", "report.json"]
@@ -106,6 +107,20 @@ def test_a_log_without_its_store_is_not_played_over_the_repaired_one(copy):
     (copy / "samples.sqlite-wal").write_bytes(log)
     found = repair(copy)
     assert len(samples_of(copy)) == found["samples"] and "samples.sqlite" in [one["file"] for one in found["aside"]]
+
+
+def test_a_write_that_was_cut_off_without_a_log_is_undone_and_nothing_is_lost(copy):
+    before = samples_of(copy)
+    cut_off(copy / "samples.sqlite")
+    with refuses(DamagedError):
+        samples_of(copy)
+    assert repair(copy)["aside"] == [] and samples_of(copy) == before
+
+
+def test_a_journal_is_no_database(copy):
+    (copy / "samples.sqlite.damaged-journal").write_bytes((copy / "samples.sqlite").read_bytes())
+    (copy / "samples.sqlite").unlink()
+    assert repair(copy)["samples"] == 0
 
 
 def test_a_store_of_a_newer_ppf_is_left_alone(copy):
