@@ -101,6 +101,12 @@ def test_an_answer_says_what_ended_it(client, live):
         assert whole.ppf["ended"] == last.ppf["ended"] == whole.choices[0].finish_reason
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-46, 1e-6])
+def test_next_to_no_temperature_is_greedy(client, live, temperature):
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8, temperature=temperature)
+    assert answer.choices[0].text == greedy(live, 0, 8)
+
+
 def test_an_answer_whose_time_is_up_says_so(live, monkeypatch):
     monkeypatch.setattr("ppf.server.live._SECONDS", 0.1)
     for record in begun(live, monkeypatch):

@@ -19,6 +19,7 @@ from ppf.server.controller import Goal
 from ppf.server.live import Job, Live
 from ppf.server.metrics import Meter
 from ppf.server.served import Served
+from ppf.server.wire import Refusal
 from ppf.space.allocation import Allocation
 from server_runs import running, study_of
 
@@ -150,7 +151,7 @@ def test_closing_ends_what_runs(study, monkeypatch):
     slowed(live, monkeypatch)
     (pieces,) = collect(live, greedy(30), then=lambda piece: piece.tokens == 3 and live.close())
     assert 3 <= len(pieces) < 10
-    with pytest.raises(RuntimeError):
+    with pytest.raises(Refusal):
         collect(live, greedy(3))
 
 

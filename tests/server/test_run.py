@@ -1,10 +1,12 @@
 import contextlib
+import json
 import shutil
 import signal
 import socket
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -124,6 +126,52 @@ def test_a_stop_lets_a_request_under_way_end(study):
         start = time.monotonic()
         assert server.wait(timeout=20) == 0 and time.monotonic() - start < 15  # 5 s on a machine of its own
         assert "Traceback" not in server.stderr.read()
+
+
+LONG = json.dumps({"model": "tiny", "prompt": "w5", "max_tokens": 50, "temperature": 0, "stop": "never"})
+
+
+@contextlib.contextmanager
+def slow(study, monkeypatch, seconds):
+    """A server in this process whose tokens take a while."""
+    with running(study, max_tokens=50) as (port, served):
+        at = served.live.elastic.at
+        monkeypatch.setattr(served.live.elastic, "at", lambda *view: time.sleep(seconds) or at(*view))
+        yield port, served.live
+
+
+def until(holds):
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_stop_ends_what_would_take_longer_and_says_so(study, monkeypatch):
+    monkeypatch.setattr(run, "_ENDING_SECONDS", 0.3)
+    bodies = [LONG.encode(), json.dumps({**json.loads(LONG), "stream": True}).encode()] * 2  # some of them wait
+    with ThreadPoolExecutor(4) as pool:
+        with slow(study, monkeypatch, 0.2) as (port, live):
+            asked = [pool.submit(request, port, "POST", "/v1/completions", body, seconds=20) for body in bodies]
+            until(lambda: len(live._jobs) == 4 and any(job.cached for job in live._jobs))
+        for status, _, answer in (one.result() for one in asked):
+            assert status == 200 and b'"ended":"shutdown"' in answer.replace(b" ", b"")
+
+
+def test_who_leaves_the_queue_gives_up_the_place(study, monkeypatch):
+    with slow(study, monkeypatch, 0.05) as (port, live):
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: application/json\r\n"
+        connections = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(live._workers + 5)]
+        for at, connection in enumerate(connections, 1):
+            connection.sendall(f"{head}Content-Length: {len(LONG)}\r\n\r\n{LONG}".encode())
+            until(lambda at=at: len(live._jobs) == at)
+        for connection in connections[live._workers :]:
+            connection.close()
+        until(lambda: len(live._jobs) == live._workers)  # while the others still run
+        assert live.meter.counts["cancelled"] == 5 and live.meter.counts["done"] == 0
+        for connection in connections:
+            connection.close()
+        until(lambda: not live._jobs)
 
 
 def test_ctrl_c_is_no_failure_either(study):
