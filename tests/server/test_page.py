@@ -220,16 +220,12 @@ def test_a_wrong_token_is_told_and_not_kept(visit, guarded_port, wrong):
     page.fill("#token", wrong)
     page.keyboard.press("Enter")
     told(page, "#alert[role=alert]", "Wrong token")
-    assert page.is_visible("#token-form") and page.evaluate("document.activeElement.id") == "token"
-    assert page.evaluate("sessionStorage.length") == 0
+    assert page.evaluate("[document.activeElement.id, sessionStorage.length]") == ["token", 0]
     page.reload()
-    page.wait_for_selector("#token-form:not([hidden])")
     page.fill("#token", token)
     page.keyboard.press("Enter")
     ready(page)
     assert not page.is_visible("#alert") and page.evaluate("sessionStorage.getItem('ppf-token')") == token
-    page.reload()
-    ready(page)
 
 
 def test_a_live_ratio_beyond_what_was_trained_is_shown_as_such(visit, study):
@@ -249,10 +245,8 @@ def test_a_live_ratio_beyond_what_was_trained_is_shown_as_such(visit, study):
 def test_the_slider_reaches_where_another_client_sets_the_model(visit, own):
     with running(own.folder) as (port, _):
         page = ready(visit(port))
-        assert page.get_attribute("#ratio", "max") == "0.6"
         request(port, "POST", "/api/ratio", b'{"ratio": 0.7}')
         sync_api.expect(page.locator("#ratio")).not_to_have_attribute("max", "0.6", timeout=20_000)
-        page.wait_for_selector("body[data-ready=all]")
         move(page, 0.7)
         assert page.is_visible("#beyond")
         page.close()
@@ -268,11 +262,6 @@ def test_the_focus_goes_from_generate_to_stop_and_back(visit, live):
         page.keyboard.press(key)
         sync_api.expect(page.locator("#go")).to_be_focused()
         told(page, "#write-state", "Stopped.")
-    page.focus("#go")
-    page.keyboard.press("Enter")
-    page.focus("#prompt")
-    page.click("#stop")
-    told(page, "#write-state", "Stopped.")
 
 
 def test_a_number_is_left_alone_while_it_is_typed(visit, live):
