@@ -211,6 +211,72 @@ def test_a_token_opens_the_page(visit, guarded_port):
     assert token not in page.url
 
 
+@pytest.mark.parametrize("wrong", ["x" * 40, "\N{SNOWMAN}" * 40])
+def test_a_wrong_token_is_told_and_not_kept(visit, guarded_port, wrong):
+    port, token = guarded_port
+    page = visit(port, quiet=False)
+    page.wait_for_selector("#token-form:not([hidden])")
+    assert not page.is_visible("#alert")
+    page.fill("#token", wrong)
+    page.keyboard.press("Enter")
+    told(page, "#alert[role=alert]", "Wrong token")
+    assert page.evaluate("[document.activeElement.id, sessionStorage.length]") == ["token", 0]
+    page.reload()
+    page.fill("#token", token)
+    page.keyboard.press("Enter")
+    ready(page)
+    assert not page.is_visible("#alert") and page.evaluate("sessionStorage.getItem('ppf-token')") == token
+
+
+def test_a_live_ratio_beyond_what_was_trained_is_shown_as_such(visit, study):
+    with running(study, ratio=0.7) as (port, _):
+        page = ready(visit(port))
+        assert page.inner_text("#ratio-shown") == "70.0 %" and page.is_visible("#beyond")
+        page.fill("#prompt", "w5 w6 w7")
+        page.fill("#count", "4")
+        page.click("#go")
+        told(page, "#pruned-head", "70.0 %")
+        told(page, "#write-state", "Done.")
+        move(page, 0.5)
+        assert not page.is_visible("#beyond")
+        page.close()
+
+
+def test_the_slider_reaches_where_another_client_sets_the_model(visit, own):
+    with running(own.folder) as (port, _):
+        page = ready(visit(port))
+        request(port, "POST", "/api/ratio", b'{"ratio": 0.7}')
+        sync_api.expect(page.locator("#ratio")).not_to_have_attribute("max", "0.6", timeout=20_000)
+        move(page, 0.7)
+        assert page.is_visible("#beyond")
+        page.close()
+
+
+def test_the_focus_goes_from_generate_to_stop_and_back(visit, live):
+    page = ready(visit(live[0]))
+    page.route("**/v1/completions", lambda route: None)  # asked, and never answered
+    for key in ("Enter", "Space"):
+        page.focus("#go")
+        page.keyboard.press(key)
+        sync_api.expect(page.locator("#stop")).to_be_focused()
+        page.keyboard.press(key)
+        sync_api.expect(page.locator("#go")).to_be_focused()
+        told(page, "#write-state", "Stopped.")
+
+
+def test_a_number_is_left_alone_while_it_is_typed(visit, live):
+    page = ready(visit(live[0]))
+    sync_api.expect(page.locator("#count")).to_have_value("40")  # the server's most
+    for typed in ("0", "", "999"):
+        page.fill("#count", typed)
+        with page.expect_response("**/api/state"):
+            pass
+        page.wait_for_timeout(50)
+        assert page.input_value("#count") == typed
+    page.focus("#prompt")
+    sync_api.expect(page.locator("#count")).to_have_value("40")
+
+
 @pytest.fixture
 def own(study, tmp_path, monkeypatch):
     """A copy of the study, to be fitted anew; servers look often."""

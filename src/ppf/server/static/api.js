@@ -13,27 +13,43 @@ export class Refused extends Error {
 /** Takes the token from `#token=...`, which leaves the address bar, or from earlier in this tab. */
 export function recallToken() {
   const given = new URLSearchParams(location.hash.slice(1)).get("token");
-  if (given) {
-    history.replaceState(null, "", location.pathname);
-    keepToken(given);
-  } else {
-    token = sessionStorage.getItem("ppf-token") || "";
-  }
+  if (given) history.replaceState(null, "", location.pathname);
+  token = given || sessionStorage.getItem("ppf-token") || "";
 }
 
-export function keepToken(value) {
+/** Sends a token from now on; it is kept for this tab once the server took it. */
+export function tryToken(value) {
   token = value;
-  sessionStorage.setItem("ppf-token", value);
+}
+
+/** Keeps the token, which the server took. */
+export function keepToken() {
+  if (token) sessionStorage.setItem("ppf-token", token);
+}
+
+/** Forgets the token, which the server did not take; whether there was one. */
+export function forgetToken() {
+  const had = token !== "";
+  token = "";
+  sessionStorage.removeItem("ppf-token");
+  return had;
+}
+
+/** The headers of a request; what no header can hold is no server's token. */
+function headersOf(body) {
+  const headers = new Headers(body === undefined ? {} : { "Content-Type": "application/json" });
+  try {
+    if (token) headers.set("Authorization", `Bearer ${token}`);
+  } catch {
+    throw new Refused(401, "the token must be the server's; no header can hold this one");
+  }
+  return headers;
 }
 
 /** Asks; a body makes it a POST. */
 export async function ask(path, body, signal) {
-  const headers = token ? { Authorization: `Bearer ${token}` } : {};
-  const options = { headers, signal };
-  if (body !== undefined) {
-    headers["Content-Type"] = "application/json";
-    Object.assign(options, { method: "POST", body: JSON.stringify(body) });
-  }
+  const options = { headers: headersOf(body), signal };
+  if (body !== undefined) Object.assign(options, { method: "POST", body: JSON.stringify(body) });
   let response;
   try {
     response = await fetch(path, options);

@@ -1,7 +1,7 @@
 // The page: a slider whose moves are answered at once, and what the server says of the model that runs. It follows the study:
 // every answer names the fit that it is of, and where that is another one all is asked anew.
 
-import { Refused, askJson, keepToken, recallToken } from "/static/api.js";
+import { Refused, askJson, forgetToken, keepToken, recallToken, tryToken } from "/static/api.js";
 import { Bars, element } from "/static/bars.js";
 import { Chart } from "/static/chart.js";
 import { Writer } from "/static/generate.js";
@@ -47,12 +47,13 @@ class Tiles {
 }
 
 class Page {
-  /** Shows a study, at first at a ratio. */
-  constructor(study, ratio) {
+  /** Shows a study, at first at a ratio; `running` is the live model's, or undefined. */
+  constructor(study, ratio, running) {
     this.slider = get("ratio");
     this.tiles = new Tiles(get("tiles"));
     this.chart = new Chart(get("chart"));
     this.controlled = false;
+    this.running = running;
     this.take(study);
     this.slider.value = String(ratio);
     this.slider.addEventListener("input", () => this.show());
@@ -65,12 +66,20 @@ class Page {
   /** Takes a fit into use. The slider stays where it is as long as that is a place of it. */
   take(study) {
     Object.assign(this, { study, policies: new Map(), bars: null });
+    this.reach();
+    this.describe();
+  }
+
+  /** Lets slider and chart go as far as the agent was trained, and as far as any ratio where the live model runs beyond that. */
+  reach() {
+    const { study } = this;
     delete document.body.dataset.ready;
-    const most = Math.min(study.ratios.max, study.ratios.floor);
-    this.slider.max = String(Math.floor(most * 200) / 200);
+    const { max, floor } = study.ratios;
+    const most = this.running > max ? floor : Math.min(max, floor);
+    this.most = most;
+    this.slider.max = String(Math.floor(most * 200 + 1e-6) / 200);
     const measured = study.points.filter((point) => point.kind !== "probe");
     this.chart.take(measured, study.dense.log_ppl, most);
-    this.describe();
   }
 
   /** Another fit is served: asks for it, once however many answers say so. */
@@ -101,23 +110,25 @@ class Page {
 
   /** Draws a fit and asks for every place of the slider in advance, so that its moves are answered from here. */
   async start() {
-    const { study } = this;
+    const drawing = Symbol("of this call");
+    this.drawing = drawing;
+    const current = () => this.drawing === drawing;
     const [step, most] = [Number(this.slider.step), Number(this.slider.max)];
     try {
       await this.policy(this.ratio);
       get("main").hidden = false;
       this.show();
       const curve = [];
-      for (let place = 0; place <= CURVE_STEPS && this.study === study; place += 1) {
+      for (let place = 0; place <= CURVE_STEPS && current(); place += 1) {
         const { ratio, predicted } = await this.policy(Math.round((most * place * 200) / CURVE_STEPS) / 200);
         curve.push({ ratio: ratio.met, ...predicted });
       }
-      if (this.study === study) this.chart.setCurve(curve);
-      for (let place = 0; place * step <= most + 1e-9 && this.study === study; place += 1) await this.policy(place * step);
+      if (current()) this.chart.setCurve(curve);
+      for (let place = 0; place * step <= most + 1e-9 && current(); place += 1) await this.policy(place * step);
     } catch (error) {
-      if (this.study === study) throw error; // else it was of a fit that is served no more
+      if (current()) throw error; // else it was of a fit that is served no more, or drawn once more
     }
-    if (this.study === study) document.body.dataset.ready = "all";
+    if (current()) document.body.dataset.ready = "all";
   }
 
   /** The decision at a ratio by the fit that is served, asked for once. */
@@ -201,8 +212,14 @@ class Page {
   async poll() {
     try {
       const state = await askJson("/api/state");
+      this.running = state.ratio;
       if (state.fit !== this.study.fit) await this.renew();
       if (state.live) this.drawState(state);
+      const { max, floor } = this.study.ratios;
+      if (this.running > max && this.most < floor) {
+        this.reach();
+        this.start().catch(complain);
+      }
     } catch (error) {
       this.lost = true;
       complain(error);
@@ -215,8 +232,9 @@ class Page {
   drawState(state) {
     const { controller, memory, requests } = state;
     this.controlled = controller.on;
-    get("count").max = Math.min(state.max_tokens, Number(get("count").max));
-    get("count").value = Math.min(Number(get("count").max), Number(get("count").value)) || "";
+    const field = get("count");
+    field.max = Math.min(state.max_tokens, Number(field.max));
+    if (document.activeElement !== field && Number(field.value) > Number(field.max)) field.value = field.max; // else it is being typed
     get("follow-row").hidden = controller.on;
     const speed = state.latency_ms === null ? "idle" : `${state.tokens_per_second.toFixed(0)} tokens/s, ${state.latency_ms.toFixed(1)} ms a token`;
     const facts = {
@@ -244,24 +262,34 @@ class Page {
   }
 }
 
+/** Asks for a token, and says so where one was given in vain. */
+function lock() {
+  const field = get("token");
+  const wrong = forgetToken();
+  complain(wrong ? new Error("Wrong token: it must be the one that the server was started with.") : null);
+  field.setAttribute("aria-invalid", String(wrong));
+  get("token-form").hidden = false;
+  get("lead").textContent = "Locked.";
+  field.focus();
+  field.select();
+}
+
 async function begin() {
   let study;
-  let ratio = USUAL_RATIO;
+  let running;
   try {
     study = await askJson("/api/study");
-    if (study.live) ratio = (await askJson("/api/state")).ratio;
+    if (study.live) running = (await askJson("/api/state")).ratio;
   } catch (error) {
-    const locked = error instanceof Refused && error.status === 401;
-    get("token-form").hidden = !locked;
-    get("lead").textContent = locked ? "Locked." : "";
-    if (locked) get("token").focus();
+    if (error instanceof Refused && error.status === 401) lock();
     else complain(error);
     return;
   }
+  keepToken();
   get("token-form").hidden = true;
   complain(null);
   try {
-    const page = new Page(study, ratio);
+    const page = new Page(study, running ?? USUAL_RATIO, running);
     page.watch();
     await page.start();
   } catch (error) {
@@ -271,7 +299,8 @@ async function begin() {
 
 get("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  keepToken(get("token").value.trim());
+  complain(null); // the same words again are read out again
+  tryToken(get("token").value.trim());
   begin();
 });
 recallToken();

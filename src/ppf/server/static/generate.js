@@ -55,8 +55,11 @@ export class Writer {
     }
   }
 
+  /** Of the two buttons one can be pressed; whoever stood at the other is led to it, for a disabled one loses the focus. */
   busy(is) {
-    get("go").disabled = is;
-    get("stop").disabled = !is;
+    const [from, to] = is ? [get("go"), get("stop")] : [get("stop"), get("go")];
+    to.disabled = false;
+    if (document.activeElement === from) to.focus();
+    from.disabled = true;
   }
 }
