@@ -117,6 +117,7 @@ class Exchange:
         return _Stream(self)
 
     async def events(self) -> AsyncIterator[bytes]:
+        """The lines of a stream, up to its end or to the error that ended it."""
         last = None
         try:
             if self.chat:
