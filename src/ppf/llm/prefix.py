@@ -144,7 +144,8 @@ def spans_of(model: PreTrainedModel, layout: Layout) -> dict[str, Span]:
                     f"{layout.model_type} model it does not; prune it to a fixed ratio with ppf prune"
                 )
             rows[name] = (index, widths)
-        if linear(model, site.reader) and site.reader in columns:
+        linear(model, site.reader)  # refuses what is none
+        if site.reader in columns:
             raise UnsupportedError(
                 f"a layer must read one site; {site.reader} reads several; prune to a fixed ratio with ppf prune"
             )

@@ -209,7 +209,9 @@ class Lab:
         folder = self.loaded.folder
         if self.device.type != "cpu" or folder is None or is_spread(self.model):
             if self.config.workers is not None:
-                self.progress.say("--workers has no effect: masks are measured in this process, on an accelerator or of an object")
+                self.progress.say(
+                    "--workers has no effect: the model is on an accelerator, spread or an object, and one process measures"
+                )
             return InProcessEngine(self.model, self.layout, self.text, self.batch), 1
         workers = choose_workers(self.config.workers, self.layout.total * self.dtype.itemsize)
         return LocalEngine(folder, self.study.path("text"), self.layout, _name(self.dtype), workers, self.batch), workers
