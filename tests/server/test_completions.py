@@ -9,7 +9,7 @@ import pytest
 import tiny_models as tiny
 from http_client import request, strict
 from ppf.llm.generate import Sampling, generate
-from ppf.server.live import Job
+from ppf.server.job import Job
 
 PROMPT = "w5 w9 w40 w7"
 MESSAGES = [{"role": "system", "content": "w5 w9"}, {"role": "user", "content": [{"type": "text", "text": "w40 w7"}]}]

@@ -153,7 +153,7 @@ def test_a_stop_ends_what_would_take_longer_and_says_so(study, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         with slow(study, monkeypatch, 0.2) as (port, live):
             asked = [pool.submit(request, port, "POST", "/v1/completions", body, seconds=20) for body in bodies]
-            until(lambda: len(live._jobs) == 4 and any(job.cached for job in live._jobs))
+            until(lambda: len(live._jobs) == 4 and any(job.claim.cached for job in live._jobs))
         for status, _, answer in (one.result() for one in asked):
             assert status == 200 and b'"ended":"shutdown"' in answer.replace(b" ", b"")
 

@@ -48,19 +48,19 @@ def test_without_a_model_there_are_answers_alone():
 
 def test_nothing_measured_yet():
     meter = Meter()
-    assert (meter.slowdown, meter.latency_ms, meter.first_token_ms, meter.tokens_per_second) == (1.0, None, None, 0.0)
+    assert (meter.times, meter.latency_ms, meter.first_token_ms, meter.tokens_per_second) == ([], None, None, 0.0)
 
 
 def test_recent_steps_count_and_old_ones_do_not(clock):
     meter = Meter()
-    for seconds, slowdown in ((0.01, 1.0), (0.02, 2.0), (0.04, 3.0)):
+    for seconds, ratio in ((0.01, 0.0), (0.02, 0.1), (0.04, 0.2)):
         clock[0] += seconds
-        meter.note_step(seconds, slowdown)
-    assert (meter.slowdown, meter.latency_ms) == (2.0, 20.0)
+        meter.note_step(seconds, ratio)
+    assert (meter.times, meter.latency_ms) == ([(0.0, 10.0), (0.1, 20.0), (0.2, 40.0)], 20.0)
     clock[0] += 60
-    assert (meter.slowdown, meter.latency_ms, meter.tokens_per_second) == (1.0, None, 0.0)
+    assert (meter.times, meter.latency_ms, meter.tokens_per_second) == ([], None, 0.0)
     meter.note_step(0.005, 0.5)
-    assert (meter.slowdown, meter.latency_ms) == (0.5, 5.0)
+    assert (meter.times, meter.latency_ms) == ([(0.5, 5.0)], 5.0)
 
 
 def test_speed_is_over_the_time_in_which_something_ran(clock):

@@ -26,15 +26,14 @@ class Meter:
         """A first token came, so long after its request."""
         self._first.append(seconds)
 
-    def note_step(self, seconds: float, slowdown: float) -> None:
-        """A further token took so long, so many times what it takes on the idle machine."""
-        self._steps.append((time.monotonic(), seconds, slowdown))
+    def note_step(self, seconds: float, ratio: float) -> None:
+        """A further token took so long, at that ratio."""
+        self._steps.append((time.monotonic(), seconds, ratio))
 
     @property
-    def slowdown(self) -> float:
-        """Median of the last seconds; 1 if nothing ran."""
-        recent = self._recent()
-        return statistics.median(slowdown for *_, slowdown in recent) if recent else 1.0
+    def times(self) -> list[tuple[float, float]]:
+        """Ratio and milliseconds of each token of the last seconds."""
+        return [(ratio, 1e3 * seconds) for _, seconds, ratio in self._recent()]
 
     @property
     def latency_ms(self) -> float | None:
