@@ -183,6 +183,9 @@ def open_served(config: ServeConfig, decider: Decider) -> Served:
     if max(config.max_ratio or 0.0, config.min_ratio) > top:
         raise InputError(f"the limits must lie below {top:g}, the largest ratio of this model; a larger one came; lower them")
     goal = goal_for(config, decider)
+    if goal is not None and max(config.ratio, config.min_ratio) > goal.high:
+        trained = f"{goal.high:g}, the largest that was trained"
+        raise InputError(f"--ratio and --min-ratio must be at most {trained}; more came; change them, or go on with --max-ratio")
     ratio = config.ratio if goal is None else min(max(config.ratio, goal.low), goal.high)
     decider.decide(Target(ratio=ratio, nested=config.nested))  # refuses before the model is loaded
     progress = Progress()
