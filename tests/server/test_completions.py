@@ -125,6 +125,15 @@ def test_an_answer_that_the_server_s_end_cuts_says_so(live, monkeypatch):
         assert record["ppf"]["ended"] == "shutdown" and record["choices"][0]["finish_reason"] == "length"
 
 
+def test_how_many_tokens_may_come_has_two_names_in_both_kinds_and_the_newer_counts(client):
+    options = {"model": "tiny", "stop": ["never"], "temperature": 0}
+    for extra in ({"max_completion_tokens": 3}, {"max_completion_tokens": 3, "max_tokens": 9}):
+        answer = client.completions.create(**options, prompt=PROMPT, max_tokens=extra.get("max_tokens"), extra_body=extra)
+        assert answer.usage.completion_tokens <= 3
+        assert client.chat.completions.create(**options, messages=MESSAGES, **extra).usage.completion_tokens <= 3
+    assert client.completions.create(**options, prompt=PROMPT).usage.completion_tokens <= 16
+
+
 def test_a_chat(client):
     options = {"model": "tiny", "messages": MESSAGES, "max_completion_tokens": 6, "seed": 3, "temperature": 0.8, "top_p": 0.9}
     answer = client.chat.completions.create(**options, extra_body={"prune_ratio": 0.2})

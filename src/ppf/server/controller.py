@@ -135,7 +135,7 @@ def rise(state: State, load: Load, goal: Goal, costs: Costs) -> tuple[State, str
     if needed > state.ratio + LEAST or (needed > state.ratio and needed == goal.high):
         return State(
             _smallest(load, goal, costs, _RISEN)
-        ), f"a goal is missed at slowdown {load.slowdown:.2f} and {load.tokens} tokens of KV cache"
+        ), f"a goal would be missed at slowdown {load.slowdown:.2f} and {load.tokens} tokens of KV cache"
     return replace(state, peak=max(state.peak, _smallest(load, goal, costs, _ROOM))), ""
 
 
