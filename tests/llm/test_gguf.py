@@ -3,6 +3,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import gguf_builders as builders
 import tiny_models
@@ -126,6 +128,13 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_left_out_and_said(smaller, 
     result = written(smaller, tmp_path / "a.gguf", tokenizer=tiny_models.tokenizer())
     keys, _ = contents(tmp_path / "a.gguf")
     assert keys["tokenizer.ggml.model"] == "no_vocab" and any("token ids only" in note for note in result.notes)
+
+
+def test_a_byte_level_tokenizer_without_merges_is_left_out_too(smaller, tmp_path):
+    backend = Tokenizer(models.BPE({letter: at for at, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result = written(smaller, tmp_path / "a.gguf", tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert result.tokenizer == "none" and any("merges" in note for note in result.notes)
 
 
 def test_a_file_is_replaced_only_by_force(smaller, tmp_path):

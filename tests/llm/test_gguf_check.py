@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from gguf import GGUFReader
 
 import gguf_builders as builders
@@ -8,7 +9,7 @@ from builders import refuses
 from ppf.errors import DamagedError
 from ppf.llm import gguf_check
 from ppf.llm.gguf import _keys, _write
-from ppf.llm.gguf_check import check, distance, in_llama_cpp, logit_bound, reread
+from ppf.llm.gguf_check import check, compare, distance, in_llama_cpp, logit_bound, reread, text_ids
 from ppf.llm.gguf_shape import shape_of
 from ppf.llm.gguf_tensors import tensors
 from ppf.llm.gguf_tokenizer import vocabulary
@@ -43,6 +44,7 @@ def test_a_whole_file_passes_and_everything_is_counted(made):
         ("deci.attention.head_count", [4, 4, 4]), ("deci.rope.freq_base", 10000.5), ("deci.block_count", 4),
         ("tokenizer.ggml.add_bos_token", False), ("general.name", "other"), ("deci.attention.value_length", 16),
         ("tokenizer.ggml.scores", [0.5] * builders.VOCAB), ("deci.not_there", 1),
+        ("deci.not_there", []), ("tokenizer.ggml.tokens", []),
     ],
 )  # fmt: skip
 def test_a_key_that_differs_is_found(made, key, value):
@@ -92,6 +94,58 @@ def test_logits_are_compared_without_what_no_probability_depends_on():
     assert distance(ours + np.arange(5)[:, None], ours) == pytest.approx(0, abs=1e-6)
     assert distance(ours * 1.1, ours) == pytest.approx(0.1, rel=1e-4)
     assert 1.2 < distance(rng.normal(size=(5, 30)), ours) < 1.7
+
+
+def answering(monkeypatch, made, text=1.0, wrong=()):
+    """Answers in the place of llama.cpp's, from the model itself; of the text its logits times a number."""
+
+    _, model, tokenizer, *_ = made
+
+    def asked(task, request):
+        if task == "tokens":
+            own = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in request["texts"]]
+            return {"texts": [[1] if at in wrong else ids for at, ids in enumerate(own)]}
+        found = {name: tiny_models.logits(model, np.array([request[name]]))[0].numpy() for name in ("ids", "text")}
+        np.savez(request["out"], whole=found["ids"], steps=found["ids"], text=found["text"] * text)
+        return {}
+
+    monkeypatch.setattr(gguf_check, "has_llama_cpp", lambda: True)
+    monkeypatch.setattr(gguf_check, "in_llama_cpp", asked)
+
+
+def test_with_llama_cpp_logits_and_the_perplexity_of_a_real_text_are_compared(made, monkeypatch):
+    path, model, tokenizer, shape, keys = made
+    answering(monkeypatch, made)
+    found = check(path, model, None, tokenizer, shape, keys, "f32")
+    ids = np.array([text_ids(tokenizer)[: shape.context]])
+    log_probs = tiny_models.logits(model, ids).log_softmax(-1)[0, :-1]
+    wanted = -float(log_probs.gather(1, torch.from_numpy(ids[0, 1:, None])).mean())
+    assert found.difference < 1e-6 and found.log_ppl == (pytest.approx(wanted, rel=1e-5),) * 2 and found.notes == ()
+    assert ids.shape[1] == shape.context == 64 and len(set(ids[0].tolist())) > 20
+    assert f"perplexity of a text {np.exp(wanted):.4g}, transformers' {np.exp(wanted):.4g}" in str(found)
+
+
+def test_a_perplexity_that_differs_is_found_where_other_logits_agree(made, monkeypatch):
+    path, model, tokenizer, shape, keys = made
+    answering(monkeypatch, made, text=1.2)
+    with refuses(DamagedError) as caught:
+        check(path, model, None, tokenizer, shape, keys, "f32")
+    assert "log-perplexity" in str(caught.value)
+
+
+def test_texts_that_llama_cpp_splits_otherwise_are_named_and_none_is_asked_of_a_file_without_words(made, monkeypatch):
+    path, model, tokenizer, shape, keys = made
+    answering(monkeypatch, made, wrong=(1, 2))
+    assert "2 of 4" in check(path, model, None, tokenizer, shape, keys, "f32").notes[0]
+    monkeypatch.setattr(gguf_check, "reread", lambda *_: (1, 1, 1, 0))
+    found = check(path, model, None, tiny_models.tokenizer(), shape, {"tokenizer.ggml.model": "no_vocab"}, "f32")
+    assert found.notes == () and found.log_ppl is not None
+
+
+def test_a_text_of_one_token_gives_no_perplexity(made, monkeypatch):
+    path, model, _, shape, _ = made
+    answering(monkeypatch, made)
+    assert compare(path, model, None, [5], shape, "f32")[1] is None
 
 
 def test_what_another_process_says_last_is_told_in_one_line(made, monkeypatch, tmp_path):

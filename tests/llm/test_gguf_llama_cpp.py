@@ -36,6 +36,7 @@ BY_KIND = {
 def difference(model, path, quant="f32", tokenizer=None):
     found = write_gguf(model, tokenizer or tiny_models.tokenizer(), path, quant, "tiny", force=True)
     assert found.check.difference is not None and "loaded in llama.cpp" in str(found.check)
+    assert found.check.log_ppl is not None and abs(np.diff(found.check.log_ppl)[0]) <= found.check.bound
     return found.check.difference, found
 
 
@@ -222,7 +223,7 @@ def test_sentence_piece_splits_as_it_did_and_a_text_that_it_splits_otherwise_is_
 def test_a_file_that_ends_the_process_is_an_error_of_ours(tmp_path):
     path = tmp_path / "a.gguf"
     path.write_bytes(b"GGUF" + bytes(100))
-    request = {"file": str(path), "ids": [1], "texts": [], "out": str(tmp_path / "o.npy"), "context": 256, "threads": 1}
+    request = {"file": str(path), "ids": [1], "text": [], "out": str(tmp_path / "o.npz"), "context": 256, "threads": 1}
     with refuses(DamagedError) as caught:
         in_llama_cpp("logits", request)
     assert "stopped with code" in str(caught.value)

@@ -78,6 +78,7 @@ def foreign(pre=None, **options):
         foreign(pre_tokenizers.Whitespace()),
         foreign(pre_tokenizers.ByteLevel(add_prefix_space=True)),
         foreign(pre_tokenizers.Split(Regex(r"\d+"), behavior="isolated")),
+        foreign(pre_tokenizers.ByteLevel(add_prefix_space=False)),
         foreign(pre_tokenizers.ByteLevel(add_prefix_space=False), ignore_merges=True),
         foreign(pre_tokenizers.ByteLevel(add_prefix_space=False), end_of_word_suffix="</w>"),
         builders.sentence_piece(missing_bytes=1),
@@ -88,6 +89,12 @@ def foreign(pre=None, **options):
 def test_what_llama_cpp_does_not_know_is_left_out_with_the_reason(tokenizer):
     found = vocabulary(tokenizer, builders.VOCAB)
     assert found.keys == {"tokenizer.ggml.model": "no_vocab"} and found.label == "none" and len(found.missing) > 10
+    assert len(found.notes) == 1 and found.missing in found.notes[0]
+
+
+def test_byte_level_bpe_without_merges_is_said_to_have_none():
+    tokenizer = foreign(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    assert "merges" in vocabulary(tokenizer, builders.VOCAB).missing and vocabulary(builders.byte_level("gpt-2"), 420).notes == ()
 
 
 def test_a_tokenizer_that_is_written_splits_ends_as_it_does():

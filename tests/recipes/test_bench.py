@@ -22,7 +22,7 @@ from ppf.progress import Progress
 from ppf.recipes import bench as recipe
 from ppf.recipes.bench import OWN_ORDER, Measured, bench
 from ppf.recipes.lab import Lab
-from ppf.recipes.prune import FINALISTS
+from ppf.recipes.refine import FINALISTS
 from ppf.samples import Measurement
 from ppf.space.allocation import Allocation, allocate
 from ppf.space.mask import select

@@ -21,7 +21,7 @@ from ppf.artifact import check_writable
 from ppf.errors import InputError, ResourceError
 from ppf.llm import gguf_check
 from ppf.llm.gguf_archs import ARCHS
-from ppf.llm.gguf_check import Check, answers, check, in_llama_cpp
+from ppf.llm.gguf_check import Check, check, compare, in_llama_cpp
 from ppf.llm.gguf_layers import Weights
 from ppf.llm.gguf_shape import Shape, shape_of
 from ppf.llm.gguf_tensors import BLOCK, tensors, type_of
@@ -80,24 +80,20 @@ def write_gguf(
         DamagedError: The check failed; nothing is left behind.
         ResourceError: A package is missing, or the file cannot be written.
     """
-    path = Path(path)
     check_gguf(path, quant, force)
     shape, words = shape_of(model), vocabulary(tokenizer, model.config.vocab_size)
     keys = _keys(model, shape, words, quant, name)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
             file = _made(Path(work), model, read, shape, keys, quant)
-            known = None if words.missing else tokenizer
-            found = check(file, model, read, known, shape, keys, quant)
-            size = file.stat().st_size
+            found = check(file, model, read, tokenizer, shape, keys, quant)
             check_gguf(path, quant, force)  # again: writing takes long, and another process may have come first
-            _publish(file, path)
+            size = _publish(file, path)
     except OSError as error:
         if error.errno is None:
             raise
         raise ResourceError(f"{path} must be writable; {error.strerror}; free the disk or choose another place") from error
-    notes = (*shape.notes, *([f"the file holds no tokenizer and takes token ids only: {words.missing}"] if words.missing else []))
-    return Written(shape.arch, quant, size, words.label, found, (*notes, *found.notes))
+    return Written(shape.arch, quant, size, words.label, found, (*shape.notes, *words.notes, *found.notes))
 
 
 def check_gguf(path: Path, quant: str, force: bool, new_folder: Path | None = None) -> None:
@@ -188,7 +184,7 @@ def _made(work: Path, model: PreTrainedModel, read: Weights | None, shape: Shape
     file, first = work / "model.gguf", _lossless(model.dtype)
     if quant in _FOUR_BITS and gguf_check.has_llama_cpp():
         _write(file, model, read, shape, {**keys, "general.file_type": FILE_TYPES[first]}, first)
-        answers(file, model, read, None, shape, first)
+        compare(file, model, read, [], shape, first)
     if quant == "q4_k_m":
         return _quantised(file, quant)
     _write(file, model, read, shape, keys, quant)
@@ -214,11 +210,13 @@ def _quantised(file: Path, quant: str) -> Path:
     return out
 
 
-def _publish(file: Path, path: Path) -> None:
-    """Gives a whole file its name, in one step."""
+def _publish(file: Path, path: Path) -> int:
+    """Gives a whole file its name, in one step; its bytes."""
     with open(file, "rb") as done:
         os.fsync(done.fileno())
     mask = os.umask(0o022)
     os.umask(mask)
     file.chmod(0o666 & ~mask)
+    size = file.stat().st_size
     os.replace(file, path)
+    return size

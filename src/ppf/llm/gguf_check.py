@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from ppf.llm.gguf_layers import Weights, own_weights
 from ppf.llm.gguf_shape import Shape
 from ppf.llm.gguf_structure import check_structure
 from ppf.llm.gguf_tensors import BLOCK, tensors
+from ppf.llm.pydocs import first_document
 from ppf.llm.stored import running_stored
 from ppf.llm.weights import first_line
 
@@ -28,8 +30,9 @@ WEIGHT_BOUNDS = {"f32": 0.0, "f16": 1e-3, "bf16": 4e-3, "q8_0": 2e-2, "q4_0": 0.
 """Root mean square error of a stored matrix, as a share of its own root mean square."""
 LOGIT_BOUNDS = {"f32": 1e-3, "f16": 1e-2, "bf16": 3e-2, "q8_0": 0.1, "q4_0": 0.5, "q4_k_m": 0.5}
 """Root mean square difference of logits, as a share of their spread: both less their mean, which no probability depends on."""
-_TOKENS, _CONTEXT = 32, 256
+_TOKENS, _TEXT_TOKENS, _CONTEXT = 32, 128, 256
 _ROWS = 1024
+_TEST_BUCKET = 2
 TEXTS = (
     "The quick brown fox doesn't jump over 12345 lazy dogs, does it?",
     "def f(x):\n    return {'a': [x ** 2, -1.5e-3]}  # comment\n\n\n\tdone",
@@ -49,7 +52,9 @@ class Check:
         matrices: How many of the tensors are matrices.
         fallbacks: How many matrices are of a width that the type's blocks do not divide, and so in a finer type.
         difference: Between llama.cpp's logits and transformers', see ``LOGIT_BOUNDS``; None if llama.cpp was not there.
-        bound: What the difference must not exceed: see ``logit_bound``.
+        bound: What the difference must not exceed: see ``logit_bound``. What those of ``log_ppl`` differ by must not, either.
+        log_ppl: Of a text of the standard library's documentation, nats/token: llama.cpp's and transformers'; None if it was
+            not there, or knows no two tokens of it.
         notes: What the user should know.
     """
 
@@ -59,20 +64,25 @@ class Check:
     fallbacks: int
     difference: float | None
     bound: float
+    log_ppl: tuple[float, float] | None
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
         again = f"{self.tensors} tensors and {self.keys} keys read back and compared"
         if self.difference is None:
             return f"{again}; not loaded in llama.cpp (pip install 'ppf[llamacpp]' for that)"
-        return f"{again}; loaded in llama.cpp: logits off transformers' by {self.difference:.1e} (at most {self.bound:g})"
+        loaded = f"{again}; loaded in llama.cpp: logits off transformers' by {self.difference:.1e} (at most {self.bound:g})"
+        if self.log_ppl is None:
+            return loaded
+        theirs, ours = (math.exp(value) for value in self.log_ppl)
+        return f"{loaded}, perplexity of a text {theirs:.4g}, transformers' {ours:.4g}"
 
 
 def check(
     file: Path,
     model: PreTrainedModel,
     read: Weights | None,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
     shape: Shape,
     keys: dict[str, Any],
     quant: str,
@@ -83,7 +93,7 @@ def check(
         file: The GGUF file.
         model: The model; not changed. Its matrices may be on the meta device.
         read: Gives its tensors; None for its own.
-        tokenizer: Its tokenizer, if the file holds it.
+        tokenizer: Its tokenizer.
         shape: What ``shape_of`` said.
         keys: Every key that must be there.
         quant: Number type of the matrices.
@@ -93,9 +103,10 @@ def check(
     """
     counts = reread(file, shape.arch, keys, tensors(model, shape, read), quant)
     if not has_llama_cpp():
-        return Check(*counts, None, logit_bound(quant, shape), ())
-    difference, notes = answers(file, model, read, tokenizer, shape, quant)
-    return Check(*counts, difference, logit_bound(quant, shape), notes)
+        return Check(*counts, None, logit_bound(quant, shape), None, ())
+    difference, log_ppl = compare(file, model, read, text_ids(tokenizer), shape, quant)
+    notes = () if keys["tokenizer.ggml.model"] == "no_vocab" else _splits(file, tokenizer)
+    return Check(*counts, difference, logit_bound(quant, shape), log_ppl, notes)
 
 
 def reread(
@@ -125,7 +136,7 @@ def reread(
         raise _damaged(f"it cannot be read, {first_line(error)}") from error
     for key, value in {**keys, "general.architecture": arch}.items():
         found = reader.fields[key].contents() if key in reader.fields else None
-        if found != (float(np.float32(value)) if isinstance(value, float) else _rounded(value)):
+        if found != _rounded(value):
             raise _damaged(f"key {key} differs")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     matrices = fallbacks = 0
@@ -139,8 +150,10 @@ def reread(
 
 
 def _rounded(value: Any) -> Any:
-    """A list of floats as it comes back from float32; any other value as it is."""
-    return [float(np.float32(one)) for one in value] if isinstance(value, list) and isinstance(value[0], float) else value
+    """Floats as they come back from float32, in a list too; any other value as it is."""
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(np.float32(value)) if isinstance(value, float) else value
 
 
 def _compare(file: Path, name: str, array: np.ndarray, stored: Any, quant: str) -> None:
@@ -161,31 +174,72 @@ def _compare(file: Path, name: str, array: np.ndarray, stored: Any, quant: str) 
         raise _damaged(f"tensor {name} differs from the model's by more than {quant} rounds")
 
 
-def answers(
-    file: Path, model: PreTrainedModel, read: Weights | None, tokenizer: PreTrainedTokenizerBase | None, shape: Shape, quant: str
-) -> tuple[float, tuple[str, ...]]:
-    """How far llama.cpp's logits are from those of transformers in float32, and what differs in the token ids of texts.
+def compare(
+    file: Path, model: PreTrainedModel, read: Weights | None, text: list[int], shape: Shape, quant: str
+) -> tuple[float, tuple[float, float] | None]:
+    """Runs llama.cpp beside transformers in float32: random tokens, all at once and one by one, and a text.
+
+    Args:
+        file: The GGUF file.
+        model: The model; not changed.
+        read: Gives its tensors; None for its own.
+        text: Token ids; none measures no perplexity.
+        shape: What ``shape_of`` said.
+        quant: Number type of the matrices.
+
+    Returns:
+        How far the logits are apart, and the log-perplexities of the text, nats/token; see ``Check``.
 
     Raises:
-        DamagedError: The file does not load, or the logits are further off than ``quant`` may take them.
+        DamagedError: The file does not load, or they are further apart than ``quant`` may take them.
     """
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, min(_TOKENS, shape.context)).tolist()
-    texts = [] if tokenizer is None else list(TEXTS)
+    text = text[: min(_TEXT_TOKENS, shape.context)]
     with tempfile.TemporaryDirectory() as work:
-        out = Path(work) / "logits.npy"
-        request = {"file": str(file), "ids": ids, "texts": texts, "out": str(out), "context": _CONTEXT}
-        answer = in_llama_cpp("logits", {**request, "threads": torch.get_num_threads()})
-        theirs = np.load(out, allow_pickle=False)
-    shell = skeleton(model.config)
-    with torch.inference_mode(), running_stored(shell, read or own_weights(model)):
-        ours = shell(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
-    difference = max(distance(found, ours) for found in theirs)
+        out = Path(work) / "logits.npz"
+        request = {"file": str(file), "ids": ids, "text": text, "out": str(out), "context": _CONTEXT}
+        in_llama_cpp("logits", {**request, "threads": torch.get_num_threads()})
+        theirs = dict(np.load(out, allow_pickle=False))
+    ours = _logits(model, read, ids, text)
+    difference = max(distance(found, ours[0, : len(ids)]) for found in (theirs["whole"], theirs["steps"]))
     if not difference <= (bound := logit_bound(quant, shape)):
         raise _damaged(f"llama.cpp's logits are off by {difference:.1e} of their spread, more than {bound:g}")
-    expected = [] if tokenizer is None else [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    wrong = [text for text, ours, theirs in zip(texts, expected, answer["texts"], strict=True) if ours != theirs]
-    note = f"llama.cpp splits {len(wrong)} of {len(texts)} test texts into other tokens than transformers does"
-    return difference, (f"{note}, the first is {wrong[0][:24]!r}",) if wrong else ()
+    if len(text) < 2:
+        return difference, None
+    log_ppl = _log_ppl(theirs["text"], text), _log_ppl(ours[1, : len(text)], text)
+    if not abs(log_ppl[0] - log_ppl[1]) <= bound:
+        raise _damaged(f"llama.cpp's log-perplexity of a text is {log_ppl[0]:.4f}, transformers' {log_ppl[1]:.4f}")
+    return difference, log_ppl
+
+
+def _logits(model: PreTrainedModel, read: Weights | None, *texts: list[int]) -> np.ndarray:
+    """Float[texts, T, V] of transformers, in one pass, for each may read all weights from files."""
+    ids = torch.zeros((len(texts), max(map(len, texts))), dtype=torch.long)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text)] = torch.tensor(text)
+    shell = skeleton(model.config)
+    with torch.inference_mode(), running_stored(shell, read or own_weights(model)):
+        return shell(input_ids=ids, use_cache=False).logits.numpy()
+
+
+def _log_ppl(logits: np.ndarray, text: list[int]) -> float:
+    """Nats/token of the tokens after the first."""
+    wide: np.ndarray = logits[:-1].astype(np.float64)
+    return float((np.logaddexp.reduce(wide, axis=-1) - wide[np.arange(len(wide)), text[1:]]).mean())
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a real text, which lies on every Python installation."""
+    return list(tokenizer(first_document(_TEST_BUCKET), add_special_tokens=False)["input_ids"])[:_TEXT_TOKENS]
+
+
+def _splits(file: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What differs in the token ids of texts."""
+    theirs = in_llama_cpp("tokens", {"file": str(file), "texts": TEXTS})["texts"]
+    ours = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS]
+    wrong = [text for text, one, other in zip(TEXTS, ours, theirs, strict=True) if one != other]
+    note = f"llama.cpp splits {len(wrong)} of {len(TEXTS)} test texts into other tokens than transformers does"
+    return (f"{note}, the first is {wrong[0][:24]!r}",) if wrong else ()
 
 
 def logit_bound(quant: str, shape: Shape) -> float:

@@ -102,15 +102,10 @@ def shape_of(model: PreTrainedModel) -> Shape:
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     name, padded = _arch(family, model, found, base, frequencies, tied)
     arch = ARCHS[name]
-    notes: list[str] = []
-    if padded:
-        widths, note = _widest(family, model, found, config.hidden_size // head_dim if arch.whole else None)
-        notes.append(note)
+    widths, notes = _padded(model, found, head_dim, arch) if padded else (widths, ())
     widths, gone_notes = _filled(widths, arch)
     context, context_notes = context_of(model, arch)
     tied = tied and arch.head != "own"
-    embedding = float(getattr(config, "embedding_multiplier", 1.0))
-    output = float(getattr(config, "logits_scaling", 1.0)) * (embedding if tied else 1.0)  # a tied head carries it, too
     return Shape(
         arch=name,
         heads=widths.heads,
@@ -124,13 +119,19 @@ def shape_of(model: PreTrainedModel) -> Shape:
         tied=tied,
         notes=(*notes, *gone_notes, *_uneven(widths, head_dim), *context_notes),
         turned=2 * len(frequencies),
-        embedding_scale=embedding,
-        reader_scale=float(getattr(config, "residual_multiplier", 1.0)),
-        output_scale=1 / output,
+        **_scales(config, tied),
         shared=max(widths.shared),
         eps=float(getattr(config, "rms_norm_eps", None) or config.layer_norm_eps),
         keys={**window_keys(model, arch), **_own_keys(name, config), **_expert_keys(config, found, widths)},
     )
+
+
+def _scales(config: Any, tied: bool) -> dict[str, float]:
+    """Granite's multipliers, by the fields of ``Shape``; ones elsewhere."""
+    embedding = float(getattr(config, "embedding_multiplier", 1.0))
+    output = float(getattr(config, "logits_scaling", 1.0)) * (embedding if tied else 1.0)  # a tied head carries it, too
+    reader = float(getattr(config, "residual_multiplier", 1.0))
+    return {"embedding_scale": embedding, "reader_scale": reader, "output_scale": 1 / output}
 
 
 def _check_family(family: str, config: Any) -> None:
@@ -222,8 +223,9 @@ def _lack(name: str, model: PreTrainedModel, found: list[Layer], base: float, fr
     return ""
 
 
-def _widest(family: str, model: PreTrainedModel, found: list[Layer], whole: int | None) -> tuple[_Widths, str]:
-    """The widths of all layers when each is padded to the widest, or to ``whole`` query heads; and what the user should know."""
+def _padded(model: PreTrainedModel, found: list[Layer], head_dim: int, arch: Arch) -> tuple[_Widths, tuple[str, ...]]:
+    """The widths of all layers when each is padded to the widest, or to as many heads as ``arch`` wants; and a note of it."""
+    family, whole = family_of(model.config), model.config.hidden_size // head_dim if arch.whole else None
     ratios = {layer.heads // layer.kv_heads for layer in found if layer.kv_heads}
     if len(ratios) != 1:
         raise UnsupportedError("KV groups must have as many query heads in all layers; others came; use the folder instead")
@@ -242,7 +244,7 @@ def _widest(family: str, model: PreTrainedModel, found: list[Layer], whole: int 
     share = added / size
     why = "only with queries as wide as its stream" if heads == whole else "with layers alike only"
     note = f"llama.cpp holds this {family} {why}; each layer was padded with zeros, {share:.0%} of the weights in the file"
-    return _Widths(*((width,) * len(found) for width in (heads, heads // ratio, ffn, shared))), note
+    return _Widths(*((width,) * len(found) for width in (heads, heads // ratio, ffn, shared))), (note,)
 
 
 def _unit_sizes(layer: Layer) -> tuple[int, int, int]:

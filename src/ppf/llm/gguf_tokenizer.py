@@ -53,6 +53,11 @@ class Vocabulary:
     label: str
     missing: str = ""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        return (f"the file holds no tokenizer and takes token ids only: {self.missing}",) if self.missing else ()
+
 
 class _UnknownError(Exception):
     """llama.cpp has no name for a part of the tokenizer."""
@@ -101,6 +106,8 @@ def _kind(record: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     name = PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges"))))
     if name is None or (normalizer is not None and normalizer["type"] != "NFC"):
         raise _UnknownError(f"llama.cpp's name for its pre-tokenizer {json.dumps(record['pre_tokenizer'])[:120]} is not known")
+    if not model["merges"]:
+        raise _UnknownError("llama.cpp takes byte-level BPE with merges only, and it has none")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     return "gpt2", {"tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
 

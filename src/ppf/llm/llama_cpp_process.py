@@ -26,14 +26,23 @@ def load(request: dict[str, Any], **options: Any) -> llama_cpp.Llama:
 
 
 def logits(request: dict[str, Any]) -> dict[str, Any]:
-    """Logits of token ids, all at once and one after another through the cache, and the ids of texts."""
+    """Logits of token ids, all at once and one after another through the cache, and of a text."""
     whole, steps = load(request, logits_all=True), load(request, logits_all=True)
     whole.eval(request["ids"])
     for token in request["ids"]:
         steps.eval([token])
-    np.save(request["out"], np.stack([model.scores[: len(request["ids"])] for model in (whole, steps)]))
-    texts = [whole.tokenize(text.encode(), add_bos=False, special=False) for text in request["texts"]]
-    return {"texts": texts}
+    count = len(request["ids"])
+    found = {"whole": whole.scores[:count].copy(), "steps": steps.scores[:count]}
+    whole.reset()
+    whole.eval(request["text"])
+    np.savez(request["out"], text=whole.scores[: len(request["text"])], **found)
+    return {}
+
+
+def tokens(request: dict[str, Any]) -> dict[str, Any]:
+    """The ids of texts; no weights are read."""
+    words = llama_cpp.Llama(request["file"], vocab_only=True, verbose=False)
+    return {"texts": [words.tokenize(text.encode(), add_bos=False, special=False) for text in request["texts"]]}
 
 
 def quantise(request: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +55,7 @@ def quantise(request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-TASKS = {"logits": logits, "quantise": quantise}
+TASKS = {"logits": logits, "tokens": tokens, "quantise": quantise}
 
 if __name__ == "__main__":
     print(json.dumps(TASKS[sys.argv[1]](json.load(sys.stdin))))

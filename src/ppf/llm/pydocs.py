@@ -24,6 +24,11 @@ def documents(bucket: int) -> list[str]:
     return list(_texts(bucket))
 
 
+def first_document(bucket: int) -> str:
+    """One of them, without reading the others."""
+    return next(_texts(bucket))
+
+
 def bucket_of(name: str) -> int:
     """Bucket 0 to 9 of a document's name, by SHA-256."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10

@@ -107,26 +107,24 @@ def apply_plan(record: Any, loaded: LoadedModel, config: PruneConfig, progress: 
     where = choose_placement(config.device)
     check_whole(config.compensate, where)
     dtype = choose_dtype("auto", where.device, loaded.dtype)
-    export = is_export(record)
-    if export:
+    if is_export(record):
         _check_grid(config)
         loaded = replace(loaded, layout=_as_planned(record, loaded.model, loaded.layout))
-        mask = mask_of(record, loaded.layout)
+        mask, wish = mask_of(record, loaded.layout), None
     else:
-        policy, budget = wish_of(record, loaded.layout, *config.grid)
+        wish = wish_of(record, loaded.layout, *config.grid)
     text = _text(config, loaded, where, dtype, progress)
-    blocks = text.calibration if text else np.zeros((0, 1), dtype=np.int64)
-    wish: dict[str, Any] = {}
-    if not export:
+    if wish is not None:
         with progress.stage("importance"):
             order = _order(loaded, text, where, dtype)
-        mask = select(allocate(policy, budget, loaded.layout, *config.grid), order, loaded.layout)
-        wish = {"policy": policy.to_json(), "importance": {"method": order.method, "source": own_name(order.source)}}
+        mask = select(allocate(*wish, loaded.layout, *config.grid), order, loaded.layout)
     with progress.stage("cutting"):
-        smaller, how = compensated(loaded, mask, blocks, config.compensate, where, dtype)
+        smaller, how = compensated(loaded, mask, _calibration(text), config.compensate, where, dtype)
     added = added_params(loaded, config.compensate, mask.allocation.kept)
-    plan = _plan(record, loaded.name, loaded.digest, loaded.dtype, loaded.layout, mask, added) | wish | {"compensation": how}
-    if not export:
+    plan = _plan(record, loaded.name, loaded.digest, loaded.dtype, loaded.layout, mask, added) | {"compensation": how}
+    if wish is not None:
+        policy, budget = wish
+        plan |= {"policy": policy.to_json(), "importance": {"method": order.method, "source": own_name(order.source)}}
         plan["ratio"] = {"asked": budget.ratio(loaded.layout), **plan["ratio"]}
     if text:
         with progress.stage("measuring the result"):
@@ -173,10 +171,13 @@ def _text(config: PruneConfig, loaded: LoadedModel, where: Placement, dtype: tor
         return load_text(config.text, loaded.tokenizer, sizes, FitConfig.seed, model)
 
 
+def _calibration(text: Text | None) -> np.ndarray:
+    return text.calibration if text else np.zeros((0, 1), dtype=np.int64)
+
+
 def _order(loaded: LoadedModel, text: Text | None, where: Placement, dtype: torch.dtype) -> Any:
-    blocks = text.calibration if text else np.zeros((0, 1), dtype=np.int64)
     model = loaded.on(where, dtype)
-    return score_units(model, loaded.layout, blocks, _SCORES[bool(text)], text.name if text else "", FitConfig.seed)
+    return score_units(model, loaded.layout, _calibration(text), _SCORES[bool(text)], text.name if text else "", FitConfig.seed)
 
 
 def _plan(record: Any, name: str, digest: str, dtype: torch.dtype, layout: Layout, mask: Mask, added: int) -> dict[str, Any]:

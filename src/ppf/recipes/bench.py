@@ -40,7 +40,7 @@ from ppf.provenance import own_name
 from ppf.recipes.cells import cell_key, taught_by
 from ppf.recipes.fit import additive_agent
 from ppf.recipes.lab import Lab, load_for, settings_of
-from ppf.recipes.prune import FINALISTS, refined
+from ppf.recipes.refine import FINALISTS, refined
 from ppf.recipes.summary import summarise
 from ppf.samples import Measurement
 from ppf.space.allocation import Allocation, allocate

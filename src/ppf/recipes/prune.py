@@ -14,31 +14,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppf.artifact import check_new_folder, check_writable
 from ppf.config import CompensateName, QuantName, Target
 from ppf.decide import Decider, Decision
-from ppf.errors import DamagedError, InputError, ResourceError
-from ppf.learn.objective import predicted
-from ppf.learn.search import refine as search
-from ppf.llm.collect import Wanted
+from ppf.errors import DamagedError, InputError
 from ppf.llm.export import export, weight_bytes
 from ppf.llm.gguf import Written, write_gguf
 from ppf.llm.load import Checkpoint, LoadedModel
 from ppf.llm.perplexity import Evaluation, evaluate, summarise
 from ppf.llm.placement import Placement, copied, entry_of
 from ppf.llm.text import Text
-from ppf.lock import locked
 from ppf.progress import Progress
 from ppf.provenance import own_name
 from ppf.recipes.choices import choose_placement, tokens_per_batch
 from ppf.recipes.compensate import added_params, check_whole, compensated, with_room
-from ppf.recipes.fit import incumbents, refit
-from ppf.recipes.lab import Lab, settings_of
-from ppf.samples import kept_matrix
-from ppf.space.allocation import Allocation
-from ppf.space.budget import Budget, unit_steps
-from ppf.space.mask import select
+from ppf.recipes.refine import check_refinable, searched
+from ppf.space.mask import Mask
 
-_REFINE_STEPS = 60
-FINALISTS = 8
-"""How many candidates of static pruning are measured on the validation text."""
 _SPEED_RUNS = 5
 _SPEED_TOKENS = 1024
 
@@ -128,21 +117,25 @@ def prune(
     target = with_room(target, most, decider.study.record["model"]["bytes_per_param"])
     decision = decider.decide(target)
     if candidates:
-        config = settings_of(decider.study, study=str(decider.study.folder), device=device)
-        with locked(decider.study.folder), Lab(loaded, config, progress) as lab:
-            lab.open_study()
-            decision = refined(decider, decision, lab, target, candidates)
-        del lab  # and with it the dense model where that is spread
+        decision = searched(decider, decision, loaded, target, device, candidates, progress)
+    smaller, how, told = _cut(decider, decision.mask, loaded, compensate, where, progress)
+    plan = plan_for(decider, decision, bool(candidates)) | told
+    plan = _with_compensation(plan, how, added_params(loaded, compensate, decision.allocation.kept))
+    return Pruned(smaller, loaded.tokenizer, decision, plan | {"nested": target.nested, "rounding": decider.rounding(target)})
+
+
+def _cut(
+    decider: Decider, mask: Mask, loaded: LoadedModel, compensate: CompensateName, where: Placement, progress: Progress
+) -> tuple[PreTrainedModel, dict[str, Any], dict[str, Any]]:
+    """The smaller model, how it was compensated, and what measuring it on the study's test text told."""
     text = Text.load(decider.study.path("text"), decider.layout.fingerprint)
     dtype = getattr(torch, decider.study.record["dtype"])
     with progress.stage("cutting"):
-        smaller, how = compensated(loaded, decision.mask, text.calibration, compensate, where, dtype)
+        smaller, how = compensated(loaded, mask, text.calibration, compensate, where, dtype)
     with progress.stage("measuring the result"):
         measured, speeds = measured_of(loaded, smaller, text.test, where, dtype)
-    added = added_params(loaded, compensate, decision.allocation.kept)
     dense = decider.study.record["dense"]["test"].get("blocks")  # one of before they were kept has none
-    plan = _with_compensation(plan_for(decider, decision, bool(candidates)) | told_of(measured, speeds, dense), how, added)
-    return Pruned(smaller, loaded.tokenizer, decision, plan | {"nested": target.nested, "rounding": decider.rounding(target)})
+    return smaller, how, told_of(measured, speeds, dense)
 
 
 def decider_for(folder: str | Path, digest: str, target: Target, candidates: int) -> Decider:
@@ -153,79 +146,6 @@ def decider_for(folder: str | Path, digest: str, target: Target, candidates: int
         name = decider.study.record["model"]["name"]
         raise DamagedError(f"{folder} must be a study of this model; it is one of {name} as it was then; give its own model")
     return decider
-
-
-def refined(decider: Decider, decision: Decision, lab: Lab, target: Target, candidates: int) -> Decision:
-    """Static pruning: search on the predictor at one ratio, measure the best, learn, search again; the best measured wins.
-
-    Every measurement on the search text goes into the study's store and counts in later choices. The best few are measured on
-    the validation text, too, which is longer and which no search has seen, and both decide.
-    """
-    budget, rng = decider.budget(target), np.random.default_rng(lab.config.seed)
-    predictor = decider.predictor
-    first = max(1, candidates // 2)
-    for number, count in enumerate([first, candidates - first]):
-        starts = np.stack([decision.policy.keep, *incumbents(lab, decision.asked)])
-        with lab.progress.stage("search"):
-            found, _ = search(predicted(predictor), starts, budget.remove, lab.layout, _REFINE_STEPS, rng, *target.grid)
-        ours = [decision.allocation.kept] if number == 0 else []
-        chosen = [*ours, *_apart(found, lab.layout.units, count)][:count]
-        lab.run("candidates", [Wanted(Allocation(kept), "refine", decision.asked) for kept in chosen], 100 + number)
-        if number == 0 and candidates > first:
-            with lab.progress.stage("predictor"):
-                predictor = refit(lab, decider.predictor.kind)
-    return decider.adopt(target, _winner(lab, *_best_measured(lab, budget, target.grid, decision.allocation)))
-
-
-def _winner(lab: Lab, kept: np.ndarray, damage: np.ndarray) -> np.ndarray:
-    """Int[S]: of a few allocations, Int[N, S], and their damages on the search text the best on search and validation text."""
-    if not len(lab.text.validation) or len(kept) == 1:
-        return kept[int(damage.argmin())]
-    masks = [select(Allocation(row), lab.study.importance, lab.layout) for row in kept]
-    with lab.progress.stage("validating", len(masks)) as advance:
-        answers = lab.answers(masks, "validation", advance=advance)
-    fresh = np.array([answer.kl if np.isfinite(answer.kl) else np.inf for answer in answers])
-    total = damage * lab.text.search.size + fresh * lab.text.validation.size
-    return kept[int(total.argmin())]
-
-
-def _best_measured(lab: Lab, budget: Budget, grid: tuple[int, int], ours: Allocation) -> tuple[np.ndarray, np.ndarray]:
-    """Of all masks ever measured in this study that meet a budget as ``allocate`` does, those with the least damage.
-
-    ``ours`` is one such: where one unit of a site costs more than all that the others can give, ``allocate`` spends less
-    than the budget by more than a step.
-
-    Returns:
-        Int[N, S], ``ours`` first if it was measured, then the best, at most ``FINALISTS``; and Float[N] their damages.
-
-    Raises:
-        ResourceError: None could be measured.
-    """
-    layout, samples = lab.layout, lab.store.all()
-    kept = kept_matrix(samples, layout)
-    steps, target = unit_steps(layout, *grid), layout.prunable - budget.remove
-    spent = kept @ layout.costs
-    close = (spent <= target) & (spent >= min(ours.kept @ layout.costs, target - (steps * layout.costs).min() + 1))
-    fits = close & ((kept % steps == 0) | (kept == layout.units)).all(axis=1)
-    if not fits.any():
-        reasons = [sample.reason for sample in lab.store.failed()] or ["nothing was measured"]
-        raise ResourceError(f"a candidate must be measurable; none was: {reasons[-1]}; try --dtype or another --device")
-    damage = np.array([sample.kl for sample in samples])
-    is_ours = (kept[fits] == ours.kept).all(axis=1)
-    best = np.argsort(damage[fits], kind="stable")
-    order = np.concatenate([best[is_ours[best]], best[~is_ours[best]]])[:FINALISTS]  # what needed no luck is always among them
-    return kept[fits][order], damage[fits][order]
-
-
-def _apart(found: np.ndarray, units: np.ndarray, count: int) -> list[np.ndarray]:
-    """The best ones that differ from each other by more than a hair: two channels in a thousand somewhere."""
-    chosen: list[np.ndarray] = []
-    for kept in found:
-        if all(np.abs((kept - other) / units).max() > 2e-3 for other in chosen):
-            chosen.append(kept)
-        if len(chosen) == count:
-            break
-    return chosen
 
 
 def measured_of(
@@ -318,16 +238,6 @@ def _ppl(interval: tuple[float, float]) -> list[float]:
 def dense_bytes(loaded: LoadedModel | Checkpoint, bytes_per_param: float) -> int:
     """Bytes of the dense model's weight files; of its parameters if it has no files."""
     return weight_bytes(loaded.folder) if loaded.folder else int(loaded.layout.total * bytes_per_param)
-
-
-def check_refinable(target: Target, refine: bool) -> None:
-    """Refuses to refine a nested policy: the result would be nested in no other.
-
-    Raises:
-        InputError: Both are wanted.
-    """
-    if refine and target.nested:
-        raise InputError("nested policies must be taken as they come; a refinement came too; leave one out")
 
 
 def check_out(out: str, force: bool, source: str | Path) -> None:

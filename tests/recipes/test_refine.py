@@ -15,9 +15,9 @@ from ppf.errors import ResourceError
 from ppf.llm.engines.bench import InProcessEngine
 from ppf.llm.text import Text
 from ppf.progress import Progress
-from ppf.recipes import prune as recipe
+from ppf.recipes import refine as recipe
 from ppf.recipes.lab import Lab
-from ppf.recipes.prune import FINALISTS, _winner
+from ppf.recipes.refine import FINALISTS, _winner
 from ppf.samples import Measurement
 
 FAILED = Measurement(float("nan"), float("nan"), 0, 0.0, "no memory")
