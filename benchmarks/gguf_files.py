@@ -1,5 +1,7 @@
 """What do GGUF files of a dense and a pruned model give in llama.cpp: perplexity beside transformers', and prompt speed?
 
+And why is that speed less than the removed operations promise? A model cut to its floors shows what of the time no cut removes.
+
 The name is not gguf.py: beside this file, that would hide the package. Needs pip install 'ppf[llamacpp]'.
 """
 
@@ -23,10 +25,14 @@ import numpy as np
 QUANTS = ("f16", "q8_0")
 RATIO = 0.3
 ALIGNS = (1, 32)
-STAND_IN = {
-    "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12, "num_key_value_heads": 6,
-    "vocab_size": 4096, "max_position_embeddings": 512,
-}  # fmt: skip
+BARE = "floors"
+"""The model that keeps one KV group and 32 channels a layer."""
+_COMMON = {"num_hidden_layers": 8, "vocab_size": 4096, "max_position_embeddings": 512}
+STAND_INS = {
+    320: {**_COMMON, "hidden_size": 320, "intermediate_size": 896, "num_attention_heads": 10, "num_key_value_heads": 5},
+    768: {**_COMMON, "hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 6},
+}
+"""By the width of the stream."""
 
 
 def load(file: str, tokens: int, **options: Any) -> Any:
@@ -97,11 +103,22 @@ def models_of(study: str) -> tuple[dict[str, Any], Any, np.ndarray]:
     for align in ALIGNS:
         mask = decider.decide(Target(ratio=RATIO, align=align)).mask
         models[f"pruned, align {align}"] = cut(loaded.model, loaded.layout, mask)
+    models[BARE] = bare(loaded.model, loaded.layout, decider.importance)
     return models, loaded.tokenizer, Text.load(decider.study.path("text"), decider.layout.fingerprint).test
 
 
-def stand_in(seed: int) -> dict[str, Any]:
-    """A random Llama of a common width, dense and pruned to layers that differ; its speed is real, its answers mean nothing."""
+def bare(model: Any, layout: Any, importance: Any) -> Any:
+    """A model of as many layers, in each of which as little as can be does anything."""
+    from ppf.llm.surgery import cut
+    from ppf.space.allocation import Allocation
+    from ppf.space.budget import aligned_floors
+    from ppf.space.mask import select
+
+    return cut(model, layout, select(Allocation(aligned_floors(layout, max(ALIGNS))), importance, layout))
+
+
+def stand_in(shape: dict[str, int], seed: int) -> dict[str, Any]:
+    """A random Llama, dense and pruned to layers that differ; its speed is real, its answers mean nothing."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -115,7 +132,7 @@ def stand_in(seed: int) -> dict[str, Any]:
 
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    dense = AutoModelForCausalLM.from_config(LlamaConfig(**STAND_IN)).eval()
+    dense = AutoModelForCausalLM.from_config(LlamaConfig(**shape)).eval()
     layout = layout_of_model(dense)
     importance = Importance(tuple(rng.random(units) for units in layout.units), "random", "none")
     policy = Policy(rng.normal(0.7, 0.15, len(layout.sites)))
@@ -123,17 +140,24 @@ def stand_in(seed: int) -> dict[str, Any]:
     for align in ALIGNS:
         kept = allocate(policy, Budget.from_ratio(RATIO, layout, align), layout, align)
         models[f"pruned, align {align}"] = cut(dense, layout, select(kept, importance, layout))
-    return models
+    return {**models, BARE: bare(dense, layout, importance)}
 
 
 def timed(rows: list[dict[str, Any]], models: dict[str, Any], files: dict[str, str], blocks: Path, repeats: int) -> None:
-    """Adds to each row what was timed, and what the removed operations promise."""
+    """Adds to each row what was timed, what the removed operations promise, and what is left of it beside what stays.
+
+    ``fixed`` is the share of the dense file's time that does not shrink with the operations, so that a file with a share of them
+    takes ``fixed + (1 - fixed) * share`` of that time; the file of the floors tells it.
+    """
     tokens = np.load(blocks, allow_pickle=False).shape[1]
     seconds = in_process("speed", {"files": files, "blocks": str(blocks), "repeats": repeats})
+    shares = {name: flops(model, tokens) / flops(models["dense"], tokens) for name, model in models.items()}
     for row in rows:
-        own, dense = (np.array(seconds[f"{name}, {row['quant']}"]) for name in (row["model"], "dense"))
+        own, dense, least = (np.array(seconds[f"{name}, {row['quant']}"]) for name in (row["model"], "dense", BARE))
         row["tokens_per_second"], row["speedup"] = _spread(tokens / own), _spread(dense / own)
-        row["promised"] = flops(models["dense"], tokens) / flops(models[row["model"]], tokens)
+        row["promised"] = 1 / shares[row["model"]]
+        row["fixed"] = float((np.median(least / dense) - shares[BARE]) / (1 - shares[BARE]))
+        row["expected"] = 1 / (row["fixed"] + (1 - row["fixed"]) * shares[row["model"]])
 
 
 def written(models: dict[str, Any], tokenizer: Any, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -163,17 +187,21 @@ def measure(study: str, repeats: int, work: Path) -> dict[str, Any]:
     np.save(blocks, text)
     rows, files = written(models, tokenizer, work / "own")
     for row in rows:
+        if row["model"] == BARE:  # whose answers mean nothing
+            continue
         exact = convert(models[row["model"]], torch.device("cpu"), torch.float32)
         request = {"file": files[f"{row['model']}, {row['quant']}"], "blocks": str(blocks)}
         row["ppl"] = float(np.exp(in_process("perplexity", request)["log_ppl"]))
         row["ppl_transformers"] = float(np.exp(evaluate(exact, text).log_ppl))
     timed(rows, models, files, blocks, repeats)
-    larger = stand_in(0)
-    wide, files = written(larger, tokenizer, work / "stand-in")
-    timed(wide, larger, files, blocks, repeats)
+    others = {}
+    for width, shape in STAND_INS.items():
+        models = stand_in(shape, 0)
+        others[str(width)], files = written(models, tokenizer, work / str(width))
+        timed(others[str(width)], models, files, blocks, repeats)
     versions = {package.replace("-", "_"): version(package) for package in ("llama-cpp-python", "gguf")}
     sizes = {"ratio": RATIO, "repeats": repeats, "prompt": int(text.shape[1]), "tokens": int(text.size)}
-    return {"rows": rows, "stand_in": {"shape": STAND_IN, "rows": wide}, **sizes, **versions}
+    return {"rows": rows, "stand_ins": others, "shapes": STAND_INS, **sizes, **versions}
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:

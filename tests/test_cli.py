@@ -147,7 +147,7 @@ def test_the_experts_of_a_layer_share_a_cell(capsys):
     ]  # fmt: skip
     record = {
         "kept": kept, "ratio": {"asked": 0.3, "met": 0.3}, "predicted": {"ppl": 9.0, "log_ppl": 2.2, "std": 0.1},
-        "params": {"before": 100, "after": 70}, "milliseconds": 1.0,
+        "params": {"before": 100, "after": 70}, "milliseconds": 1.0, "rounding": None,
     }  # fmt: skip
     printing.print_policy(record)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[:6]]

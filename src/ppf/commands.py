@@ -120,7 +120,7 @@ def _policy(config: PolicyConfig) -> None:
     from ppf.decide import Decider
 
     decider = Decider(config.study)
-    record = decider.decide(config.target).to_json(decider.layout)
+    record = decider.decide(config.target).to_json(decider.layout) | {"rounding": decider.rounding(config.target)}
     warn_range(record)
     warn_nothing(config.target, record)
     warn_missed(decider.missed_by)

@@ -77,7 +77,17 @@ def print_policy(record: dict[str, Any]) -> None:
     print(f"perplexity  predicted {predicted['ppl']:.2f}  ({predicted['log_ppl']:.4f} +- {predicted['std']:.4f} nats/token)")
     gone = 100 * (1 - params["after"] / params["before"])
     print(f"parameters  {params['before']:,} -> {params['after']:,}  ({gone:.1f} % of all gone)")
+    if told := _rounding(record):
+        print(f"rounding    {told}")
     print(f"decided in  {record['milliseconds']:.1f} ms")
+
+
+def _rounding(record: dict[str, Any]) -> str:
+    """What keeping widths in steps costs by prediction; nothing without steps."""
+    if not (found := record["rounding"]):
+        return ""
+    steps = " ".join(f"--{name} {found[name]}" for name in ("align", "tp") if found[name] > 1)
+    return f"with {steps} predicted {found['ppl']:.2f}, without {found['unrounded_ppl']:.2f}"
 
 
 def _whole(record: dict[str, Any]) -> dict[str, str]:
@@ -146,9 +156,8 @@ def print_pruned(record: dict[str, Any]) -> None:
     if speed := record.get("tokens_per_second"):
         lines["tokens/s"] = f"{speed['before']:,.0f} -> {speed['after']:,.0f}  (prompt, this machine)"
     lines["written to"] = f"{record['out']}  ({record['checked']})"
-    if rounding := record["rounding"]:
-        steps = " ".join(f"--{name} {rounding[name]}" for name in ("align", "tp") if rounding[name] > 1)
-        lines["perplexity"] += f"; with {steps} predicted {rounding['ppl']:.2f}, without {rounding['unrounded_ppl']:.2f}"
+    if told := _rounding(record):
+        lines["rounding"] = told
     for name, value in lines.items():
         print(f"{name:<11} {value}")
 

@@ -129,6 +129,15 @@ def test_what_rounding_costs_is_that_of_the_two_decisions(fitted):
     assert fitted.policy(ratio=0.4, align=16, tp=2).allocation.kept.tolist() == kept.tolist()
 
 
+def test_a_decision_tells_what_rounding_costs(capsys, fitted):
+    options = ["policy", fitted.folder, "--ratio", 0.4, "--align"]
+    code, out, _ = answer(capsys, *options, 16)
+    found = Decider(fitted.folder).rounding(Target(ratio=0.4, align=16))
+    assert code == 0 and f"with --align 16 predicted {found['ppl']:.2f}, without {found['unrounded_ppl']:.2f}" in out
+    assert json.loads(answer(capsys, *options, 16, "--json")[1])["rounding"] == found
+    assert "without" not in answer(capsys, *options, 1)[1]
+
+
 def test_refining_keeps_the_grid(fitted, tmp_path):
     study = ppf.Study(copied(fitted, tmp_path / "study"), tiny_models.model("llama-mha"), tiny_models.tokenizer())
     pruned = study.prune(ratio=0.4, align=8, tp=2, refine=True, candidates=4, device="cpu")

@@ -44,7 +44,7 @@ class Budget:
             raise InputError(f"a pruning ratio must be a number in [0, 1); {ratio!r} came; try 0.3")
         if not 0 <= ratio < 1:
             raise InputError(f"a pruning ratio must lie in [0, 1); {ratio:g} came; 0.3 removes 30 % of the prunable parameters")
-        return cls(removed(ratio, layout))._feasible(layout, align, tp, f"ratio {ratio:g}")
+        return cls(removed(ratio, layout))._feasible(layout, align, tp, "")
 
     @classmethod
     def from_params(cls, params: int, layout: Layout, align: int = 1, tp: int = 1) -> "Budget":
@@ -53,7 +53,7 @@ class Budget:
         Raises:
             InputError: Below what the floors leave.
         """
-        return cls._leaving(params, layout, align, tp)._feasible(layout, align, tp, f"{params:,} parameters")
+        return cls._leaving(params, layout, align, tp)._feasible(layout, align, tp, f"{params:,} parameters, that is ")
 
     @classmethod
     def from_memory(
@@ -65,7 +65,7 @@ class Budget:
             InputError: Below what the floors leave.
         """
         budget = cls._leaving(math.floor((size - headers) / bytes_per_param), layout, align, tp)
-        return budget._feasible(layout, align, tp, f"{size:,} bytes")
+        return budget._feasible(layout, align, tp, f"{size:,} bytes, that is ")
 
     @classmethod
     def _leaving(cls, params: int, layout: Layout, align: int, tp: int) -> "Budget":
@@ -83,7 +83,7 @@ class Budget:
             grid = " and ".join(f"--{name} {step}" for name, step in (("align", align), ("tp", tp)) if step > 1)
             raise InputError(
                 f"at most ratio {largest_ratio(layout, align, tp):g} of what is prunable can go{' with ' if grid else ''}{grid} "
-                f"({smallest:,} parameters stay); {wish} asks for ratio {self.ratio(layout):.4g}; "
+                f"({smallest:,} parameters stay); {wish}ratio {self.ratio(layout):.4g} came; "
                 f"ask for less{', or for smaller steps' if grid else ''}"
             )
         return self
