@@ -44,8 +44,9 @@ def print_planned(record: dict[str, Any], quiet: bool) -> None:
         print_json(record)
     else:
         before, after = record["params"]["before"], record["params"]["after"]
+        asked = f"asked {record['ratio']['asked']:.4f}, met " if "asked" in record["ratio"] else ""  # a mask asks for itself
         lines = {
-            "ratio": f"{record['ratio']['met']:.4f} of the prunable parameters",
+            "ratio": f"{asked}{record['ratio']['met']:.4f} of the prunable parameters",
             "parameters": f"{before:,} -> {after:,}  ({100 * (1 - after / before):.1f} % of all gone)",
             **_whole(record),
             "weights": f"{human_size(record['bytes']['before'])} -> {human_size(record['bytes']['after'])}",

@@ -122,7 +122,7 @@ def test_with_llama_cpp_logits_and_the_perplexity_of_a_real_text_are_compared(ma
     wanted = -float(log_probs.gather(1, torch.from_numpy(ids[0, 1:, None])).mean())
     assert found.difference < 1e-6 and found.log_ppl == (pytest.approx(wanted, rel=1e-5),) * 2 and found.notes == ()
     assert ids.shape[1] == shape.context == 64 and len(set(ids[0].tolist())) > 20
-    assert f"perplexity of a text {np.exp(wanted):.4g}, transformers' {np.exp(wanted):.4g}" in str(found)
+    assert f"perplexity of a text {np.exp(wanted):.2f}, transformers' {np.exp(wanted):.2f}" in str(found)
 
 
 def test_a_perplexity_that_differs_is_found_where_other_logits_agree(made, monkeypatch):

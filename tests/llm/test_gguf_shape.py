@@ -107,7 +107,12 @@ def test_widths_at_which_llama_cpp_is_slow_are_told():
     """Measured: benchmarks/results/gguf.json."""
     assert shape_of(builders.model("llama-mha", intermediate_size=64)).notes == ()
     (note,) = shape_of(builders.model("llama-mha", intermediate_size=65)).notes
-    assert note.startswith("3 of 6") and "--align 32" in note
+    assert "3 of 3 FFN widths" in note and "attention" not in note and note.endswith("--align 32")
+    dense = builders.model("llama-mha", intermediate_size=64)
+    layout = layout_of_model(dense)
+    kept = [3 if site.role == "attn" and site.layer else site.units for site in layout.sites]  # three heads of 8
+    (note,) = shape_of(cut(dense, layout, select(Allocation(np.array(kept)), importance(layout), layout))).notes
+    assert "2 of 3 attention widths" in note and "FFN" not in note and note.endswith("--tp 4")
 
 
 @pytest.mark.parametrize("name", ["mistral-mha-tied-window", "qwen2-mha-tied-window"])

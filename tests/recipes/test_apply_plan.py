@@ -93,6 +93,14 @@ def test_ratios_of_another_tool_are_met_exactly(place, text):
     assert ("measured" in pruned.plan) == bool(text) and pruned.decision is None
 
 
+def test_what_ratios_ask_for_is_told_beside_what_a_grid_lets_go(place, tmp_path, capsys):
+    (tmp_path / "ratios.json").write_text("[0.1, 0.1, 0.1]")
+    command = ["prune", str(place / "model"), "--plan", str(tmp_path / "ratios.json"), "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--align", "8"]) == 0
+    met = json.loads((tmp_path / "out" / "ppf.json").read_text())["ratio"]["met"]
+    assert f"asked 0.1000, met {met:.4f} of" in capsys.readouterr().out and met > 0.1
+
+
 def test_ratios_keep_to_the_grid(place):
     pruned = apply_plan([0.25] * 3, load_model(str(place / "model")), wish(place, "x", align=8, tp=2), Progress(True))
     assert all(entry["kept"] % (2 if entry["kind"] == "attn" else 8) == 0 for entry in pruned.plan["kept"])

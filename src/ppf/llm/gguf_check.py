@@ -75,7 +75,7 @@ class Check:
         if self.log_ppl is None:
             return loaded
         theirs, ours = (math.exp(value) for value in self.log_ppl)
-        return f"{loaded}, perplexity of a text {theirs:.4g}, transformers' {ours:.4g}"
+        return f"{loaded}, perplexity of a text {theirs:.2f}, transformers' {ours:.2f}"
 
 
 def check(

@@ -282,8 +282,16 @@ def _expert_keys(config: Any, found: list[Layer], widths: _Widths) -> dict[str, 
 
 
 def _uneven(widths: _Widths, head_dim: int) -> tuple[str, ...]:
-    uneven = sum(width % _EVEN != 0 for width in (*widths.ffn, *(of * head_dim for of in widths.heads)))
-    if not uneven:
+    """A note on widths at which llama.cpp is slow; KV groups can be kept so many at a time that theirs are none."""
+    group = widths.heads[0] // widths.kv_heads[0] * head_dim
+    kinds = {
+        "FFN": (widths.ffn, f"--align {_EVEN}"),
+        "attention": ([heads * head_dim for heads in widths.heads], f"--tp {_EVEN // math.gcd(_EVEN, group)}"),
+    }
+    found = {kind: sum(width % _EVEN != 0 for width in of) for kind, (of, _) in kinds.items()}
+    if not any(found.values()):
         return ()
-    what = f"{uneven} of {2 * len(widths.ffn)} attention and FFN widths are no multiple of {_EVEN}"
-    return (f"{what}; llama.cpp may be slower at them than on the dense model; prune with --align {_EVEN}",)
+    what = " and ".join(f"{count} of {len(widths.ffn)} {kind} widths" for kind, count in found.items() if count)
+    ways = " ".join(way for kind, (_, way) in kinds.items() if found[kind])
+    slow = "llama.cpp may be slower at them than on the dense model"
+    return (f"{what} are no multiple of {_EVEN}; {slow}; prune with {ways}",)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ppf.config import ExportConfig, PruneConfig, QuantName
-from ppf.errors import InputError
+from ppf.errors import InputError, PPFError
 from ppf.llm.gguf import Written, check_gguf, write_gguf
 from ppf.llm.gguf_shape import shape_of
 from ppf.llm.load import Checkpoint, LoadedModel
@@ -40,10 +40,17 @@ def export(config: ExportConfig, source: Checkpoint) -> dict[str, Any]:
 
 
 def export_pruned(config: PruneConfig, pruned: Pruned) -> dict[str, Any] | None:
-    """The GGUF file that goes with a pruned checkpoint, as ``record_of``; None if none is wanted."""
+    """The GGUF file that goes with a pruned checkpoint in its folder, as ``record_of``; None if none is wanted.
+
+    Raises:
+        PPFError: As ``Pruned.save_gguf``; the message says that the folder is there.
+    """
     if config.gguf is None:
         return None
-    return record_of(pruned.save_gguf(config.gguf, _quant(config), config.force), config.gguf)
+    try:
+        return record_of(pruned.save_gguf(config.gguf, _quant(config), config.force), config.gguf)
+    except PPFError as error:
+        raise type(error)(f"{error}; the folder {config.out} is written and whole") from error
 
 
 def check_wish(config: ExportConfig | PruneConfig, loaded: LoadedModel | None = None) -> None:
