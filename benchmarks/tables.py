@@ -151,9 +151,9 @@ def gguf() -> str:
             f"{result['prompt']}; transformers in float32. Finer type: matrices of a width that blocks do not divide.\n",
             table(header, rows),
             f"\nPrompts of {result['prompt']} tokens, one thread, files in turns, medians of {result['repeats']} (quartiles).",
-            f"Random: Llamas of {layers} layers without training, by the width of their stream; ref-a's is 160. Floors: one KV group",
-            "and 32 channels a layer, which shows what of the dense file's time does not shrink with the operations; with that",
-            "counted, expected.\n",
+            f"Random: Llamas of {layers} layers without training, by the width of their stream; that of ref-a is 160. Floors: one",
+            "KV group and 32 channels a layer, which shows how much of the dense time does not shrink with the operations.",
+            "Expected: by removed operations, with that counted.\n",
             table(["file", "tokens/s", "times as fast as dense", "by removed operations", "reached", "expected"], speeds),
             "\n" + fill(_gguf_why(models), 120),
         ]
@@ -184,9 +184,9 @@ def _gguf_why(models: dict[str, list[dict[str, Any]]]) -> str:
         if model == "pruned, align 32"
     ]
     return (
-        f"Less than {GOOD:.0%} of the promise: {', '.join(missed) or 'nowhere'}. Two reasons. Widths: at multiples of 1 the files have "
-        f"as many operations as at multiples of 32 and {min(odd):.2f} to {max(odd):.2f} times their speed. What no cut removes, "
-        f"norms, rotary embeddings, attention scores, the conversion of activations and the start of each operation: of the dense "
+        f"Less than {GOOD:.0%} of the promise: {', '.join(missed) or 'nowhere'}. Two reasons. Widths: at multiples of 1 the files "
+        f"have as many operations as at multiples of 32, and {min(odd):.2f} to {max(odd):.2f} times their speed. What no cut "
+        f"removes, such as norms, rotary embeddings, the conversion of activations and the start of each operation: of the dense "
         f"file's time {fixed}."
     )
 

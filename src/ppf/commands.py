@@ -281,8 +281,7 @@ def _models(config: ModelsConfig) -> None:
         ]
         print_table("model families", ["family", "units", "depth", "GGUF", "vLLM"], rows)
         print("depth: what can go as a whole, the attention of the first layer excepted (ppf fit --depth).")
-        print("GGUF: llama.cpp's architecture for layers that are alike / that differ; the same one: they are padded to the widest,")
-        print("as are those of a qwen3 with an output head of its own.")
+        print("GGUF: llama.cpp's architecture for layers alike / that differ; the same one, or a qwen3 that is not tied: padded.")
         print("vLLM: the folder has what its Transformers backend asks for; it was not run with vLLM (tools/check_vllm.py does).")
 
 

@@ -152,13 +152,13 @@ def print_pruned(record: dict[str, Any]) -> None:
         "perplexity": f"predicted {record['predicted']['ppl']:.2f}{without}, {_found(record)}, dense {record['dense']['ppl']:.2f}",
     }
     lines |= _lost(record)
+    if told := _rounding(record):
+        lines["rounding"] = told
     protocol = record["protocol"]
     lines["protocol"] = f"{protocol['text']}, {protocol['tokens']:,} tokens in blocks of {protocol['seq_len']}, {protocol['dtype']}"
     if speed := record.get("tokens_per_second"):
         lines["tokens/s"] = f"{speed['before']:,.0f} -> {speed['after']:,.0f}  (prompt, this machine)"
     lines["written to"] = f"{record['out']}  ({record['checked']})"
-    if told := _rounding(record):
-        lines["rounding"] = told
     for name, value in lines.items():
         print(f"{name:<11} {value}")
 

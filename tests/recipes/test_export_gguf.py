@@ -179,6 +179,16 @@ def test_a_model_that_llama_cpp_cannot_hold_is_refused_before_it_is_pruned(tmp_p
     check_wish(PruneConfig("s", "o", Target(ratio=0.3)), loaded)
 
 
+def test_biases_that_llama_cpp_lacks_are_refused_before_the_work():
+    wish = PruneConfig("s", "o", Target(ratio=0.3), gguf="f", compensate="bias")
+    for name in ("llama-mha", "qwen2-gqa", "gpt_neox-parallel"):
+        check_wish(wish, adopt_model(tiny_models.model(name), tiny_models.tokenizer()))
+    with refuses(UnsupportedError) as caught:
+        check_wish(wish, adopt_model(tiny_models.model("qwen3-mha-tied"), tiny_models.tokenizer()))
+    assert "ridge" in str(caught.value)
+    check_wish(replace(wish, compensate="ridge"), adopt_model(tiny_models.model("qwen3-mha-tied"), tiny_models.tokenizer()))
+
+
 def test_where_padding_would_undo_the_pruning_the_folder_is_there_and_said_to_be(capsys, tmp_path):
     """Which layers differ is known only after the cut."""
     tiny_models.save(tmp_path / "untied", "qwen3-gqa")

@@ -126,6 +126,11 @@ def shape_of(model: PreTrainedModel) -> Shape:
     )
 
 
+def takes_biases(model: PreTrainedModel) -> bool:
+    """Whether its family has an architecture for the biases that compensation adds behind attention and in the FFN."""
+    return any(ARCHS[name].biases for name in ARCHITECTURES[family_of(model.config)])
+
+
 def _scales(config: Any, tied: bool) -> dict[str, float]:
     """Granite's multipliers, by the fields of ``Shape``; ones elsewhere."""
     embedding = float(getattr(config, "embedding_multiplier", 1.0))

@@ -95,7 +95,8 @@ def zeroshot(
                 model=wrapped, tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False
             )
     except (ConnectionError, OSError) as error:
-        raise ResourceError(f"the data of {', '.join(names)} must be at hand; {first_line(error)}; go online") from error
+        came = f"the data of {', '.join(names)} must be at hand; {first_line(error)}"
+        raise ResourceError(f"{came}; go online, or give task files by --include-path") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # what wrong task files raise
         raise InputError(f"the tasks {', '.join(names)} must run; {first_line(error)}; mend their files") from error
     return {task: _metrics(result) for task, result in found["results"].items()}

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ppf.config import ExportConfig, PruneConfig, QuantName
-from ppf.errors import InputError, PPFError
+from ppf.errors import InputError, PPFError, UnsupportedError
 from ppf.llm.gguf import Written, check_gguf, write_gguf
-from ppf.llm.gguf_shape import shape_of
+from ppf.llm.gguf_shape import shape_of, takes_biases
 from ppf.llm.load import Checkpoint, LoadedModel
 from ppf.llm.stored import outlined, stored
 from ppf.llm.weights import readable
@@ -75,6 +75,9 @@ def check_wish(config: ExportConfig | PruneConfig, loaded: LoadedModel | None = 
     check_gguf(Path(config.gguf), _quant(config), config.force, folder)
     if loaded is not None:
         shape_of(loaded.model)
+        if isinstance(config, PruneConfig) and config.compensate == "bias" and not takes_biases(loaded.model):
+            family = loaded.layout.model_type
+            raise UnsupportedError(f"--compensate bias with --gguf needs biases in llama.cpp's {family}; it has none; take ridge")
 
 
 def _quant(config: ExportConfig | PruneConfig) -> QuantName:
