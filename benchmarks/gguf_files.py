@@ -1,6 +1,7 @@
 """What do GGUF files of a dense and a pruned model give in llama.cpp: perplexity beside transformers', and prompt speed?
 
-And why is that speed less than the removed operations promise? A model cut to its floors shows what of the time no cut removes.
+And why is that speed less than the removed operations promise? Models with attention alone, or FFNs alone, at the floors show how
+much of the time each takes.
 
 The name is not gguf.py: beside this file, that would hide the package. Needs pip install 'ppf[llamacpp]'.
 """
@@ -25,8 +26,8 @@ import numpy as np
 QUANTS = ("f16", "q8_0")
 RATIO = 0.3
 ALIGNS = (1, 32)
-BARE = "floors"
-"""The model that keeps one KV group and 32 channels a layer."""
+FLOORS = {"attn": "attention at its floor", "ffn": "FFN at its floor"}
+"""Models that keep one KV group a layer, or 32 channels, and all else, by the part that they are without."""
 _COMMON = {"num_hidden_layers": 8, "vocab_size": 4096, "max_position_embeddings": 512}
 STAND_INS = {
     320: {**_COMMON, "hidden_size": 320, "intermediate_size": 896, "num_attention_heads": 10, "num_key_value_heads": 5},
@@ -81,11 +82,17 @@ def in_process(task: str, request: dict[str, Any]) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def flops(model: Any, tokens: int) -> float:
-    """Multiplications and additions of a prompt: all matrices of the layers, whole score tables, one row of logits."""
-    matrices = sum(module.weight.numel() for layer in model.model.layers for module in layer.modules() if hasattr(module, "bias"))
+def flops(model: Any, tokens: int) -> dict[str, float]:
+    """Multiplications and additions of a prompt by part: all matrices of the layers, whole score tables, one row of logits."""
+
+    def matrices(part: str) -> int:
+        return sum(
+            of.weight.numel() for layer in model.model.layers for of in getattr(layer, part).modules() if hasattr(of, "bias")
+        )
+
     widths = sum(layer.self_attn.q_proj.out_features for layer in model.model.layers)
-    return 2.0 * tokens * matrices + 4.0 * tokens**2 * widths + 2.0 * model.lm_head.weight.numel()
+    attn = 2.0 * tokens * matrices("self_attn") + 4.0 * tokens**2 * widths
+    return {"attn": attn, "ffn": 2.0 * tokens * matrices("mlp"), "head": 2.0 * model.lm_head.weight.numel()}
 
 
 def models_of(study: str) -> tuple[dict[str, Any], Any, np.ndarray]:
@@ -103,18 +110,22 @@ def models_of(study: str) -> tuple[dict[str, Any], Any, np.ndarray]:
     for align in ALIGNS:
         mask = decider.decide(Target(ratio=RATIO, align=align)).mask
         models[f"pruned, align {align}"] = cut(loaded.model, loaded.layout, mask)
-    models[BARE] = bare(loaded.model, loaded.layout, decider.importance)
+    models |= at_floors(loaded.model, loaded.layout, decider.importance)
     return models, loaded.tokenizer, Text.load(decider.study.path("text"), decider.layout.fingerprint).test
 
 
-def bare(model: Any, layout: Any, importance: Any) -> Any:
-    """A model of as many layers, in each of which as little as can be does anything."""
+def at_floors(model: Any, layout: Any, importance: Any) -> dict[str, Any]:
+    """Models of as many layers, in each of which one part does as little as can be."""
     from ppf.llm.surgery import cut
     from ppf.space.allocation import Allocation
     from ppf.space.budget import aligned_floors
     from ppf.space.mask import select
 
-    return cut(model, layout, select(Allocation(aligned_floors(layout, max(ALIGNS))), importance, layout))
+    floors, found = aligned_floors(layout, max(ALIGNS)), {}
+    for part, name in FLOORS.items():
+        kept = np.where([site.role == part for site in layout.sites], floors, layout.units)
+        found[name] = cut(model, layout, select(Allocation(kept), importance, layout))
+    return found
 
 
 def stand_in(shape: dict[str, int], seed: int) -> dict[str, Any]:
@@ -140,24 +151,29 @@ def stand_in(shape: dict[str, int], seed: int) -> dict[str, Any]:
     for align in ALIGNS:
         kept = allocate(policy, Budget.from_ratio(RATIO, layout, align), layout, align)
         models[f"pruned, align {align}"] = cut(dense, layout, select(kept, importance, layout))
-    return {**models, BARE: bare(dense, layout, importance)}
+    return {**models, **at_floors(dense, layout, importance)}
 
 
 def timed(rows: list[dict[str, Any]], models: dict[str, Any], files: dict[str, str], blocks: Path, repeats: int) -> None:
-    """Adds to each row what was timed, what the removed operations promise, and what is left of it beside what stays.
+    """Adds to each row what was timed, what the removed operations promise, and what the time that they took promises.
 
-    ``fixed`` is the share of the dense file's time that does not shrink with the operations, so that a file with a share of them
-    takes ``fixed + (1 - fixed) * share`` of that time; the file of the floors tells it.
+    The latter, ``expected``, takes from the dense file's time, for each part, as much of what the file of its floor saves as the
+    row's own file removes of the operations that the file of the floor removes.
     """
     tokens = np.load(blocks, allow_pickle=False).shape[1]
     seconds = in_process("speed", {"files": files, "blocks": str(blocks), "repeats": repeats})
-    shares = {name: flops(model, tokens) / flops(models["dense"], tokens) for name, model in models.items()}
+    counts = {name: flops(model, tokens) for name, model in models.items()}
     for row in rows:
-        own, dense, least = (np.array(seconds[f"{name}, {row['quant']}"]) for name in (row["model"], "dense", BARE))
+        own, dense = (np.array(seconds[f"{name}, {row['quant']}"]) for name in (row["model"], "dense"))
         row["tokens_per_second"], row["speedup"] = _spread(tokens / own), _spread(dense / own)
-        row["promised"] = 1 / shares[row["model"]]
-        row["fixed"] = float((np.median(least / dense) - shares[BARE]) / (1 - shares[BARE]))
-        row["expected"] = 1 / (row["fixed"] + (1 - row["fixed"]) * shares[row["model"]])
+        row["promised"] = sum(counts["dense"].values()) / sum(counts[row["model"]].values())
+        left, row["parts"] = 1.0, {}
+        for part, name in FLOORS.items():
+            saved = 1 - float(np.median(np.array(seconds[f"{name}, {row['quant']}"]) / dense))
+            gone, most = (counts["dense"][part] - counts[of][part] for of in (row["model"], name))
+            row["parts"][part] = {"operations": most / sum(counts["dense"].values()), "time": saved}
+            left -= saved * gone / most
+        row["expected"] = 1 / left
 
 
 def written(models: dict[str, Any], tokenizer: Any, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -187,7 +203,7 @@ def measure(study: str, repeats: int, work: Path) -> dict[str, Any]:
     np.save(blocks, text)
     rows, files = written(models, tokenizer, work / "own")
     for row in rows:
-        if row["model"] == BARE:  # whose answers mean nothing
+        if row["model"] in FLOORS.values():  # whose answers mean nothing
             continue
         exact = convert(models[row["model"]], torch.device("cpu"), torch.float32)
         request = {"file": files[f"{row['model']}, {row['quant']}"], "blocks": str(blocks)}

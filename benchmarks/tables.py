@@ -151,9 +151,9 @@ def gguf() -> str:
             f"{result['prompt']}; transformers in float32. Finer type: matrices of a width that blocks do not divide.\n",
             table(header, rows),
             f"\nPrompts of {result['prompt']} tokens, one thread, files in turns, medians of {result['repeats']} (quartiles).",
-            f"Random: Llamas of {layers} layers without training, by the width of their stream; that of ref-a is 160. Floors: one",
-            "KV group and 32 channels a layer, which shows how much of the dense time does not shrink with the operations.",
-            "Expected: by removed operations, with that counted.\n",
+            f"Random: Llamas of {layers} layers without training, by the width of their stream; that of ref-a is 160. At its floor:",
+            "one KV group, or 32 channels, in each layer and all else, which shows how much of the time attention and FFNs take.",
+            "Expected: the removed operations at the price in time that those of the same part have.\n",
             table(["file", "tokens/s", "times as fast as dense", "by removed operations", "reached", "expected"], speeds),
             "\n" + fill(_gguf_why(models), 120),
         ]
@@ -176,8 +176,8 @@ def _gguf_why(models: dict[str, list[dict[str, Any]]]) -> str:
     pruned = {(name, row["model"], row["quant"]): row for name, rows in models.items() for row in rows if "pruned" in row["model"]}
     missed = [f"{name} {quant} at {model.split(', ')[1]} ({_reached(row):.0%})" for (name, model, quant), row in pruned.items()
               if _reached(row) < GOOD]  # fmt: skip
-    fixed = ", ".join(f"{name} {row['quant']} {row['fixed']:.0%}" for name, rows in models.items() for row in rows
-                      if row["model"] == "dense")  # fmt: skip
+    dense = [(name, row["quant"], row["parts"]["ffn"]) for name, rows in models.items() for row in rows if row["model"] == "dense"]
+    ffn = [f"{name} {quant} {part['operations']:.0%} and {part['time']:.0%}" for name, quant, part in dense]
     odd = [
         pruned[name, "pruned, align 1", quant]["speedup"]["median"] / row["speedup"]["median"]
         for (name, model, quant), row in pruned.items()
@@ -185,9 +185,10 @@ def _gguf_why(models: dict[str, list[dict[str, Any]]]) -> str:
     ]
     return (
         f"Less than {GOOD:.0%} of the promise: {', '.join(missed) or 'nowhere'}. Two reasons. Widths: at multiples of 1 the files "
-        f"have as many operations as at multiples of 32, and {min(odd):.2f} to {max(odd):.2f} times their speed. What no cut "
-        f"removes, such as norms, rotary embeddings, the conversion of activations and the start of each operation: of the dense "
-        f"file's time {fixed}."
+        f"have as many operations as at multiples of 32, and {min(odd):.2f} to {max(odd):.2f} times their speed. Prices: an "
+        "operation of an FFN takes less time than one of attention, whose scores, rotary embeddings and cache come on top of its "
+        "matrices, the more so the narrower the model; and of ref-a it is FFN for the most part that goes. What a model without "
+        f"all but 32 channels of its FFNs saves, of all operations and of all time: {', '.join(ffn)}."
     )
 
 
