@@ -152,7 +152,7 @@ def gguf() -> str:
             table(header, rows),
             f"\nPrompts of {result['prompt']} tokens, one thread, files in turns, medians of {result['repeats']} (quartiles).",
             f"Random: Llamas of {layers} layers without training, by the width of their stream; that of ref-a is 160. At its",
-            "floor: one KV group, or 32 channels, in each layer and all else, which shows how much of the time attention and FFNs take.",
+            "floor: one KV group, or 32 channels, a layer and all else, which shows what of the time attention and FFNs take.",
             "Expected: the removed operations at the price in time that those of the same part have.\n",
             table(["file", "tokens/s", "times as fast as dense", "by removed operations", "reached", "expected"], speeds),
             "\n" + fill(_gguf_why(models), 120),
