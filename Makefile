@@ -1,6 +1,6 @@
 # make demo   set up .venv and run the main job on the embedded model
 # make test   set up .venv and run the default tests
-# make slow   the tests that take long: campaigns of kills, errors and damage at their full counts, every family
+# make slow   the tests that take long: campaigns of kills, errors and damage at their full counts, every family, llama.cpp
 # make ray    the tests of the Ray engine, on clusters that they start and kill
 # make check  lint, format, types, and imports that only go down
 # make bench  all benchmarks, and docs/results.md from them
@@ -20,8 +20,8 @@ test: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: .venv/.test
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz,llamacpp]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or llamacpp" -n 2
 
 ray: .venv/.test
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'

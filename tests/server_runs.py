@@ -9,6 +9,7 @@ import time
 import numpy as np
 
 from builders import importance
+from http_client import request, strict
 from learn_builders import curves_of, probes, spread, truth
 from ppf.artifact import write_json
 from ppf.config import ServeConfig
@@ -109,4 +110,33 @@ def running(study, **options):
             yield port, served
         finally:
             server.should_exit = True
+            thread.join()
+
+
+@contextlib.contextmanager
+def asking(port, paths, connections=4):
+    """Clients that ask without a pause; yields what came back that was not 200, and what was answered."""
+    failed, answered, stop = [], [], threading.Event()
+
+    def ask(number):
+        count = 0
+        while not stop.is_set():
+            count += 1
+            try:
+                status, _, body = request(port, "GET", paths[(number + count) % len(paths)])
+            except OSError as error:
+                failed.append(error)
+                continue
+            answered.append(strict(body))
+            if status != 200:
+                failed.append(body)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(connections)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield failed, answered
+    finally:
+        stop.set()
+        for thread in threads:
             thread.join()

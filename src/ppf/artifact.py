@@ -27,7 +27,6 @@ from ppf.errors import MEND, DamagedError, InputError, NewerError, PPFError, Res
 FORMAT_VERSION = 1
 MAX_HEADER = 16 * 2**20
 """Bytes that the JSON header of a safetensors file may have; more is read by nobody."""
-
 MARKER = "ppf.json"
 """What a folder must hold so that ``force`` may replace it."""
 
@@ -51,7 +50,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
         name = ""
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise ResourceError(f"{path} must be writable; {error.strerror}; free the disk or choose another place") from error
     finally:  # not only after an OSError: Ctrl-C must leave nothing behind either
@@ -149,9 +148,9 @@ def atomic_folder(path: Path, force: bool = False, marker: str = MARKER) -> Iter
         for file in work.rglob("*"):
             if file.is_file() and not file.is_symlink():  # what a link points to is not ours to change
                 file.chmod(0o666 & ~_umask())
-                _sync(file)
+                sync(file)
         work.chmod(0o777 & ~_umask())
-        _sync(work)
+        sync(work)
         check_new_folder(path, force, marker)  # again: filling takes long, and another process may have come first
         _swap_in(work, path, force)
     except OSError as error:
@@ -229,6 +228,15 @@ def check_writable(place: Path) -> None:
         raise ResourceError(f"{place} must lie in a folder that can be written; {error.strerror}; choose another place") from error
 
 
+def sync(path: Path) -> None:
+    """Has the disk hold what was written into a file, or which names a folder has, before anything else happens."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _upwards(place: Path) -> list[Path]:
     """The folders above a place, from the nearest up; of the root itself the root."""
     whole = Path(os.path.abspath(place))
@@ -279,7 +287,7 @@ def _swap_in(work: Path, path: Path, force: bool) -> None:
             _swap_in_two_steps(work, path)
     else:
         os.rename(work, path)  # fails on a folder that is not empty
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _swap_in_two_steps(work: Path, path: Path) -> None:
@@ -340,11 +348,3 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -40,14 +40,16 @@ def check_places(config: Any) -> None:
     """Refuses what cannot be written before a command imports what takes seconds.
 
     Raises:
-        ResourceError: The place of the study or of the output is read only.
+        ResourceError: The place of the study or of the output is read only, or its disk full.
         InputError: It lies below a file.
     """
     from pathlib import Path
 
     from ppf.artifact import check_writable
+    from ppf.recipes.places import check_study_room
 
     if isinstance(config, FitConfig):
+        check_study_room(Path(config.study), config.samples)
         check_writable(Path(config.study) / "lock")
     for place in (getattr(config, "out", None), getattr(config, "gguf", None)):
         if place is not None:

@@ -6,15 +6,16 @@ all others        are made again by the same ppf fit, from the samples
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ppf.artifact import load_artifact, remove_unfinished
+from ppf.artifact import load_artifact, remove_unfinished, sync
 from ppf.errors import MEND, DamagedError, InputError, NewerError, PPFError, ResourceError
 from ppf.fit_command import fit_command
 from ppf.learn.agent import Agent
@@ -173,13 +174,18 @@ def _stores(folder: Path) -> list[Path]:
 
 def _mend_store(folder: Path) -> tuple[list[Aside], int]:
     path = folder / _STORE
-    why, count = _damage(path)
-    if not why:
-        return [], count
-    files = _stores(folder)
-    samples = salvage([file for file in files if _ASIDE in file.name] + [file for file in files if _ASIDE not in file.name])
-    with tempfile.TemporaryDirectory(prefix=f".{_STORE}.ppf-", dir=folder) as work:
-        new = Path(work) / _STORE
+    with _workplace(folder) as work:
+        undone = _undone(path, work)
+        why, count = _damage(undone)
+        if not why:
+            if undone != path:
+                os.rename(undone, path)
+                sync(folder)  # a log that went first would leave half a write for ever; one that stays is played once more
+                os.unlink(f"{path}{_JOURNAL}")
+            return [], count
+        files = sorted(_stores(folder), key=lambda file: _ASIDE not in file.name)
+        samples = salvage([*files, undone] if undone != path else files)
+        new = work / "new"
         with closing(SampleStore(new, "", write=True)) as store:
             for sample in samples:
                 store.add(sample)
@@ -190,13 +196,35 @@ def _mend_store(folder: Path) -> tuple[list[Aside], int]:
     return aside, len(samples)
 
 
+@contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """A folder for files that are not whole yet; those of repairs that were killed go."""
+    beginning = f".{_STORE}.ppf-"
+    for dead in folder.glob(f"{beginning}????????"):
+        shutil.rmtree(dead, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=beginning, dir=folder) as work:
+        yield Path(work)
+
+
+def _undone(path: Path, work: Path) -> Path:
+    """The store, or a copy of it in which a write that was cut off is undone, as far as its journal is whole.
+
+    SQLite undoes it in place and takes the journal away, whether or not all of it could be read.
+    """
+    if not path.exists() or not Path(f"{path}{_JOURNAL}").exists():
+        return path
+    for end in ("", _JOURNAL):
+        shutil.copyfile(f"{path}{end}", work / f"{_STORE}{end}")
+    with suppress(DamagedError):  # what it holds is read page by page then
+        roll_back(work / _STORE)
+    return work / _STORE
+
+
 def _damage(path: Path) -> tuple[str, int]:
     """What is wrong with a store, empty if nothing is; and how many samples it holds."""
     if not path.exists():
         return "it is missing", 0
     try:
-        if Path(f"{path}{_JOURNAL}").exists():
-            roll_back(path)
         with closing(SampleStore(path, "")) as store:
             return store.damage()
     except NewerError:

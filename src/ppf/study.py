@@ -115,6 +115,10 @@ class StudyFolder:
         """
         return read_sealed(self.folder / "report.json")
 
+    def drop_report(self) -> None:
+        """Says that not all stages are done."""
+        (self.folder / "report.json").unlink(missing_ok=True)
+
     def keep_report(self, report: dict[str, Any]) -> None:
         """Writes the report, and so says that all stages are done."""
         write_sealed(self.folder / "report.json", report)

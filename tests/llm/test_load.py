@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -279,6 +280,27 @@ def test_a_loaded_model_is_converted_only_where_nothing_is_lost(tmp_path):
     assert tiny.snapshot(loaded.model)["state"] == before
     assert loaded.on(Placement(cpu), torch.float32) is loaded.model
     assert tiny.snapshot(loaded.on(Placement(cpu), torch.bfloat16))["state"] == before
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "llama-gqa-tied", "gemma2-gqa", "mixtral-gqa"])
+def test_a_model_that_rests_has_the_weights_of_its_files_and_can_be_converted_again(tmp_path, name):
+    loaded, cpu = load_model(str(tiny.save(tmp_path, name, dtype=torch.bfloat16))), Placement(torch.device("cpu"))
+    before = tiny.snapshot(loaded.model)
+    first = tiny.snapshot(loaded.on(cpu, torch.float32))
+    assert loaded.model.dtype == torch.float32
+    loaded.rest()
+    assert tiny.snapshot(loaded.model) == before
+    assert tiny.snapshot(loaded.on(cpu, torch.float32)) == first
+
+
+def test_a_model_without_its_files_rests_as_it_is(tmp_path):
+    loaded, cpu = load_model(str(tiny.save(tmp_path / "model", dtype=torch.bfloat16))), Placement(torch.device("cpu"))
+    first = tiny.snapshot(loaded.on(cpu, torch.float32))
+    shutil.rmtree(tmp_path / "model")
+    loaded.rest()
+    given = adopt_model(tiny.model(), tiny.tokenizer())
+    given.rest()
+    assert tiny.snapshot(loaded.model) == first and tiny.snapshot(given.model) == tiny.snapshot(tiny.model())
 
 
 QUIET = """

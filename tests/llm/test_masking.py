@@ -86,16 +86,51 @@ def test_narrowing_is_masking_with_less_to_compute(name, case):
     with narrowed(model, layout, mask):
         answered = tiny.logits(model, IDS)
         assert sum(parameter.numel() for parameter in model.parameters()) == layout.kept_params(mask.allocation.kept)
+    with narrowed(model, layout, mask, kept_bytes=0):
+        assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+        assert torch.equal(tiny.logits(model, IDS), answered)
+        assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     torch.testing.assert_close(answered, masked_logits(model, layout, mask), rtol=0, atol=1e-5)
     assert tiny.snapshot(model) == before
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
 
 
-def test_the_dense_weights_come_back_when_the_block_fails():
+def test_layers_beyond_what_may_stay_are_cut_only_while_they_run():
+    model = tiny.model()
+    layout, seen = layout_of_model(model), []
+    mask = tiny.MASKS["floors"](layout)
+    of_a_layer = sum(site.cost * site.floor for site in layout.sites if site.layer == 0) * model.dtype.itemsize
+    dense = [linear(model, site.reader).weight for site in layout.sites]
+
+    def cut_now(layer):
+        return [
+            linear(model, s.reader).weight is not weight for s, weight in zip(layout.sites, dense, strict=True) if s.layer == layer
+        ]
+
+    with narrowed(model, layout, mask, kept_bytes=of_a_layer):
+        assert [all(cut_now(layer)) for layer in range(layout.layers)] == [True] + [False] * (layout.layers - 1)
+        for reader in (linear(model, site.reader) for site in layout.sites):
+            reader.register_forward_pre_hook(lambda *_: seen.append([any(cut_now(layer)) for layer in range(layout.layers)]))
+        tiny.logits(model, IDS)
+    assert seen == [[other in (0, site.layer) for other in range(layout.layers)] for site in layout.sites]
+
+
+@pytest.mark.parametrize("kept_bytes", [2**28, 0])
+def test_the_dense_weights_come_back_when_the_block_fails(kept_bytes):
     model = tiny.model()
     layout = layout_of_model(model)
     before = tiny.snapshot(model)
-    with pytest.raises(KeyError), narrowed(model, layout, random_mask(layout)):
+    with pytest.raises(KeyError), narrowed(model, layout, random_mask(layout), kept_bytes):
         assert tiny.snapshot(model) != before
         raise KeyError
     assert tiny.snapshot(model) == before
+
+
+def test_the_dense_weights_come_back_when_a_layer_fails(monkeypatch):
+    model = tiny.model()
+    layout, parameters = layout_of_model(model), dict(model.named_parameters())
+    with narrowed(model, layout, random_mask(layout), kept_bytes=0):
+        monkeypatch.setattr(model.model.layers[2].mlp.act_fn, "forward", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tiny.logits(model, IDS)
+        assert all(parameter is parameters[name] for name, parameter in model.named_parameters())

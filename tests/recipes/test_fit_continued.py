@@ -33,7 +33,8 @@ def test_a_finished_fit_is_not_done_again(fitted, monkeypatch):
     assert written() == before
 
 
-def test_another_predictor_needs_no_new_sample_and_a_stop_in_between_leaves_no_mixture(fitted, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["learning", "replacing"])
+def test_another_predictor_needs_no_new_sample_and_a_stop_in_between_leaves_no_mixture(fitted, tmp_path, monkeypatch, moment):
     shutil.copytree(fitted.folder, tmp_path / "copy")
     copy = ppf.Study(tmp_path / "copy")
     samples = measured(copy.folder)
@@ -42,11 +43,15 @@ def test_another_predictor_needs_no_new_sample_and_a_stop_in_between_leaves_no_m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "trained", stop)
+        patch.setattr(*((recipe, "trained", stop) if moment == "learning" else (recipe.Agent, "save", stop)))
         with pytest.raises(KeyboardInterrupt):
             again(copy.folder, predictor="cnn")
-    with refuses(InputError):
-        ppf.Study(copy.folder)
+    if moment == "learning":
+        before = ppf.Study(copy.folder)
+        assert before.report == fitted.report and before.policy(ratio=0.3).mask.digest == fitted.policy(ratio=0.3).mask.digest
+    else:
+        with refuses(InputError):
+            ppf.Study(copy.folder)
     assert again(copy.folder, predictor="cnn").report["predictor"] == "cnn"
     assert measured(copy.folder) == samples
 

@@ -17,7 +17,7 @@ from ppf.errors import DamagedError, InputError, ResourceError
 from ppf.server import refit
 from ppf.server.refit import mark_of, open_whole
 from ppf.study import StudyFolder
-from server_runs import fit_anew, running
+from server_runs import asking, fit_anew, running
 
 
 @pytest.fixture
@@ -46,35 +46,6 @@ def until(condition, seconds=10):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def asking(port, paths, connections=4):
-    """Clients that ask without a pause; yields what came back that was not 200, and what was answered."""
-    failed, answered, stop = [], [], threading.Event()
-
-    def ask(number):
-        count = 0
-        while not stop.is_set():
-            count += 1
-            try:
-                status, _, body = request(port, "GET", paths[(number + count) % len(paths)])
-            except OSError as error:
-                failed.append(error)
-                continue
-            answered.append(strict(body))
-            if status != 200:
-                failed.append(body)
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(connections)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield failed, answered
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
 
 
 # --- reading a study that changes ---

@@ -63,8 +63,7 @@ def train_agent(
         advance: Told after each round the mean over the ratios of log(damage of the start / damage now).
     """
     bins, rng = len(start.keep) - 1, np.random.default_rng(seed)
-    spaced = np.arange(np.ceil(low * bins), high * bins, config.stride)
-    places = np.unique(np.append(spaced, np.floor(high * bins))).astype(np.int64)
+    places = _places(bins, low, high, config.stride)
     remove = np.array([removed(place / bins, layout) for place in places], dtype=np.int64)
     best = allocate_many(start.keep[places], remove, layout)
     scores = objective(best)
@@ -82,6 +81,12 @@ def train_agent(
         best[better], scores = tried[winner][better], np.minimum(scores, found.min(axis=1))
         advance(float((first - np.log(scores + NOISE)).mean()))
     return Agent(_filled(start, best / layout.units, places, objective, layout), np.array(high))
+
+
+def _places(bins: int, low: float, high: float, stride: int) -> np.ndarray:
+    """Int[P]: rows of a table of so many bins in which policies are trained, the last one at the end of the range."""
+    spaced = np.arange(np.ceil(low * bins), high * bins, stride)
+    return np.unique(np.append(spaced, np.floor(high * bins))).astype(np.int64)
 
 
 def _filled(start: Agent, keep: np.ndarray, places: np.ndarray, objective: Objective, layout: Layout) -> np.ndarray:

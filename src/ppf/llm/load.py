@@ -1,5 +1,6 @@
 """From a name to a model: the embedded one, a local folder, or a hub id. Only safetensors is read; no remote code is run."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -20,7 +21,7 @@ from ppf.llm.architectures import family_of, layout_of_model, skeleton
 from ppf.llm.auto import register
 from ppf.llm.experts import separate_experts
 from ppf.llm.hub import fetch
-from ppf.llm.placement import Placement, convert, copied
+from ppf.llm.placement import Placement, convert, copied, take_weights
 from ppf.llm.weights import check_weights, first_line, readable
 from ppf.space.layout import Layout
 
@@ -75,6 +76,12 @@ class LoadedModel:
         if self.folder is None or torch.promote_types(self.dtype, dtype) != dtype:
             return copied(self.model, where, dtype)
         return convert(self.model, where.device, dtype)
+
+    def rest(self) -> None:
+        """Exchanges weights that were converted for those of the files, which are mapped and take no memory of their own."""
+        if self.folder is not None and self.model.dtype != self.dtype:
+            with contextlib.suppress(PPFError):  # files that are gone: it stays as it is
+                take_weights(self.model, _read_weights(self.folder, copy.deepcopy(self.model.config)))
 
 
 @dataclass(frozen=True, eq=False)

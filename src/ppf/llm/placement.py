@@ -7,6 +7,7 @@ spread     accelerate moves activations from layer to layer; weights that fit no
 """
 
 import copy
+import ctypes
 import gc
 import importlib
 import logging
@@ -49,6 +50,21 @@ def convert(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) ->
     model.to(device, dtype)
     _set_buffers(model, exact, dtype)
     return model
+
+
+def take_weights(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Gives a model the weights of another that is the same but for their precision, in place; they share them then."""
+    for own, new in zip(model.parameters(), other.parameters(), strict=True):
+        own.data = new.data
+    _set_buffers(model, dict(model.named_buffers()), other.dtype)
+
+
+def give_memory_back() -> None:
+    """Lets the system have what was freed: glibc keeps it, and another process has more use for it."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def copied(model: PreTrainedModel, where: Placement, dtype: torch.dtype) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ppf.errors import InputError
+from ppf.llm.masking import KEPT_BYTES
 from ppf.llm.placement import Placement, free_bytes
 from ppf.provenance import cores
 from ppf.space.budget import parse_size
@@ -96,14 +97,17 @@ def choose_seq_len(asked: int | None, context: int) -> int:
 
 
 def choose_workers(asked: int | None, model_bytes: int) -> int:
-    """Measuring processes: what is asked for, or one a core as far as the free memory holds copies of the model."""
+    """Measuring processes: what is asked for, or one a core as far as the free memory holds what each needs.
+
+    That is the model, its states that are kept, a narrowed copy of as much of it as may stay, and the process itself.
+    """
     if asked is not None:
         return asked
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if (meminfo := Path("/proc/meminfo")).is_file():
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines() if ":" in line)
         free = int(lines.get("MemAvailable", f"{free // 1024} kB").split()[0]) * 1024
-    return max(1, min(cores(), int(free / (2 * model_bytes + 5e8))))
+    return max(1, min(cores(), int(free / (1.1 * model_bytes + min(model_bytes, KEPT_BYTES) + 5e8))))
 
 
 def check_named(name: str) -> None:

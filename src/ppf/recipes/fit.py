@@ -93,7 +93,6 @@ def _fit_all(lab: Lab, levels: tuple[float, ...]) -> StudyFolder:
     if study.is_fitted and study.report["settings"]["predictor"] == config.predictor:
         lab.progress.say(f"{study.folder} is fitted already")
         return study
-    (study.folder / "report.json").unlink(missing_ok=True)  # until it is written again, the study answers nothing
     lab.score()
     _collect(lab, levels)
     with lab.progress.stage("predictor", 2 * len(FITS)) as advance:
@@ -108,11 +107,12 @@ def _fit_all(lab: Lab, levels: tuple[float, ...]) -> StudyFolder:
         objective, seed = predicted(predictors[chosen]), config.seed
         chain = nest(agent, objective, lab.layout, LOW_RATIO, _most(lab), seed, advance=lambda gain: advance(""))
     lab.measure("heldout", lambda: _heldout(lab, agent), 0)
+    report = {"predictor": chosen, "cross_validated_tau": ranks, **_report(lab, predictors)}
+    report |= {"seconds": lab.keep_seconds(), "settings": asdict(config), "made": provenance()}
+    study.drop_report()  # what an earlier fit left has answered so far; from here until the new report nothing does
     predictors[chosen].save(study.path("predictor"), lab.layout)
     agent.save(study.path("agent"), lab.layout)
     chain.save(study.path("nested"))
-    report = {"predictor": chosen, "cross_validated_tau": ranks, **_report(lab, predictors)}
-    report |= {"seconds": lab.keep_seconds(), "settings": asdict(config), "made": provenance()}
     study.keep_report(report)
     return study
 

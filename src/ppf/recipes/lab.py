@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from ppf.config import FitConfig
 from ppf.errors import DamagedError, InputError
@@ -20,7 +21,7 @@ from ppf.llm.engines.local import LocalEngine
 from ppf.llm.engines.ray_cluster import Cluster, RayEngine, import_ray
 from ppf.llm.load import LoadedModel, load_model
 from ppf.llm.perplexity import Evaluation, evaluate
-from ppf.llm.placement import is_spread
+from ppf.llm.placement import give_memory_back, is_spread
 from ppf.llm.scores import score_units
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
@@ -61,18 +62,25 @@ class Lab:
     def __init__(self, loaded: LoadedModel, config: FitConfig, progress: Progress) -> None:
         self.loaded, self.config, self.progress = loaded, config, progress
         self.layout = layout_for(config, loaded)
-        where = choose_placement(config.device)
-        self.device = where.device
+        self._where = choose_placement(config.device)
+        self.device = self._where.device
         self.dtype = choose_dtype(config.dtype, self.device, loaded.dtype)
         if (Path(config.study) / "study.json").exists():  # wherever it goes on, a study measures in one precision
             self.dtype = getattr(torch, StudyFolder(config.study).record["dtype"], self.dtype)
-        self.model = loaded.on(where, self.dtype)
+        self._model: PreTrainedModel | None = loaded.on(self._where, self.dtype)
         self.batch = tokens_per_batch(self.device)
         self.reference_tokens = 0
         self._best = math.inf
         self._failures = Failures()
         self._engine: Engine | None = None
         self._stack = contextlib.ExitStack()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The dense model, in the precision to measure in."""
+        if self._model is None:
+            self._model = self.loaded.on(self._where, self.dtype)
+        return self._model
 
     def __enter__(self) -> "Lab":
         return self
@@ -213,12 +221,20 @@ class Lab:
                     "--workers has no effect: the model is on an accelerator, spread or an object, and one process measures"
                 )
             return InProcessEngine(self.model, self.layout, self.text, self.batch), 1
+        self._rest()
         workers = choose_workers(self.config.workers, self.layout.total * self.dtype.itemsize)
         return LocalEngine(folder, self.study.path("text"), self.layout, _name(self.dtype), workers, self.batch), workers
+
+    def _rest(self) -> None:
+        """Leaves the memory to other processes: they have the model now, and here it is not needed until something asks for it."""
+        self._model = None
+        self.loaded.rest()
+        give_memory_back()
 
     def _ray(self) -> tuple[Engine, int]:
         config, loaded = self.config, self.loaded
         gpus, workers = config.gpus_per_worker or 0.0, config.workers
+        self._rest()
         if config.ray_address is None and not gpus:  # all on this machine, where memory bounds them too
             workers = choose_workers(workers, self.layout.total * self.dtype.itemsize)
         batch = TOKENS_PER_BATCH["cuda" if gpus else "cpu"]

@@ -3,7 +3,11 @@
 import contextlib
 from pathlib import Path
 
+from ppf.artifact import check_room
 from ppf.errors import InputError
+
+_LEAST, _LEAST_PER_SAMPLE = 2**16, 512
+"""Bytes that any study takes at least."""
 
 
 def check_study_place(folder: Path) -> None:
@@ -20,6 +24,16 @@ def check_study_place(folder: Path) -> None:
     strangers = {name for name in names - {"lock", "text.safetensors"} if not name.startswith("samples.sqlite")}
     if strangers:
         raise InputError(f"{folder} must be a new or a study folder; it holds {min(strangers)!r}; choose another")
+
+
+def check_study_room(folder: Path, samples: int) -> None:
+    """Refuses a disk on which no new study of so many samples can end, before anything is loaded.
+
+    Raises:
+        ResourceError: Fewer bytes are free than the smallest model's would take.
+    """
+    if not (folder / "study.json").exists():
+        check_room(folder / "study.json", _LEAST + _LEAST_PER_SAMPLE * samples)
 
 
 def leave_no_beginning(folder: Path, made: bool) -> None:

@@ -1,6 +1,6 @@
 """A study that is fitted anew while it is served: the last fit that was whole answers until the next one is.
 
-report.json, which a fit takes away first and writes last, tells one fit from another.
+report.json, which a fit takes away before it replaces the rest and writes last, tells one fit from another.
 """
 
 import asyncio

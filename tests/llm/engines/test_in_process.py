@@ -1,5 +1,6 @@
 import math
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import tiny_models as tiny
 from builders import random_mask
 from ppf.llm import masking
 from ppf.llm.architectures import layout_of_model
+from ppf.llm.engines import bench
 from ppf.llm.engines.bench import InProcessEngine
-from ppf.llm.masking import masked
+from ppf.llm.masking import masked, narrowed
 from ppf.llm.perplexity import evaluate
 from ppf.llm.surgery import cut_site
 from ppf.llm.text import Text
@@ -78,19 +80,24 @@ def test_too_little_memory_is_a_result_with_a_reason():
     assert len(tiny.snapshot(model)["hooks"]) == 1
 
 
-def test_too_little_memory_for_the_narrowed_weights_is_one_too(monkeypatch):
+@pytest.mark.parametrize("kept_bytes", [2**28, 0])
+def test_too_little_memory_for_the_narrowed_weights_is_one_too(monkeypatch, kept_bytes):
+    monkeypatch.setattr(bench, "narrowed", partial(narrowed, kept_bytes=kept_bytes))
     model = tiny.model()
     of = layout_of_model(model)
-    engine, wanted, calls = InProcessEngine(model, of, TEXT, 4096), masks(3, of), []
+    engine, wanted, calls, full = InProcessEngine(model, of, TEXT, 4096), masks(3, of), [], [True]
 
-    def full_once(*arguments):
+    def while_full(*arguments):
         calls.append(1)
-        if len(calls) == 2:  # after the first site of the first mask
+        if full and len(calls) > 1:  # after the first site of the first mask
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         cut_site(*arguments)
 
     before = tiny.snapshot(model)
-    monkeypatch.setattr(masking, "cut_site", full_once)
-    found = [result for _, result in engine.measure(wanted)]
+    monkeypatch.setattr(masking, "cut_site", while_full)
+    run = engine.measure(wanted)
+    found = [next(run)[1]]
+    full.clear()
+    found += [result for _, result in run]
     assert "memory" in found[0].reason and [result.reason for result in found[1:]] == ["", ""]
     assert tiny.snapshot(model) == before
