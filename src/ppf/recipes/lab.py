@@ -120,6 +120,7 @@ class Lab:
         """Importance, unless it is there."""
         if self.study.path("importance").is_file():
             return
+        give_memory_back()  # the dense figures took as much as the scores are about to
         names = _TRIED_SCORES if self.config.score == "auto" else (self.config.score,)
         text, source, seed, orders = self.text.calibration, self.config.text, self.config.seed, []
         with self.progress.stage("importance", len(names)) as advance:
