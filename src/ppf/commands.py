@@ -77,7 +77,7 @@ def _prune(config: PruneConfig) -> None:
     from ppf.recipes.export import check_wish, export_pruned
     from ppf.recipes.lab import load_for
     from ppf.recipes.prune import check_out, dense_bytes, prune
-    from ppf.recipes.stored import prune_stored
+    from ppf.recipes.prune_files import prune_stored
 
     check_out(config.out, config.force, config.study)
     decider, progress = Decider(config.study), Progress()
@@ -144,7 +144,7 @@ def _recover(config: RecoverConfig) -> None:
 def _export(config: ExportConfig) -> None:
     from ppf.progress import Progress
     from ppf.recipes.export import check_wish, export
-    from ppf.recipes.stored import open_stored
+    from ppf.recipes.prune_files import open_stored
 
     check_wish(config)
     progress = Progress()
