@@ -8,7 +8,7 @@ from evidence import agents, benches, learning, many_groups, ranking, texts
 from leaner import depth, memory
 from more_evidence import compensation, family_tasks, order, recovery
 from page import HERE, heading, load, table, within
-from running import busy, campaigns, engines, families, growth, kills, live, measuring, slider
+from running import busy, campaigns, coverage, engines, families, growth, kills, live, measuring, slider
 
 INTRO = """# Results
 
@@ -165,7 +165,7 @@ def _quartiles(found: dict[str, float], digits: int) -> str:
 def main() -> None:
     chosen = [*benches(), *texts(), *order(), *ranking(), *learning(), *many_groups(), *agents(), *depth()]
     after = [*compensation(), *recovery(), *families(), *family_tasks()]
-    running = [speed(), *live(), *busy(), *slider(), *measuring(), *growth(), *memory(), *engines(), *kills()]
+    running = [speed(), *live(), *busy(), *slider(), *measuring(), *growth(), *memory(), *engines(), *kills(), *coverage()]
     parts = [INTRO, demo(), *chosen, *after, reference(), gguf(), *running]
     (HERE.parent / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")
     reliability()
