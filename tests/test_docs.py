@@ -17,6 +17,7 @@ import ppf
 from ppf import cli
 from ppf.commands import COMMANDS
 from ppf.config import Target
+from test_package import FLOORS
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(ppf.__file__).parent
@@ -73,6 +74,13 @@ def test_links_and_named_files_are_there(page):
     if page.name in ("concepts.md", "paper.md"):  # files of the source, with what is in them
         for name, inside in re.findall(r"`((?:space|llm|learn|recipes|config)/\w+\.py|\w+\.py)(?:: (\w+))?`", text):
             assert (SOURCE / name).is_file() and inside in (SOURCE / name).read_text(encoding="utf-8"), (name, inside)
+
+
+def test_the_picture_of_the_house_has_every_part_on_its_floor():
+    picture = blocks(ROOT / "docs" / "concepts.md", "text")[-1].splitlines()
+    rows = [re.match(r"(.*?)\s+(\d) ", line).groups() for line in picture]
+    shown = {name: int(floor) for names, floor in rows for name in re.findall(r"(\w+)(?:/|\.py)", names)}
+    assert shown == {name: floor for name, floor in FLOORS.items() if not name.startswith("_")}
 
 
 def test_every_example_is_told_of():

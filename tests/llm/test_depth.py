@@ -14,11 +14,12 @@ from ppf.llm.depth import with_depth
 from ppf.llm.elastic import ElasticModel
 from ppf.llm.masking import masked, narrowed
 from ppf.llm.pruned_model import NoAttention, NoFFN, parts_of
-from ppf.llm.ridge import as_fitted, fit_ridge
+from ppf.llm.ridge import fit_ridge
 from ppf.llm.surgery import cut
 from ppf.space.allocation import Allocation
 from ppf.space.importance import Importance
 from ppf.space.mask import Mask, select
+from ridge_reference import as_fitted
 
 IDS, BLOCKS = tiny.blocks(2, 14), tiny.blocks(4, 16, seed=4)
 NAMES = [name for name in tiny.TINY if name not in tiny.NO_DEPTH]

@@ -10,13 +10,14 @@ from ppf.llm.experts import separate_experts
 from ppf.llm.load import adopt_model, load_model
 from ppf.llm.masking import masked, narrowed
 from ppf.llm.pruned_model import Experts
-from ppf.llm.ridge import as_fitted, fit_ridge
+from ppf.llm.ridge import fit_ridge
 from ppf.llm.scores import SCORES, score_units
 from ppf.llm.surgery import cut
 from ppf.space.allocation import allocate
 from ppf.space.budget import Budget
 from ppf.space.plan import wish_of
 from ppf.space.policy import Policy
+from ridge_reference import as_fitted
 
 IDS = tiny.blocks(2, 9)
 BLOCKS = tiny.blocks(3, 12)

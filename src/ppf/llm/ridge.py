@@ -97,22 +97,6 @@ def fit_ridge(
     return RidgeWeights(tuple(weights))
 
 
-@contextmanager
-def as_fitted(model: PreTrainedModel, layout: Layout, mask: Mask, fitted: RidgeWeights) -> Iterator[PreTrainedModel]:
-    """The dense model computing as if cut and fitted while the block runs; zeros stand where columns went.
-
-    Raises:
-        DamagedError: Weights of another model or mask.
-    """
-    fitted.check(model, layout, mask)
-    change = _Change(cuts=list(zip(layout.sites, mask.bits, strict=True)))
-    for (site, bits), weight in zip(change.cuts, fitted.weights, strict=True):
-        reader, keep = linear(model, site.reader), torch.from_numpy(np.repeat(bits, site.columns)).to(model.device)
-        change.patches[site.reader] = _widened(reader, keep, weight)
-    with _changed(model, change):
-        yield model
-
-
 def _solved(
     weight: torch.Tensor, keep: torch.Tensor, pairs: Iterator[tuple[torch.Tensor, torch.Tensor]], penalty: float
 ) -> torch.Tensor:
