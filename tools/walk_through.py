@@ -36,6 +36,7 @@ INSTEAD = {
     "8GB": "6.5MB",
     "5B": "3.2M",
     "12GiB": "8MiB",
+    "--align 64 --tp 2": "--align 64",
     "--tokens 2000000": "--tokens 65536",
     "recover smaller --text pydocs --full": "recover smaller --text pydocs --tokens 65536 --full",
     " --ray-address 10.0.0.1:6379": "",
@@ -141,6 +142,8 @@ class Walk:
                     os.killpg(process.pid, sign)
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(timeout=GRACE)
+            if process.stdout is not None:
+                process.stdout.close()
 
     def run(self, command: str, where: Path) -> None:
         """Runs a command to its end and keeps what it printed."""
