@@ -1,7 +1,7 @@
 """Walks through every how-to in a fresh clone with a fresh environment, and writes what was typed and printed.
 
     python tools/walk_through.py                         # all of it, into docs/walkthrough.md: half an hour and more
-    python tools/walk_through.py plan --study runs/demo    # some pages, in this checkout and with a study that is there
+    python tools/walk_through.py plan --study runs/demo    # some pages, in this checkout as it is, with a study
 
 A command is typed as its page shows it, but for the names in ``INSTEAD``: a how-to speaks of your model, and the walk takes the
 embedded one. An exit code that is not 0 ends the walk, and so does a command that takes too long; what was seen so far is then
@@ -107,10 +107,11 @@ class Walk:
     Args:
         checkout: Of the repository; its environment lies in ``.venv``.
         work: Where the commands are typed.
+        installs: Whether extras are installed; else they have to be there.
     """
 
-    def __init__(self, checkout: Path, work: Path) -> None:
-        self.checkout, self.work, self.bin = checkout, work, checkout / ".venv" / "bin"
+    def __init__(self, checkout: Path, work: Path, installs: bool = True) -> None:
+        self.checkout, self.work, self.bin, self.installs = checkout, work, checkout / ".venv" / "bin", installs
         others = {
             name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV", "PPF_", "OMP_"))
         }
@@ -185,7 +186,8 @@ class Walk:
             if reason := left_out(line):
                 self.said.append(f"Not typed here, for it {reason}:\n\n```text\n{line}\n```\n")
             elif line.startswith("pip "):
-                self.install(line)
+                if self.installs:
+                    self.install(line)
             elif line.startswith("ppf serve"):
                 self.serve(line)
             else:
@@ -273,7 +275,7 @@ def main() -> None:
         parser.error(f"pages must be of {', '.join(PAGES)} and come with --study; or give neither")
     with tempfile.TemporaryDirectory(prefix="ppf-walk-") as temporary:
         work = Path(temporary).resolve() / "work"
-        walk = Walk(ROOT if chosen.pages else work.parent / "ppf", work)
+        walk = Walk(ROOT, work, installs=False) if chosen.pages else Walk(work.parent / "ppf", work)
         try:
             if chosen.pages:
                 walk.furnish()
