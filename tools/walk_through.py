@@ -35,7 +35,7 @@ INSTEAD = {
     "wikitext2": "pydocs",
     "8GB": "6.5MB",
     "5B": "3.2M",
-    "12GiB": "8MiB",
+    "12GiB": "12MiB",
     "--align 64 --tp 2": "--align 64",
     "--tokens 2000000": "--tokens 65536",
     "recover smaller --text pydocs --full": "recover smaller --text pydocs --tokens 65536 --full",
