@@ -44,7 +44,7 @@ def main() -> None:
         command = [sys.executable, "-m", "pip", "install", *options, *limits, *wanted]
         made = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = [
-        f"# Without the extra {name}: {package} needs one that comes as source alone.\n" for name, package in AS_SOURCE.items()
+        f"# Without the extra {name}: {package} needs what comes as source alone.\n" for name, package in AS_SOURCE.items()
     ]
     for entry in sorted(json.loads(made.stdout)["install"], key=lambda entry: entry["metadata"]["name"].lower()):
         name, version = entry["metadata"]["name"], entry["metadata"]["version"]
