@@ -106,9 +106,9 @@ def logs(env: PruningEnv, wishes: np.ndarray) -> np.ndarray:
     return np.log(env.objective(allocate_many(wishes, remove, env.layout)) + NOISE)
 
 
-def judge(learn: Learner, env: PruningEnv, questions: int, seeds: int) -> tuple[np.ndarray, dict[str, Any]]:
+def judge(learn: Learner, env: PruningEnv, counted: Counted, questions: int, seeds: int) -> tuple[np.ndarray, dict[str, Any]]:
     """Float[seeds, 25] gains, and what was spent."""
-    counted, gains, asked, seconds = env.objective, [], [], []
+    gains, asked, seconds = [], [], []
     before = logs(env, env.start.keep[env.start.rows(RATIOS)])
     for seed in range(seeds):
         counted.asked, begin = 0, time.perf_counter()
@@ -167,10 +167,10 @@ def main() -> None:
         f"group-relative PPO, trained up to {PART:g} only": (network(group_relative), part),
     }
     within = PART >= RATIOS
-    possible, spent = judge(each_alone, env, 0, arguments.seeds)
+    possible, spent = judge(each_alone, env, objective, 0, arguments.seeds)
     found = {"search, each ratio alone": figures(possible, possible, within) | spent}
     for name, (learn, world) in learners.items():
-        gains, spent = judge(learn, world, arguments.questions, arguments.seeds)
+        gains, spent = judge(learn, world, objective, arguments.questions, arguments.seeds)
         found[name] = figures(gains, possible, within) | spent
         print(f"{name}: {np.mean(found[name]['mean_gain']):.4f}, {np.mean(spent['seconds']):.0f} s", flush=True)
     result = {"study": Path(arguments.study).name, "questions": arguments.questions, "ratios": len(RATIOS), "part": PART}

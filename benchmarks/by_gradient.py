@@ -5,6 +5,8 @@ implicitly. Only the finished policy is rounded: asking about whole allocations 
 the rounding gained a sixth less.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -73,7 +75,9 @@ def continuous(wishes: torch.Tensor, target: torch.Tensor, layout: Layout) -> to
 
 
 @one_thread()
-def by_gradient(env: PruningEnv, twin: Twin, questions: int, seed: int, batch: int = 16) -> nn.Module:
+def by_gradient(
+    env: PruningEnv, twin: Callable[[torch.Tensor], torch.Tensor], questions: int, seed: int, batch: int = 16
+) -> nn.Module:
     """Trains a network from states to corrections; a question is an allocation whose damage and gradient are asked for."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     network = small_network(env, generator)

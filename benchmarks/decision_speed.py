@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import LlamaConfig
@@ -105,7 +106,7 @@ def measure(name: str, seed: int, samples: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         decider, predictors = synthetic_study(Path(folder), layout, samples, seed)
         ratios = iter(rng.uniform(0.05, 0.6, 10_000))
-        result = {"sites": len(layout.sites), "samples": samples, "predictors": {}}
+        result: dict[str, Any] = {"sites": len(layout.sites), "samples": samples, "predictors": {}}
         kept = np.array([decider.decide(Target(ratio=float(next(ratios)))).allocation.kept for _ in range(32)])
         many = np.tile(kept, (640, 1))
         for kind, predictor in predictors.items():

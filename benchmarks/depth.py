@@ -23,6 +23,7 @@ from ppf.llm.perplexity import evaluate
 from ppf.llm.statistics import layer_statistics
 from ppf.llm.surgery import cut
 from ppf.llm.text import Text
+from ppf.recipes.choices import choose_placement
 from ppf.recipes.prune import tokens_per_second
 from ppf.space.layout import Layout
 from ppf.space.mask import Mask
@@ -70,7 +71,7 @@ def main() -> None:
     plain, deep = Decider(arguments.study), Decider(arguments.deep)
     record = deep.study.record
     loaded = load_model(record["model"]["name"])
-    model = loaded.on(torch.device("cpu"), torch.float32)
+    model = loaded.on(choose_placement("cpu"), torch.float32)
     text = Text.load(deep.study.path("text"), deep.layout.fingerprint)
     statistics = layer_statistics(model, deep.layout, text.calibration)
     dense, rows = evaluate(model, text.test, TOKENS_PER_BATCH), []

@@ -173,7 +173,7 @@ def _learnt(found: dict[str, Any]) -> str:
 def many_groups() -> list[str]:
     """Predictors on layers of many KV groups."""
     record = load("many_groups")
-    if record is None:
+    if not record:
         return []
     result = record["result"]
     first = next(iter(result["heldout"].values()))
@@ -191,7 +191,7 @@ def many_groups() -> list[str]:
 def agents() -> list[str]:
     """Learners for the agent."""
     record = load("agents")
-    if record is None:
+    if not record:
         return []
     result = record["result"]
     columns = ("mean_gain", "worst_gain", "shortfall", "worst_shortfall", "gain_up_to_part", "gain_beyond_part")

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +143,14 @@ def hostile_files(folder: Path) -> dict[str, Any]:
         model = Path(shutil.copytree(whole, folder / f"m{number}"))
         (model / "config.json").write_bytes(config)
         start = time.perf_counter()
-        found[outcome(lambda model=model: load_model(str(model)))] += 1
+        found[outcome(partial(load_model, str(model)))] += 1
         slowest = max(slowest, time.perf_counter() - start)
     files, wrong = Counter[str](), Counter[str]()
     for data in gguf_kinds.BAD.values():
         (folder / "f").write_bytes(data)
         files[outcome(lambda: check_structure(folder / "f"))] += 1
     for bits in masks.KINDS.values():
-        wrong[outcome(lambda bits=bits: check_mask(Mask(bits), masks.LAYOUT))] += 1
+        wrong[outcome(partial(check_mask, Mask(bits), masks.LAYOUT))] += 1
     return {"configs": {**found, "slowest_seconds": round(slowest, 3)}, "gguf": files, "masks": wrong}
 
 

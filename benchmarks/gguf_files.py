@@ -141,7 +141,7 @@ def written(models: dict[str, Any], tokenizer: Any, folder: Path) -> tuple[list[
     from ppf.llm.gguf import write_gguf
 
     folder.mkdir()
-    rows, files = [], {}
+    rows, files = list[dict[str, Any]](), dict[str, str]()
     for name, model in models.items():
         for quant in QUANTS:
             file = folder / f"{len(rows)}.gguf"

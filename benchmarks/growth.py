@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ ROWS = {"layers": (4, 8, 16, 32), "tokens": (1024, 2048, 4096, 8192, 16_384), "s
 QUICK = {"layers": (4, 8), "tokens": (1024, 2048), "samples": (100, 200)}
 
 
-def sizes(grid: dict[str, tuple[int, ...]]) -> Iterator[Size]:
+def sizes(grid: Mapping[str, tuple[int, ...]]) -> Iterator[Size]:
     """Each once."""
     yield from dict.fromkeys(replace(Size(), **{name: value}) for name, values in grid.items() for value in values)
 

@@ -18,8 +18,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -63,9 +65,9 @@ def start(work: Callable[[], object], told: int) -> int:
         add(store, sample)
         os.write(told, f"{sample.digest}\n".encode())
 
-    SampleStore.add = add_and_tell
     try:
-        work()
+        with patch.object(SampleStore, "add", add_and_tell):
+            work()
         os._exit(0)
     finally:
         os._exit(1)
@@ -90,7 +92,7 @@ def killed_fits(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     study, acknowledged, reach = folder / "study 0", set[str](), length / 4
     while count["kills"] < kills:
         heard, told = os.pipe()
-        pid = start(lambda study=study: fit(config_of(study, text, seed), Progress(quiet=True), loaded), told)
+        pid = start(partial(fit, config_of(study, text, seed), Progress(quiet=True), loaded), told)
         os.close(told)
         time.sleep(rng.uniform(0, reach))
         os.kill(pid, signal.SIGKILL)

@@ -9,7 +9,7 @@ from page import load, section, table
 def depth() -> list[str]:
     """Whether whole sub-layers are worth it."""
     record = load("depth")
-    if record is None:
+    if not record:
         return []
     result = record["result"]
     cells = {(row["method"], row["ratio"]): row for row in result["rows"]}
@@ -32,7 +32,7 @@ def _lost(row: dict[str, Any]) -> str:
 def memory() -> list[str]:
     """The most memory that stages take."""
     record = load("memory")
-    if record is None:
+    if not record:
         return []
     result = record["result"]
     weights, shard = result["weights"] / 1e9, result["largest_shard"] / 1e9

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ PROMPT, NEW = 128, 32
 
 def summary(values: list[float]) -> dict[str, float]:
     """Median, quartiles and 99th percentile."""
-    marks = np.quantile(values, [0.5, 0.25, 0.75, 0.99])
+    marks: np.ndarray = np.quantile(values, [0.5, 0.25, 0.75, 0.99])
     return {name: round(float(mark), 4) for name, mark in zip(("median", "q1", "q3", "p99"), marks, strict=True)}
 
 
@@ -78,9 +79,13 @@ def switching(elastic: ElasticModel, sizes: Callable[[float], Allocation], seed:
     ratios = np.random.default_rng(seed).uniform(0.0, 0.6, count)
     allocations = [sizes(float(ratio)) for ratio in ratios]
     before = resident()
-    switches = [milliseconds(lambda one=one: elastic.set_allocation(one)) for one in allocations]
+    switches = [milliseconds(partial(elastic.set_allocation, one)) for one in allocations]
     grown = resident() - before
-    with_decision = [milliseconds(lambda ratio=ratio: elastic.set_allocation(sizes(float(ratio)))) for ratio in ratios]
+
+    def decided(ratio: float) -> None:
+        elastic.set_allocation(sizes(ratio))
+
+    with_decision = [milliseconds(partial(decided, float(ratio))) for ratio in ratios]
     return {"views_ms": summary(switches), "decision_and_views_ms": summary(with_decision), "resident_bytes_grown": grown}
 
 

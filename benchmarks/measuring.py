@@ -144,8 +144,8 @@ def measured(model: PreTrainedModel, layout: Layout, batches: int, rounds: int, 
     }
     each = [select(item.allocation, ways.order, layout) for item in probes(layout, (0.5,))]
     pairs: dict[str, Callable[[], object]] = {
-        "every layer": lambda: [ways.unshared(mask) for mask in each],
-        "shared": lambda: [ways.ours(mask) for mask in each],
+        "every layer": lambda: list(map(ways.unshared, each)),
+        "shared": lambda: list(map(ways.ours, each)),
     }
     tokens = int(ways.blocks.size)
     return {

@@ -9,7 +9,7 @@ from page import load, section, table
 def compensation() -> list[str]:
     """What biases and weights fitted again give back."""
     record = load("compensation")
-    if record is None:
+    if not record:
         return []
     result = record["result"]
     ratios = sorted({row["ratio"] for row in result["rows"]})
@@ -33,7 +33,7 @@ def compensation() -> list[str]:
 def recovery() -> list[str]:
     """What training after the cut gives back."""
     record = load("recovery")
-    if record is None:
+    if not record:
         return []
     result = record["result"]
     cells = {(row["method"], row["ratio"]): row for row in result["rows"]}
@@ -71,7 +71,7 @@ def _recovered(row: dict[str, Any], place: str) -> list[float]:
 def family_tasks() -> list[str]:
     """Every family in the harness, and trained."""
     record = load("family_tasks")
-    if record is None:
+    if not record:
         return []
     result = record["result"]
     rows = []
@@ -97,7 +97,7 @@ def _seconds(cells: dict[tuple[str, float], dict[str, Any]], method: str, ratios
 def order() -> list[str]:
     """How well masks of one size are ordered, over all fits."""
     record = load("order")
-    if record is None:
+    if not record:
         return []
     rows, seeds = [], set()
     for name, model in record["result"]["models"].items():

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from page import label
-from ppf.config import BenchConfig
 from ppf.decide import Decider
 from ppf.llm.engines.bench import InProcessEngine
 from ppf.llm.load import LoadedModel, load_model
@@ -63,13 +62,13 @@ def main() -> None:
         blocks = take_blocks(whole_text(text, loaded.tokenizer), length, arguments.tokens, 0, text)
         cells = []
         for decider in deciders:
-            known = current_cells(decider.study, BenchConfig(tuple(arguments.studies))).values()
+            known = current_cells(decider.study)
             wanted = [cell for cell in known if cell["method"] in METHODS and cell["ratio"] in arguments.ratios]
             cells += cells_on(decider, loaded, wanted, blocks)
         rows[label(text)] = summarise(cells, "static")
-    seeds = [decider.study.record["settings"]["seed"] for decider in deciders]
-    searched = label(deciders[0].study.record["settings"]["text"])
-    write(f"texts-{arguments.name}", seeds[0], {"seeds": seeds, "searched": searched, "tokens": blocks.size, "texts": rows})
+    seeds = [one["seed"] for one in settings]
+    chosen_on = label(settings[0]["text"])
+    write(f"texts-{arguments.name}", seeds[0], {"seeds": seeds, "searched": chosen_on, "tokens": blocks.size, "texts": rows})
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
-def load(name: str) -> dict[str, Any] | None:
+def load(name: str) -> dict[str, Any]:
+    """A results file; empty where there is none."""
     path = HERE / "results" / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:

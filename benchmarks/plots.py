@@ -40,7 +40,7 @@ def _finish(axes: Any, name: str) -> None:
     axes.figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
 
 
-def plot_bench(name: str, record: dict[str, Any], searches: dict[str, Any] | None) -> None:
+def plot_bench(name: str, record: dict[str, Any], searches: dict[str, Any]) -> None:
     """Damage by ratio, on a logarithmic scale, with the intervals over the seeds; a true search, of one seed, as crosses."""
     axes = Figure(figsize=(6.4, 3.8)).add_subplot()
     for method, (colour, label) in SHOWN.items():

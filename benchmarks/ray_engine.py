@@ -53,6 +53,7 @@ def engines(
     ray.init(address="local", num_cpus=sum(WORKERS), include_dashboard=False, log_to_driver=False, configure_logging=False)
     stack.callback(ray.shutdown)
     started, found = time.perf_counter() - start, {}
+    assert loaded.folder is not None  # a model of the package lies in one
     for workers in WORKERS:
         for name in ("local", "ray"):
             start = time.perf_counter()

@@ -1,6 +1,6 @@
 """How good are the reference models? Perplexity of each on text that none was trained on.
 
-python benchmarks/reference.py --books FOLDER    # .txt files beside the embedded documentation
+python benchmarks/reference.py --books FOLDER --also NAME=MODEL    # .txt files beside the embedded documentation
 """
 
 import argparse
@@ -18,11 +18,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--books", type=Path, default=None)
     parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=MODEL", help="models that do not lie in the repository")
     arguments = parser.parse_args()
     books = sorted(arguments.books.glob("*.txt")) if arguments.books else []
     texts = {"pydocs": "pydocs"} | {path.stem: str(path) for path in books}
     found = {}
-    for name, place in MODELS.items():
+    for name, place in {**MODELS, **dict(one.split("=", 1) for one in arguments.also)}.items():
         loaded = load_model(place)
         shape = {"family": loaded.layout.model_type, "layers": loaded.layout.layers, "parameters": loaded.layout.total}
         perplexities = {}

@@ -11,7 +11,7 @@ from page import load, section, table
 def families() -> list[str]:
     """What each family's exports differ by from the model in memory."""
     record = load("families")
-    if record is None:
+    if not record:
         return []
     rows = [
         [
@@ -32,7 +32,7 @@ def families() -> list[str]:
 def live() -> list[str]:
     """The live model beside the cut one, and its API."""
     record = load("live")
-    if record is None:
+    if not record:
         return []
     result = record["result"]
     parts = []
@@ -69,7 +69,7 @@ def live() -> list[str]:
 def busy() -> list[str]:
     """The policy API while other work runs."""
     record = load("load")
-    if record is None:
+    if not record:
         return []
     result, rows = record["result"], []
     names = {"minute": "a minute", "export": "beside `ppf prune`", "fit": "beside `ppf fit`, whose study it serves"}
@@ -93,7 +93,7 @@ def _beside(found: dict[str, Any], clock: str) -> str:
 def slider() -> list[str]:
     """How fast the page redraws."""
     record = load("slider")
-    if record is None:
+    if not record:
         return []
     layouts = {name: found for name, found in record["result"].items() if isinstance(found, dict)}
     rows = [
@@ -112,7 +112,7 @@ def slider() -> list[str]:
 def engines() -> list[str]:
     """Measuring on this machine and on a Ray cluster."""
     record = load("ray_engine")
-    if record is None:
+    if not record:
         return []
     result = record["result"]
     rows = []
@@ -129,7 +129,7 @@ def engines() -> list[str]:
 def measuring() -> list[str]:
     """Masks measured beside a plain loop, and what sharing adds."""
     record = load("measuring")
-    if record is None:
+    if not record:
         return []
     parts = []
     for name, found in record["result"]["models"].items():
@@ -159,7 +159,7 @@ def _times(found: dict[str, float]) -> str:
 def growth() -> list[str]:
     """What a fit takes as models, texts and budgets grow."""
     record = load("growth")
-    if record is None:
+    if not record:
         return []
     result = record["result"]
     rows = [
@@ -181,7 +181,7 @@ def growth() -> list[str]:
 def kills() -> list[str]:
     """What a hundred kills cost."""
     record = load("kills")
-    if record is None:
+    if not record:
         return []
     fits, writers = record["result"]["fits"], record["result"]["writers"]
     words = f"""A fit of {fits["samples_of_a_fit"]} masks was killed {fits["kills"]} times at random moments and started again: of
@@ -213,7 +213,7 @@ def coverage() -> list[str]:
 def campaigns() -> str:
     """What the campaigns of docs/reliability.md counted; empty without their files."""
     record, kills = load("faults"), load("kills")
-    if record is None or kills is None:
+    if not (record and kills):
         return ""
     result, fits, writers = record["result"], kills["result"]["fits"], kills["result"]["writers"]
     readers = result["fuzz"]["readers"].values()

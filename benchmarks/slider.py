@@ -38,6 +38,7 @@ def served(study: Path) -> Iterator[str]:
     """The address of a server of a study's decisions."""
     command = [sys.executable, "-m", "ppf", "serve", str(study), "--no-model", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
         try:
             yield process.stdout.readline().split()[-1]
         finally:

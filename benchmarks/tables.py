@@ -85,7 +85,7 @@ def reference() -> str:
     return "\n".join(
         [
             heading("The reference models", "reference", record),
-            f"Perplexity on {record['result']['tokens']:,} tokens of text that neither was trained on,",
+            f"Perplexity on {record['result']['tokens']:,} tokens of text that none was trained on,",
             "in blocks of half the context.\n",
             table(["model", *texts], rows),
         ]
