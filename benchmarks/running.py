@@ -197,7 +197,7 @@ def kills() -> list[str]:
 def coverage() -> list[str]:
     """What the default tests run of the source."""
     record = load("coverage")
-    if record is None:
+    if not record:
         return []
     result = record["result"]
     shares = {name: one["run"] / one["lines"] for name, one in result["files"].items()}

@@ -42,7 +42,7 @@ def demo() -> str:
         [
             heading("The demo: `ref-a` on `pydocs`", "demo", record),
             f"Dense perplexity {result['rows'][0]['dense']:.2f} on the test text.",
-            f"The whole demo took {result['wall_seconds']:.0f} s.\n",
+            f"The whole demo took {result['wall_seconds']:.0f} s.{_from_the_clone()}\n",
             table(["ratio", "predicted", "measured", "uniform policy", "parameters", "file"], rows),
             "\nSeconds by stage: " + seconds + ".\n",
             *_repaid(result),
@@ -53,6 +53,16 @@ def demo() -> str:
             table(["predictor", "MSE", "MAE", "tau", "tau within, damage", "tau within, log-perplexity", "error/std"], judged),
         ]
     )
+
+
+def _from_the_clone() -> str:
+    """How long a newcomer waits for the demo's table."""
+    record = load("walkthrough")
+    if not record:
+        return ""
+    minutes, machine = record["result"]["clone_to_table_seconds"] / 60, record["machine"]
+    words = f"From `git clone` to its table, everything installed anew, it took {minutes:.1f} minutes"
+    return f" {words}\n(`benchmarks/results/walkthrough.json`, commit {record['commit'][:8]}, load {machine['load']})."
 
 
 def _repaid(result: dict[str, Any]) -> list[str]:
