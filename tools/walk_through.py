@@ -37,8 +37,8 @@ INSTEAD = {
     "5B": "3.2M",
     "12GiB": "12MiB",
     "--align 64 --tp 2": "--align 64",
-    "--tokens 2000000": "--tokens 65536",
-    "recover smaller --text pydocs --full": "recover smaller --text pydocs --tokens 65536 --full",
+    "--tokens 2000000": "--tokens 32768",
+    "recover smaller --text pydocs --full": "recover smaller --text pydocs --tokens 32768 --full",
     " --ray-address 10.0.0.1:6379": "",
     " --study my-study --text pydocs --engine ray": " --study on-ray --text pydocs --samples 60 --engine ray",
 }
@@ -273,6 +273,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if set(chosen.pages) - set(PAGES) or bool(chosen.pages) != bool(chosen.study):
         parser.error(f"pages must be of {', '.join(PAGES)} and come with --study; or give neither")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends too
     with tempfile.TemporaryDirectory(prefix="ppf-walk-") as temporary:
         work = Path(temporary).resolve() / "work"
         walk = Walk(ROOT, work, installs=False) if chosen.pages else Walk(work.parent / "ppf", work)
