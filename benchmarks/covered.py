@@ -1,16 +1,17 @@
 """How much of the source do the default tests run? Line by line, in the processes that they start too.
 
     python benchmarks/covered.py      # make coverage; the lines that nothing ran: python -m coverage report -m
+    python benchmarks/covered.py --measured     # what `coverage run -m pytest ...` left, such as after one test was run again
 
 What only a slow test runs, or one that needs an accelerator, llama.cpp, Ray or a browser, counts as not run. So does what runs
 in a process that a test kills, or starts with an environment of its own.
 """
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -29,10 +30,11 @@ def coverage(*arguments: str) -> None:
 
 
 def main() -> None:
-    start = time.perf_counter()
-    coverage("erase")
-    coverage("run", "-m", "pytest", "-n", "2", "--dist", "loadfile")
-    seconds = time.perf_counter() - start
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--measured", action="store_true", help="run no test; what was measured lies in runs/")
+    if not parser.parse_args().measured:
+        coverage("erase")
+        coverage("run", "-m", "pytest", "-n", "2", "--dist", "loadfile")
     coverage("combine", "--quiet")
     FOUND.parent.mkdir(exist_ok=True)
     coverage("json", "--quiet", "-o", str(FOUND))
@@ -47,7 +49,7 @@ def main() -> None:
         for key, count in found.items():
             parts[part][key] += count
             parts["all"][key] += count
-    write("coverage", 0, {"seconds": round(seconds), "parts": dict(sorted(parts.items())), "files": files})
+    write("coverage", 0, {"parts": dict(sorted(parts.items())), "files": files})
 
 
 if __name__ == "__main__":
