@@ -18,7 +18,7 @@ from pathlib import Path
 from record import write
 
 ROOT = Path(__file__).parents[1]
-FOUND = ROOT / "runs" / "coverage.json"
+FOUND = ROOT / "runs" / "covered.json"
 SOURCE = "src/ppf/"
 
 
@@ -32,11 +32,11 @@ def coverage(*arguments: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--measured", action="store_true", help="run no test; what was measured lies in runs/")
+    FOUND.parent.mkdir(exist_ok=True)
     if not parser.parse_args().measured:
         coverage("erase")
         coverage("run", "-m", "pytest", "-n", "2", "--dist", "loadfile")
     coverage("combine", "--quiet")
-    FOUND.parent.mkdir(exist_ok=True)
     coverage("json", "--quiet", "-o", str(FOUND))
     files = {
         name.removeprefix(SOURCE): {"lines": found["summary"]["num_statements"], "run": found["summary"]["covered_lines"]}
