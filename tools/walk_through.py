@@ -50,7 +50,7 @@ LEFT_OUT = {
 PATIENCE, GRACE = 2400, 30
 """Seconds that a command may take, and those that it has to end when it is told to."""
 READY = re.compile(r"http://[\d.]+:\d+")
-UNTOLD = re.compile(r"^\[\d+/\d+\] (?!.*done in)|^WARNING: (Location|Skipping|Retrying)|^\[notice\]")
+UNTOLD = re.compile(r"^(\[\d+/\d+\] (?!.*done in)|[\w ]+: \d+ of \d+, )|^WARNING: (Location|Skipping|Retrying)|^\[notice\]")
 """Steps on their way, and what pip says of the places that it looks into."""
 MOST_LINES = 40
 NOISE = """
