@@ -23,6 +23,7 @@ from ppf.llm.perplexity import evaluate
 from ppf.llm.ridge import PENALTY, RidgeWeights, fit_ridge
 from ppf.llm.surgery import cut
 from ppf.llm.text import Text
+from ppf.recipes.choices import choose_placement
 from record import write
 
 TOKENS_PER_BATCH = 1024
@@ -58,7 +59,7 @@ def main() -> None:
     decider = Decider(arguments.study)
     record = decider.study.record
     loaded = load_model(record["model"]["name"])
-    model = loaded.on(torch.device("cpu"), torch.float32)
+    model = loaded.on(choose_placement("cpu"), torch.float32)
     text = Text.load(decider.study.path("text"), decider.layout.fingerprint)
     wanted = max(1, TEST_TOKENS // record["seq_len"])
     test = text.test[np.linspace(0, len(text.test) - 1, min(wanted, len(text.test))).astype(int)]

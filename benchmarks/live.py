@@ -2,7 +2,8 @@
 
 switching   ref-a through its decider, and a 1 B Llama with random weights (bfloat16): milliseconds until the new size runs
 elastic     the elastic model against the cut one at the same allocation, in turns: tokens/s by the wall clock and by the
-            processor's, which other work on the machine does not slow down
+            processor's, which other work on the machine does not slow down; of ref-a, of the 1 B Llama, and of a phi3 and a
+            gpt_neox of about 90 M random parameters, whose projections are fused
 api         GET /api/policy over kept connections, each ratio asked once
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LlamaConfig, PreTrainedModel
+from transformers import DynamicCache, GPTNeoXConfig, LlamaConfig, Phi3Config, PreTrainedConfig, PreTrainedModel
 
 from ppf.config import Target
 from ppf.decide import Decider
@@ -47,6 +48,12 @@ LLAMA_1B = LlamaConfig(
     vocab_size=128256,
     tie_word_embeddings=True,
 )
+MEDIUM = {"hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16, "vocab_size": 8192, "eos_token_id": 2}
+FUSED = {
+    "phi3": Phi3Config(**MEDIUM, intermediate_size=3072, num_key_value_heads=8, pad_token_id=0),
+    "gpt_neox": GPTNeoXConfig(**MEDIUM, intermediate_size=4096),
+}
+"""Families whose projections are fused, so that what stays of them is blocks of a tensor and no one prefix."""
 PROMPT, NEW = 128, 32
 
 
@@ -62,14 +69,15 @@ def milliseconds(action: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def one_billion(seed: int) -> PreTrainedModel:
-    """A Llama of the shape of Llama-3.2-1B, random."""
-    model = skeleton(LLAMA_1B).to(torch.bfloat16).to_empty(device="cpu")
+def random_model(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """A model of random weights, without the memory of a second one."""
+    model = skeleton(config).to(dtype).to_empty(device="cpu")
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(-0.03, 0.03)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    base = model.base_model
+    base.rotary_emb = type(base.rotary_emb)(model.config)
     model.tie_weights()
     return model.eval()
 
@@ -158,20 +166,43 @@ def small_model(decider: Decider, seed: int, runs: int) -> dict:
     return result
 
 
-def large_model(seed: int, runs: int) -> dict:
-    """1 B parameters, random, uniform allocations."""
-    model = one_billion(seed)
+def random_allocations(
+    model: PreTrainedModel, seed: int
+) -> tuple[Callable[[float], Allocation], Callable[[Allocation], PreTrainedModel], Callable[[], ElasticModel]]:
+    """Uniform allocations of a model, the cut model of one, and the elastic model, which takes the model over."""
     layout, rng = layout_of_model(model), np.random.default_rng(seed)
     importance = Importance(tuple(rng.random(units) for units in layout.units), "random", "none")
+    return (
+        lambda ratio: allocate(Policy.uniform(layout), Budget.from_ratio(ratio, layout), layout),
+        lambda allocation: cut(model, layout, select(allocation, importance, layout)),
+        lambda: ElasticModel(model, layout, importance),
+    )
 
-    def sizes(ratio: float) -> Allocation:
-        return allocate(Policy.uniform(layout), Budget.from_ratio(ratio, layout), layout)
 
+def large_model(seed: int, runs: int) -> dict:
+    """1 B parameters, random, uniform allocations."""
+    model = random_model(LLAMA_1B, torch.bfloat16, seed)
+    sizes, cut_at, elastic_of = random_allocations(model, seed)
     allocation = sizes(0.3)
-    small = cut(model, layout, select(allocation, importance, layout))
-    elastic = ElasticModel(model, layout, importance)
-    timed = {"parameters": layout.total, "switching": switching(elastic, sizes, seed)}
+    small, elastic = cut_at(allocation), elastic_of()
+    timed = {"parameters": elastic.layout.total, "switching": switching(elastic, sizes, seed)}
     return {**timed, "beside_cut": {"0.3": beside(elastic, small, allocation, runs, 4)}}
+
+
+def fused_models(seed: int, runs: int) -> dict:
+    """Families of fused projections, random, in float32: the elastic model beside the cut one."""
+    result: dict = {}
+    for family, config in FUSED.items():
+        model = random_model(config, torch.float32, seed)
+        sizes, cut_at, elastic_of = random_allocations(model, seed)
+        allocations = {ratio: sizes(ratio) for ratio in (0.3, 0.6)}
+        small = {ratio: cut_at(allocation) for ratio, allocation in allocations.items()}
+        elastic = elastic_of()
+        result[family] = {
+            "parameters": elastic.layout.total,
+            "beside_cut": {str(ratio): beside(elastic, small[ratio], one, runs, NEW) for ratio, one in allocations.items()},
+        }
+    return result
 
 
 async def asked(
@@ -289,6 +320,7 @@ if __name__ == "__main__":
         "load_average": round(os.getloadavg()[0], 2),
         "api": api(arguments.study, arguments.seed, arguments.seconds),
         "ref-a": small_model(Decider(arguments.study), arguments.seed, arguments.runs),
+        "fused": fused_models(arguments.seed, arguments.runs),
     }
     if not arguments.no_large:
         found["1B"] = large_model(arguments.seed, max(3, arguments.runs // 3))

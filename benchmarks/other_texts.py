@@ -19,6 +19,7 @@ from ppf.llm.engines.bench import InProcessEngine
 from ppf.llm.load import LoadedModel, load_model
 from ppf.llm.text import Text, take_blocks, whole_text
 from ppf.recipes.cells import current_cells
+from ppf.recipes.choices import choose_placement
 from ppf.recipes.summary import summarise
 from ppf.space.allocation import Allocation
 from ppf.space.mask import Mask, select
@@ -32,7 +33,7 @@ TOKENS_PER_BATCH = 1024
 def cells_on(decider: Decider, loaded: LoadedModel, cells: list[dict[str, Any]], blocks: np.ndarray) -> list[dict[str, Any]]:
     """The cells with what their masks do on other blocks."""
     layout, none = decider.layout, blocks[:0]
-    model = loaded.on(torch.device("cpu"), torch.float32)
+    model = loaded.on(choose_placement("cpu"), torch.float32)
     engine = InProcessEngine(model, layout, Text("", none, blocks, none, none), TOKENS_PER_BATCH)
     masks = [select(Allocation(np.array(cell["kept"])), decider.importance, layout) for cell in cells]
     everything = Mask(tuple(np.ones(units, dtype=bool) for units in layout.units))

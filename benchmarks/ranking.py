@@ -27,6 +27,7 @@ from ppf.learn.predictor import Predictor
 from ppf.llm.engines.bench import InProcessEngine
 from ppf.llm.load import load_model
 from ppf.llm.text import Text, take_blocks, whole_text
+from ppf.recipes.choices import choose_placement
 from ppf.samples import Sample, kept_matrix
 from ppf.space.allocation import Allocation
 from ppf.space.mask import select
@@ -51,7 +52,7 @@ class Truth:
 
     def __init__(self, decider: Decider, samples: Sequence[Sample], texts: Sequence[str], tokens: int) -> None:
         loaded = load_model(decider.study.record["model"]["name"])
-        model = loaded.on(torch.device("cpu"), torch.float32)
+        model = loaded.on(choose_placement("cpu"), torch.float32)
         own = Text.load(decider.study.path("text"), decider.layout.fingerprint)
         length = own.search.shape[1]
         streams = {label(name): whole_text(name, loaded.tokenizer) for name in texts}

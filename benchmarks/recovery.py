@@ -24,11 +24,12 @@ from ppf.llm.perplexity import evaluate
 from ppf.llm.surgery import cut
 from ppf.llm.text import take_blocks, whole_text
 from ppf.progress import Progress
+from ppf.recipes.choices import choose_placement
 from ppf.recipes.recover import recover
 from record import write
 
 TOKENS_PER_BATCH = 1024
-CPU = torch.device("cpu")
+CPU = choose_placement("cpu")
 METHODS: dict[str, dict[str, Any]] = {"lora": {}, "full": {"full": True}, "lora, text alone": {"teacher": "none"}}
 
 

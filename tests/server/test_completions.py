@@ -9,7 +9,7 @@ import pytest
 import tiny_models as tiny
 from http_client import request, strict
 from ppf.llm.generate import Sampling, generate
-from ppf.server.live import Job
+from ppf.server.job import Job
 
 PROMPT = "w5 w9 w40 w7"
 MESSAGES = [{"role": "system", "content": "w5 w9"}, {"role": "user", "content": [{"type": "text", "text": "w40 w7"}]}]
@@ -123,6 +123,15 @@ def test_an_answer_that_the_server_s_end_cuts_says_so(live, monkeypatch):
 
     for record in begun(live, monkeypatch, stop):
         assert record["ppf"]["ended"] == "shutdown" and record["choices"][0]["finish_reason"] == "length"
+
+
+def test_how_many_tokens_may_come_has_two_names_in_both_kinds_and_the_newer_counts(client):
+    options = {"model": "tiny", "stop": ["never"], "temperature": 0}
+    for extra in ({"max_completion_tokens": 3}, {"max_completion_tokens": 3, "max_tokens": 9}):
+        answer = client.completions.create(**options, prompt=PROMPT, max_tokens=extra.get("max_tokens"), extra_body=extra)
+        assert answer.usage.completion_tokens <= 3
+        assert client.chat.completions.create(**options, messages=MESSAGES, **extra).usage.completion_tokens <= 3
+    assert client.completions.create(**options, prompt=PROMPT).usage.completion_tokens <= 16
 
 
 def test_a_chat(client):

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from ppf.llm.generate import Sampling
 from ppf.progress import Progress
 from ppf.recipes.live import elastic_for
 from ppf.server.controller import Goal
-from ppf.server.live import Job, Live
+from ppf.server.job import Job
+from ppf.server.live import Live
 from ppf.server.metrics import Meter
 from ppf.server.served import Served
 from ppf.server.wire import Refusal
@@ -111,7 +113,7 @@ def test_what_runs_is_told(model, monkeypatch):
     seen = []
     collect(model, *(greedy(6) for _ in range(6)), then=lambda _: seen.append((model.state(), model.load())))
     state, load = seen[-1]
-    assert state["requests"]["running"] + state["requests"]["waiting"] > 0 and load.cached_tokens >= 4
+    assert state["requests"]["running"] + state["requests"]["waiting"] > 0 and load.tokens >= 4
     assert state["memory"]["kv_cache"] >= 4 * 3 * 4 * 2 * 8 * 4  # tokens, layers, groups, key and value, width, bytes
     assert state["latency_ms"] >= 20 and load.slowdown > 1 and 0 < state["tokens_per_second"] < 1000
     idle = model.state()
@@ -212,6 +214,88 @@ def test_another_fit_is_taken_as_a_whole_or_not_at_all(study, monkeypatch, fails
     assert live.decider is other and served.goal is goals[other] and live.size.decision.asked == 0.3
     assert [one["to"] for one in served.state()["controller"]["decisions"]] == [0.3]
     live.close()
+
+
+def test_a_goal_of_memory_is_kept_at_every_token_whatever_comes(study, monkeypatch):
+    live = opened(study, nested=False)
+    smallest = live.size_for(0.6).kept
+    goal = Goal(None, live._weights(smallest) + 200 * live._kv_bytes(smallest), 0.0, 0.6)
+    served, ratios, used, running = Served(live, "tiny", 150, lambda _: goal), [], [], []
+    served.look(goal)
+
+    def see(_):
+        state = live.state()
+        used.append(sum(state["memory"].values()))
+        ratios.append(state["ratio"])
+        running.append(state["requests"]["running"])
+
+    sizes = [None, None, live.size_for(0.6), None, None]
+    jobs = [Job(PROMPT, Sampling(70, temperature=0), size) for size in sizes]
+    monkeypatch.setattr("ppf.llm.generate._ends", lambda *_: set())
+    found = collect(live, *jobs, then=see)
+    assert [pieces[-1].tokens for pieces in found] == [70] * 5  # all had their turn
+    assert max(used) <= goal.memory and max(running) >= 1
+    assert max(ratios) > served.state()["controller"]["decisions"][0]["to"]
+    assert not live.room.running and not live.room.waiting
+    live.close()
+
+
+def test_a_request_waits_until_there_is_room_for_all_that_it_may_take(study, monkeypatch):
+    live = opened(study)
+    live._workers = 2
+    slowed(live, monkeypatch, 0.01)
+    served = Served(live, "tiny", 40, lambda _: Goal(None, live._weights(live.size_for(0.6).kept) + 60 * 10**3, 0.0, 0.6))
+    most = live.room.most_tokens() - len(PROMPT)
+    first, second = greedy(most), greedy(5)
+    seen = []
+    collect(live, first, second, then=lambda piece: piece.tokens < 5 and seen.append(live.state()["requests"]))
+    assert {(one["running"], one["waiting"]) for one in seen[1:]} == {(1, 1)}
+    assert served.live.meter.counts["done"] >= 1
+    live.close()
+
+
+def test_who_waits_for_room_gives_up_the_place_when_cancelled(study):
+    live = opened(study)
+    live.keep_within(1, 0.6)  # for nobody
+    job = greedy(5)
+
+    async def leave_soon():
+        live.admit(job)
+        asyncio.get_running_loop().call_later(0.3, live.leave, job)
+        return [piece async for piece in live.pieces(job)]
+
+    assert asyncio.run(leave_soon()) == [] and not live.room.waiting and not live.room.running
+    live.close()
+
+
+def test_what_no_ratio_has_memory_for_is_refused_at_once(study):
+    with running(study, target_memory="10MB", max_tokens=40) as (port, served):
+        ask = {"model": "tiny", "prompt": [5] * 20, "max_tokens": 30}
+        live = served.live
+        live.room.goal = live.room.least(40)
+        for path, extra in (("completions", {}), ("chat/completions", {"messages": [{"role": "user", "content": "w5 " * 20}]})):
+            body = {name: value for name, value in ask.items() if path == "completions" or name != "prompt"} | extra
+            status, _, answer = request(port, "POST", f"/v1/{path}", json.dumps(body).encode())
+            assert status == 400 and strict(answer)["error"]["code"] == "no_memory" and "at most 40 tokens" in str(strict(answer))
+        status, _, answer = request(
+            port, "POST", "/v1/completions", json.dumps({**ask, "max_tokens": 1, "prune_ratio": 0}).encode()
+        )
+        assert status == 400 and "larger prune_ratio" in strict(answer)["error"]["message"]
+        body = {
+            "messages": [{"role": "user", "content": "w5 w6"}],
+            "temperature": 0,
+            "stop": "never",
+        }  # without a number: what fits
+        status, _, answer = request(port, "POST", "/v1/chat/completions", json.dumps(body).encode())
+        assert status == 200 and strict(answer)["usage"]["total_tokens"] <= 40
+
+
+def test_costs_timed_on_a_busy_machine_are_mended_by_what_runs(model):
+    model.costs = replace(model.costs, latency_ms=100 * model.costs.latency_ms)
+    (pieces,) = collect(model, greedy(20))
+    model.learn()
+    steps = [1e3 * piece.seconds for piece in pieces[1:]]
+    assert min(steps) * 0.9 < model.costs.latency_ms[0] < max(steps) * 1.1
 
 
 def test_under_load_a_server_with_a_goal_shrinks_its_model_within_its_limits(study, monkeypatch):

@@ -348,3 +348,17 @@ def test_names_are_text(visit, decisions, browser):
     ready(page)
     assert page.inner_text("#title") == nasty and page.locator("img").count() == 0 and page.title() != "ran"
     page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 380])
+@pytest.mark.parametrize("kind", ["live", "decisions"])
+def test_the_tiles_fill_their_rows(live, decisions, visit, kind, width):
+    page = ready(visit(live[0] if kind == "live" else decisions, width))
+    whole, tiles = page.locator("#tiles").bounding_box(), page.locator("#tiles > div")
+    rows = {}
+    for box in (tiles.nth(at).bounding_box() for at in range(tiles.count())):
+        rows.setdefault(round(box["y"]), []).append(box)
+    assert tiles.count() == (6 if kind == "live" else 5) and len(rows) < tiles.count()
+    for row in rows.values():
+        left, right = min(box["x"] for box in row), max(box["x"] + box["width"] for box in row)
+        assert abs(left - whole["x"]) < 1 and abs(right - whole["x"] - whole["width"]) < 1

@@ -94,6 +94,30 @@ def test_what_keeps_it_from_starting_is_one_line(study, tmp_path, capsys, decisi
     assert refused_start(capsys, str(study), "--port", "0", "--model", str(tmp_path))[0] == 2
 
 
+def test_a_model_that_has_gone_can_be_named(study, capsys):
+    model = study.parent / "tiny"
+    moved = model.rename(study.parent / "moved")
+    try:
+        code, error = refused_start(capsys, str(study), "--port", "0")
+    finally:
+        moved.rename(model)
+    assert code == 2 and "--model" in error and str(model) in error
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--ratio", "0.5", "--max-ratio", "0.4", "--target-latency-ms", "5"),
+        ("--ratio", "0.1", "--min-ratio", "0.2", "--target-latency-ms", "5"),
+        ("--ratio", "0.7", "--target-latency-ms", "5"), ("--min-ratio", "0.7", "--target-latency-ms", "5"),
+        ("--ratio", "0.9", "--max-ratio", "0.5"),
+    ],
+)  # fmt: skip
+def test_a_ratio_outside_the_limits_is_refused_and_not_moved(study, capsys, flags):
+    code, error = refused_start(capsys, str(study), "--port", "0", *flags)
+    assert code == 2 and ("ratio must be at" in error or "a target" in error)
+
+
 def test_a_missing_package_is_named(study, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ppf.server.run", None)
     code, error = refused_start(capsys, str(study), "--no-model")
@@ -153,7 +177,7 @@ def test_a_stop_ends_what_would_take_longer_and_says_so(study, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         with slow(study, monkeypatch, 0.2) as (port, live):
             asked = [pool.submit(request, port, "POST", "/v1/completions", body, seconds=20) for body in bodies]
-            until(lambda: len(live._jobs) == 4 and any(job.cached for job in live._jobs))
+            until(lambda: len(live._jobs) == 4 and any(job.claim.cached for job in live._jobs))
         for status, _, answer in (one.result() for one in asked):
             assert status == 200 and b'"ended":"shutdown"' in answer.replace(b" ", b"")
 
@@ -180,7 +204,34 @@ def test_ctrl_c_is_no_failure_either(study):
         assert server.wait(timeout=10) == 0 and server.stderr.read() == ""
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_it_at_once_in_one_line(study, number, code):
+    with process(study, "--no-model") as (server, port), socket.create_connection(("127.0.0.1", port)) as connection:
+        head = f"POST /api/ratio HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())  # it waits for the rest of a body
+        time.sleep(0.3)
+        server.send_signal(number)
+        time.sleep(0.3)
+        assert server.poll() is None
+        start = time.monotonic()
+        server.send_signal(number)
+        assert server.wait(timeout=10) == code and time.monotonic() - start < 1
+        said = server.stderr.read()
+        assert said.startswith("error: stopped; ") and said.count("\n") == 1
+
+
 # --- slow and many clients ---
+
+
+@pytest.mark.parametrize(
+    "head", ["no http at all", "GET /\r\n", "GET / HTTP/1.1\r\nno colon", "GET / HTTP/1.1\r\nX: " + "a" * 40_000]
+)
+def test_what_is_no_http_is_answered_in_json_too(study, decisions, head):
+    before = request(decisions, "GET", "/metrics")[2]
+    status, headers, body = exchange(decisions, f"{head}\r\n\r\n".encode())
+    assert status == 400 and strict(body)["error"]["code"] == "bad_http" and headers["content-type"] == "application/json"
+    assert headers["connection"] == "close" and headers["x-content-type-options"] == "nosniff"
+    assert request(decisions, "GET", "/metrics")[2] != before
 
 
 @pytest.fixture

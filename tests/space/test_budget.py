@@ -137,7 +137,18 @@ def test_numbers_of_parameters(text, count):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("1000000B", 10**6), ("8GB", 8 * 10**9), ("500MiB", 500 * 2**20), ("1.5gib", 3 * 2**29), ("2 kB", 2000)]
+    ("text", "size"),
+    [
+        ("1000000B", 10**6),
+        ("8GB", 8 * 10**9),
+        ("500MiB", 500 * 2**20),
+        ("1.5gib", 3 * 2**29),
+        ("2 kB", 2000),
+        ("3MB", 3 * 10**6),
+        ("4KiB", 4096),
+        ("1.5TB", 15 * 10**11),
+        ("2TiB", 2**41),
+    ],
 )
 def test_sizes(text, size):
     assert parse_size(text) == size

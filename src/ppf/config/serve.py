@@ -62,6 +62,12 @@ class ServeConfig:
                 raise InputError(f"{flag} must lie in [0, 1); {ratio:g} came; 0.3 removes 30 % of the prunable parameters")
         if self.max_ratio is not None and self.max_ratio < self.min_ratio:
             raise InputError(f"--max-ratio must be at least --min-ratio; {self.max_ratio:g} and {self.min_ratio:g} came; swap them")
+        if self.max_ratio is not None and self.ratio > self.max_ratio:
+            raise InputError(f"--ratio must be at most --max-ratio; {self.ratio:g} and {self.max_ratio:g} came; change one of them")
+        if 0 < self.ratio < self.min_ratio:
+            raise InputError(
+                f"--ratio must be at least --min-ratio; {self.ratio:g} and {self.min_ratio:g} came; change one of them"
+            )
         if self.target_latency_ms is not None and not (math.isfinite(self.target_latency_ms) and self.target_latency_ms > 0):
             raise InputError(f"--target-latency-ms must be a positive number; {self.target_latency_ms:g} came; give milliseconds")
         if self.target_memory is not None:

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppf.config import DtypeName, Target
 from ppf.decide import Decider
-from ppf.errors import DamagedError
+from ppf.errors import DamagedError, InputError
 from ppf.llm.elastic import ElasticModel
 from ppf.llm.load import LoadedModel, adopt_model
 from ppf.progress import Progress
@@ -61,4 +61,12 @@ def _loaded(
 ) -> LoadedModel:
     if isinstance(model, PreTrainedModel):
         return adopt_model(model, tokenizer)
-    return load_for(str(model or decider.study.record["model"]["name"]), progress)
+    if model is not None:
+        return load_for(str(model), progress)
+    name = str(decider.study.record["model"]["name"])
+    try:
+        return load_for(name, progress)
+    except InputError as error:
+        raise InputError(
+            f"the study's model must lie where it lay then; {name!r} is none now; say with --model where it is"
+        ) from error

@@ -19,7 +19,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ppf.llm.generate import Piece, Sampling
-from ppf.server.live import Job, Live
+from ppf.server.job import Job, Size
+from ppf.server.live import Live
 from ppf.server.schemas import ChatBody, CompletionBody
 from ppf.server.wire import JsonResponse, Refusal, dump, error_body
 
@@ -63,7 +64,7 @@ class Exchange:
         chat = isinstance(body, ChatBody)
         prompt = _prompt(live, body)
         default = None if isinstance(body, ChatBody) else min(_DEFAULT_TOKENS, max_tokens)
-        asked = (body.max_completion_tokens if isinstance(body, ChatBody) else None) or body.max_tokens or default
+        asked = body.max_completion_tokens or body.max_tokens or default
         room = live.context - len(prompt)
         if not prompt or room < (asked or 1):
             raise Refusal(
@@ -75,6 +76,7 @@ class Exchange:
         if (asked or 1) > max_tokens:
             raise Refusal(400, f"max_tokens must be at most {max_tokens}; {asked} came; ask for less", "invalid_value")
         size = None if body.prune_ratio is None else live.size_for(body.prune_ratio)
+        room = min(room, _room_beside(live, len(prompt), asked or 1, size))
         temperature, top_p = (1.0 if value is None else float(value) for value in (body.temperature, body.top_p))
         sampling = Sampling(asked or min(max_tokens, room), temperature, top_p, body.seed, body.stops)
         usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -175,6 +177,26 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._exchange.live.leave(self._exchange.job)
+
+
+def _room_beside(live: Live, prompt: int, asked: int, size: Size | None) -> int:
+    """Tokens that an answer may have by the goal of memory.
+
+    Raises:
+        Refusal: Fewer than are asked for, so that the request could never run.
+    """
+    most = live.room.most_tokens(None if size is None else size.kept)
+    if most is None:
+        return live.context
+    if prompt + asked > most:
+        at = "any ratio allowed" if size is None else f"prune_ratio {size.decision.asked:g}"
+        raise Refusal(
+            400,
+            f"prompt and answer must be at most {most} tokens at {at}, by the server's --target-memory; {prompt} + {asked} came; "
+            f"ask for fewer{'' if size is None else ' or for a larger prune_ratio'}",
+            "no_memory",
+        )
+    return most - prompt
 
 
 async def _gone(request: Request) -> None:

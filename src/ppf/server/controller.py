@@ -1,19 +1,28 @@
 """The controller: which ratio the load asks for. A pure function of what was measured; no clock, no thread, no model.
 
-It rises at once when a goal is missed, to the smallest ratio that meets it. It falls only after several looks in a row at
-which a smaller ratio would meet the goal with room to spare, so that a load near a limit does not make it swing.
+It rises at once when a goal is missed, to the smallest ratio that meets it. It falls only after many looks in a row at which
+a smaller ratio would meet the goal with room to spare, and only to one that would have done at every one of them, so that
+neither a load near a limit nor requests that come and go make it swing.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-_ROOM = {"latency": 0.85, "memory": 0.97}
-"""The share of a goal that a smaller ratio may need before the controller falls to it; memory is known without noise."""
 _WHOLE = {"latency": 1.0, "memory": 1.0}
-_PATIENCE = 4
-_LEAST = 0.01
+"""The share of a goal that the ratio in use may need."""
+_RISEN = {"latency": 1.0, "memory": 0.95}
+"""That a larger ratio may need to be risen to: requests that took room go on to take more, which were a change each time."""
+_ROOM = {"latency": 0.85, "memory": 0.95}
+"""That a smaller ratio may need to be fallen to: times are noisy."""
+_PATIENCE = 40
+"""Looks: with two a second, longer than times are remembered (metrics.py) and than most requests take."""
+LEAST = 0.01
 """Changes of the ratio below this are not worth one."""
+_ENOUGH = 8
+_NOISE = 0.05
+"""What an idle time is known to; without it a running minimum would creep down for ever."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +70,48 @@ class Costs:
             return float(self.ratios[0])
         return float(np.interp(-latency_ms, -self.latency_ms, self.ratios))
 
+    def slowdown(self, times: Sequence[tuple[float, float]]) -> float:
+        """How many times as long tokens take as on the idle machine, by the median.
+
+        Args:
+            times: Ratio and milliseconds of each token.
+
+        Returns:
+            1 if there is none.
+        """
+        if not times:
+            return 1.0
+        ratios, latency = np.array(times).T
+        return float(np.median(latency / np.interp(ratios, self.ratios, self.latency_ms)))
+
+    def learned(self, times: Sequence[tuple[float, float]]) -> "Costs":
+        """These costs, or faster ones if tokens were made faster than an idle machine was thought to make them.
+
+        They were timed at start, perhaps beside other work. No load makes tokens faster, so the shortest time seen is the best
+        known one; the median of many tokens is taken, which no odd one moves.
+
+        Args:
+            times: As for ``slowdown``.
+        """
+        share = self.slowdown(times) if len(times) >= _ENOUGH else 1.0
+        return replace(self, latency_ms=self.latency_ms * share) if share < 1 - _NOISE else self
+
 
 @dataclass(frozen=True)
 class Load:
-    """What was measured since the last look.
+    """What there is to carry.
 
     Attributes:
         slowdown: How many times as long a token took as on the idle machine; 1 if none was made.
-        cached_tokens: In all KV caches together.
-        running: Requests under way.
+        tokens: For which requests that follow the ratio hold room in KV caches.
+        own_weights: Bytes of the weights that other requests read, which have ratios of their own.
+        own_caches: Bytes for which those hold room.
     """
 
     slowdown: float
-    cached_tokens: int
-    running: int
+    tokens: int
+    own_weights: int = 0
+    own_caches: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,10 +121,22 @@ class State:
     Attributes:
         ratio: That it chose.
         calm: Looks in a row at which a smaller one would have done.
+        peak: The largest that was needed meanwhile, with room to spare.
     """
 
     ratio: float
     calm: int = 0
+    peak: float = 0.0
+
+
+def rise(state: State, load: Load, goal: Goal, costs: Costs) -> tuple[State, str]:
+    """Looks out of turn, where the load has just grown; see ``step``. It never falls."""
+    needed = _smallest(load, goal, costs, _WHOLE)
+    if needed > state.ratio + LEAST or (needed > state.ratio and needed == goal.high):
+        return State(
+            _smallest(load, goal, costs, _RISEN)
+        ), f"a goal would be missed at slowdown {load.slowdown:.2f} and {load.tokens} tokens of KV cache"
+    return replace(state, peak=max(state.peak, _smallest(load, goal, costs, _ROOM))), ""
 
 
 def step(state: State, load: Load, goal: Goal, costs: Costs) -> tuple[State, str]:
@@ -96,15 +145,14 @@ def step(state: State, load: Load, goal: Goal, costs: Costs) -> tuple[State, str
     Returns:
         Where it stands now, and why; no reason if the ratio stays.
     """
-    needed = _smallest(load, goal, costs, _WHOLE)
-    if needed > state.ratio + _LEAST or (needed > state.ratio and needed == goal.high):
-        return State(needed), f"a goal is missed at slowdown {load.slowdown:.2f} and {load.cached_tokens} cached tokens"
-    enough = _smallest(load, goal, costs, _ROOM)
-    if enough >= state.ratio - _LEAST:
+    now, reason = rise(state, load, goal, costs)
+    if reason:
+        return now, reason
+    if now.peak >= state.ratio - LEAST:
         return State(state.ratio), ""
     if state.calm + 1 < _PATIENCE:
-        return State(state.ratio, state.calm + 1), ""
-    return State(enough), f"a smaller ratio has been enough {_PATIENCE} times in a row"
+        return replace(now, calm=state.calm + 1), ""
+    return State(now.peak), f"a smaller ratio has been enough {_PATIENCE} times in a row"
 
 
 def _smallest(load: Load, goal: Goal, costs: Costs, share: dict[str, float]) -> float:
@@ -114,6 +162,7 @@ def _smallest(load: Load, goal: Goal, costs: Costs, share: dict[str, float]) -> 
     if goal.latency_ms is not None:
         fits &= np.interp(grid, costs.ratios, costs.latency_ms) * load.slowdown <= share["latency"] * goal.latency_ms
     if goal.memory is not None:
-        used = np.interp(grid, costs.ratios, costs.weights) + load.cached_tokens * np.interp(grid, costs.ratios, costs.kv_bytes)
+        weights = np.maximum(np.interp(grid, costs.ratios, costs.weights), load.own_weights)
+        used = weights + load.tokens * np.interp(grid, costs.ratios, costs.kv_bytes) + load.own_caches
         fits &= used <= share["memory"] * goal.memory
     return float(grid[fits][0]) if fits.any() else goal.high

@@ -4,25 +4,26 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ppf.config import Target
-from ppf.decide import Decider, Decision
+from ppf.decide import Decider
 from ppf.errors import InputError
 from ppf.llm.elastic import ElasticModel
-from ppf.llm.generate import Piece, Sampling, generate
+from ppf.llm.generate import Piece, generate
 from ppf.llm.perplexity import is_memory
 from ppf.llm.prefix import View, running_units
 from ppf.llm.timing import step_seconds
 from ppf.provenance import cores
 from ppf.server.controller import Costs, Load
+from ppf.server.job import Job, Size
 from ppf.server.metrics import Meter
+from ppf.server.room import Room
 from ppf.server.wire import Refusal
 from ppf.space.budget import largest_ratio
 
@@ -30,43 +31,8 @@ _RUNNING = 4
 _WAITING = 32
 _SECONDS = 300.0
 _TIMED = 6
-
-
-@dataclass(frozen=True, eq=False)
-class Size:
-    """The live model at one ratio: a decision and the views that carry it out."""
-
-    decision: Decision
-    view: View
-
-
-@dataclass(eq=False)
-class Job:
-    """One request under way.
-
-    Attributes:
-        prompt: Token ids.
-        sampling: How to go on.
-        size: Fixed by the request; None follows the live ratio.
-        switches: Where the size changed: at which new token, from and to which ratio, and what became of the KV cache.
-        cached: Tokens in its KV cache.
-        view: At which the cache is.
-        ended: What cut it before it was done: ``"time"`` or ``"shutdown"``.
-        asked: When it came, by the monotonic clock.
-        cancelled: Nobody waits for it any more.
-        give: Hands a piece, a failure or the end to whoever waits.
-    """
-
-    prompt: Sequence[int]
-    sampling: Sampling
-    size: Size | None = None
-    switches: list[dict[str, Any]] = field(default_factory=list)
-    cached: int = 0
-    view: View | None = None
-    ended: str | None = None
-    asked: float = field(default_factory=time.monotonic)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    give: Callable[[Piece | Exception | None], None] = lambda _: None
+_RECHECK = 0.1
+"""Seconds; who waits for room is woken when there may be some, but not when its client leaves."""
 
 
 class Live:
@@ -96,6 +62,9 @@ class Live:
         self.decider, self.elastic, self.tokenizer, self.nested = decider, elastic, tokenizer, nested
         self.context = int(elastic.config.max_position_embeddings)
         self.meter = Meter()
+        self.room, self.lock = Room(self._weights, self._kv_bytes), threading.Condition(threading.RLock())
+        self.on_need: Callable[[], None] = lambda: None
+        """Called, with the lock held, when requests need more room than before or wait for it."""
         self.size = self.set_ratio(ratio)
         sizes = self._sizes()
         seconds = step_seconds(self.elastic, [size.view for size in sizes], timing_seconds)
@@ -143,9 +112,16 @@ class Live:
 
     def set_ratio(self, ratio: float) -> Size:
         """Changes what runs where a request names no ratio, requests under way included."""
-        self.size = self.size_for(ratio)
-        self.elastic.current = self.size.view
-        return self.size
+        return self.run_at(self.size_for(ratio))
+
+    def run_at(self, size: Size) -> Size:
+        """``set_ratio`` with a size at hand."""
+        self.size, self.elastic.current = size, size.view
+        return size
+
+    def keep_within(self, memory: int | None, ratio: float) -> None:
+        """Lets requests run only while weights in use and KV caches fit, at this largest ratio; None: whatever they take."""
+        self.room.goal, self.room.top = memory, None if memory is None else self.size_for(ratio).kept
 
     def admit(self, job: Job) -> None:
         """Gives a job its place among those that run or wait; ``leave`` takes it away.
@@ -192,13 +168,16 @@ class Live:
 
     def load(self) -> Load:
         """What the controller looks at."""
-        jobs = list(self._jobs)
-        return Load(self.meter.slowdown, sum(job.cached for job in jobs), min(len(jobs), self._workers))
+        return self.room.load(self.costs.slowdown(self.meter.times))
+
+    def learn(self) -> None:
+        """Lets costs that were timed on a busy machine come down to what is seen."""
+        self.costs = self.costs.learned(self.meter.times)
 
     def state(self) -> dict[str, Any]:
         """A JSON-ready record of what runs."""
         jobs, counts, decision = list(self._jobs), self.meter.counts, self.size.decision
-        running = min(len(jobs), self._workers)
+        weights, caches = self.room.in_use(self.size.kept)
         return {
             "ratio": decision.asked,
             "met": decision.met,
@@ -207,10 +186,10 @@ class Live:
             "latency_ms": self.meter.latency_ms,
             "first_token_ms": self.meter.first_token_ms,
             "memory": {
-                "weights": self._weights(self.size.view.allocation.kept),
-                "kv_cache": int(sum(self._kv_bytes(job.view.allocation.kept) * job.cached for job in jobs if job.view)),
+                "weights": weights,
+                "kv_cache": caches,
             },
-            "requests": {"running": running, "waiting": len(jobs) - running}
+            "requests": {"running": len(self.room.running), "waiting": sum(job.claim.kept is None for job in jobs)}
             | {end: counts[end] for end in ("done", "failed", "refused", "cancelled")},
             "tokens": {kind: counts[f"{kind}_tokens"] for kind in ("prompt", "completion")},
             "context": self.context,
@@ -230,39 +209,74 @@ class Live:
         return float(self.decider.layout.ratio(view.allocation.kept))
 
     def _work(self, job: Job) -> None:
-        start, alone = time.monotonic(), 1.0
         try:
-            self.meter.counts["prompt_tokens"] += len(job.prompt)
-            pieces = generate(self.elastic, self.tokenizer, job.prompt, job.sampling, lambda: (job.size or self.size).view)
-            while not job.cancelled.is_set():
-                if time.monotonic() - start >= _SECONDS:
-                    job.ended = "time"
-                    break
-                piece = next(pieces, None)
-                if piece is None:
-                    break
-                if piece.view is not job.view:
-                    alone = self._note_view(job, piece)
-                if piece.carried is None:
-                    self.meter.note_first(time.monotonic() - job.asked)
-                elif piece.carried != "rebuild":
-                    self.meter.note_step(piece.seconds, piece.seconds / alone)
-                job.cached = len(job.prompt) + piece.tokens - 1
-                self.meter.counts["completion_tokens"] += 1
-                job.give(piece)
+            if self._enter(job):
+                self._run(job)
         except Exception as error:  # the waiting side tells the client
             job.give(error)
         finally:
+            self._exit(job)
             job.give(None)
 
+    def _enter(self, job: Job) -> bool:
+        """Waits for room; whether it came before the client left."""
+        claim, room = job.claim, self.room
+        with self.lock:
+            room.waiting.append(claim)
+            try:
+                while not job.cancelled.is_set():
+                    self.on_need()
+                    if room.may_start(claim, self.size.kept):
+                        room.start(claim, self.size.kept)
+                        return True
+                    self.lock.wait(_RECHECK)
+                return False
+            finally:
+                room.waiting.remove(claim)
+                self.lock.notify_all()
+
+    def _exit(self, job: Job) -> None:
+        with self.lock:
+            if job.claim in self.room.running:
+                self.room.running.remove(job.claim)
+                self.lock.notify_all()
+
+    def _run(self, job: Job) -> None:
+        start, ratio = time.monotonic(), 0.0
+        self.meter.counts["prompt_tokens"] += len(job.prompt)
+        pieces = generate(self.elastic, self.tokenizer, job.prompt, job.sampling, lambda: (job.size or self.size).view)
+        while not job.cancelled.is_set():
+            if time.monotonic() - start >= _SECONDS:
+                job.ended = "time"
+                break
+            piece = next(pieces, None)
+            if piece is None:
+                break
+            if piece.view is not job.view:
+                ratio = self._note_view(job, piece)
+            if piece.carried is None:
+                self.meter.note_first(time.monotonic() - job.asked)
+            elif piece.carried != "rebuild":
+                self.meter.note_step(piece.seconds, ratio)
+            self._note_cached(job, len(job.prompt) + piece.tokens - 1)
+            self.meter.counts["completion_tokens"] += 1
+            job.give(piece)
+
+    def _note_cached(self, job: Job, cached: int) -> None:
+        if job.claim.note(cached):
+            with self.lock:
+                self.on_need()
+
     def _note_view(self, job: Job, piece: Piece) -> float:
-        """Keeps what runs from now on, and how many seconds a token takes there on an idle machine."""
+        """Keeps what runs from now on, and returns its ratio."""
         ratio = self.ratio_of(piece.view)
         if job.view is not None:
             cache = "rebuilt" if piece.carried == "rebuild" else piece.carried
             job.switches.append({"token": piece.tokens, "from": self.ratio_of(job.view), "ratio": ratio, "cache": cache})
-        job.view = piece.view
-        return self.costs.latency_at(ratio) / 1e3
+        with self.lock:
+            job.view, job.claim.kept = piece.view, piece.view.allocation.kept
+            self.lock.notify_all()
+        return ratio
 
     def _sizes(self) -> list[Size]:
         """From the whole model to the smallest that the agent was trained on."""

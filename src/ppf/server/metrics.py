@@ -19,22 +19,21 @@ class Meter:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self._first: deque[float] = deque(maxlen=_KEPT)
+        self._first: deque[tuple[float, float]] = deque(maxlen=_KEPT)
         self._steps: deque[tuple[float, float, float]] = deque(maxlen=_KEPT)
 
     def note_first(self, seconds: float) -> None:
         """A first token came, so long after its request."""
-        self._first.append(seconds)
+        self._first.append((time.monotonic(), seconds))
 
-    def note_step(self, seconds: float, slowdown: float) -> None:
-        """A further token took so long, so many times what it takes on the idle machine."""
-        self._steps.append((time.monotonic(), seconds, slowdown))
+    def note_step(self, seconds: float, ratio: float) -> None:
+        """A further token took so long, at that ratio."""
+        self._steps.append((time.monotonic(), seconds, ratio))
 
     @property
-    def slowdown(self) -> float:
-        """Median of the last seconds; 1 if nothing ran."""
-        recent = self._recent()
-        return statistics.median(slowdown for *_, slowdown in recent) if recent else 1.0
+    def times(self) -> list[tuple[float, float]]:
+        """Ratio and milliseconds of each token of the last seconds."""
+        return [(ratio, 1e3 * seconds) for _, seconds, ratio in self._recent()]
 
     @property
     def latency_ms(self) -> float | None:
@@ -44,8 +43,10 @@ class Meter:
 
     @property
     def first_token_ms(self) -> float | None:
-        """Median of the last requests; None if there was none."""
-        return 1e3 * statistics.median(self._first) if self._first else None
+        """Median of the last seconds, from the request on; None if nothing began."""
+        since = time.monotonic() - _RECENT
+        recent = [seconds for at, seconds in self._first.copy() if at > since]
+        return 1e3 * statistics.median(recent) if recent else None
 
     @property
     def tokens_per_second(self) -> float:
@@ -63,7 +64,7 @@ class Meter:
 
 
 def prometheus(state: dict[str, Any], counts: Mapping[int, int]) -> str:
-    """The text that Prometheus scrapes.
+    """The text that Prometheus scrapes; docs/api.md lists it, and a test holds both to each other.
 
     Args:
         state: As /api/state has it; without a live model only its requests.
@@ -85,19 +86,39 @@ def prometheus(state: dict[str, Any], counts: Mapping[int, int]) -> str:
     if state["live"]:
         memory, requests = state["memory"], state["requests"]
         add("ratio", "gauge", "Pruning ratio of requests that name none.", ("", float(state["ratio"])))
-        add("tokens_per_second", "gauge", "Of all requests together, lately.", ("", state["tokens_per_second"]))
-        add("token_latency_seconds", "gauge", "Median time of a token, lately.", ("", _seconds(state["latency_ms"])))
-        add("first_token_seconds", "gauge", "Median time to the first token, lately.", ("", _seconds(state["first_token_ms"])))
+        add(
+            "tokens_per_second",
+            "gauge",
+            "Tokens a second of all requests together, over the busy part of the last 10 s.",
+            ("", state["tokens_per_second"]),
+        )
+        add(
+            "token_latency_seconds",
+            "gauge",
+            "Median time of a further token, of the last 10 s.",
+            ("", _seconds(state["latency_ms"])),
+        )
+        add(
+            "first_token_seconds",
+            "gauge",
+            "Median time from request to first token, of the last 10 s.",
+            ("", _seconds(state["first_token_ms"])),
+        )
         add(
             "memory_bytes",
             "gauge",
-            "Weights that are read, and KV caches.",
+            "Bytes of the weights that are read, and of the KV caches.",
             *((f'{{kind="{key}"}}', memory[key]) for key in memory),
         )
         add("requests", "gauge", "Requests now.", *((f'{{state="{key}"}}', requests[key]) for key in ("running", "waiting")))
         ends = ("done", "failed", "refused", "cancelled")
         add("requests_total", "counter", "Requests by how they ended.", *((f'{{end="{key}"}}', requests[key]) for key in ends))
-        add("tokens_total", "counter", "Tokens.", *((f'{{kind="{key}"}}', state["tokens"][key]) for key in state["tokens"]))
+        add(
+            "tokens_total",
+            "counter",
+            "Tokens of prompts that were run, and tokens made.",
+            *((f'{{kind="{key}"}}', state["tokens"][key]) for key in state["tokens"]),
+        )
     return "\n".join(lines) + "\n"
 
 

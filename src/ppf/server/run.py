@@ -3,11 +3,14 @@
 import asyncio
 import ipaddress
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -16,8 +19,9 @@ from ppf.config.serve import is_loopback
 from ppf.decide import Decider
 from ppf.errors import InputError, InUseError, ResourceError
 from ppf.server.app import LivePart, Service, create_app
-from ppf.server.guard import HEADER_BYTES, Access
+from ppf.server.guard import HEADER_BYTES, HEADERS, Access
 from ppf.server.refit import open_whole
+from ppf.server.wire import dump, error_body
 
 _SILENT_SECONDS = 10.0
 _ENDING_SECONDS, _STOP_SECONDS = 1.5, 4
@@ -44,7 +48,9 @@ class _Server(uvicorn.Server):
             ending.cancel()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        self.force_exit, self.should_exit = bool(self.should_exit), True
+        if self.should_exit:
+            _end_now(sig, frame)
+        self.should_exit = True
 
 
 class _Protocol(H11Protocol):
@@ -63,6 +69,17 @@ class _Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._look.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is answered as everything else is."""
+        words = f"a request must be HTTP/1.1, with a head of at most {HEADER_BYTES} bytes; another came; send one"
+        body = dump(error_body(400, words, "bad_http"))
+        head = {**HEADERS, "Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+        start = h11.Response(status_code=400, reason=b"Bad Request", headers=list(head.items()))
+        for event in (start, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.config.loaded_app.counts[400] += 1
+        self.transport.close()
 
     def _close_if_silent(self) -> None:
         is_answering = self.cycle is not None and not self.cycle.response_complete
@@ -92,7 +109,17 @@ def serve(config: ServeConfig, open_live: Callable[[ServeConfig, Decider], LiveP
         live = None if open_live is None else open_live(config, decider)
         server = server_of(Service(decider, live, config.nested, mark), access)
         server.announcement = f"serving http://{_shown(config.host)}:{access.port}\n"
+        if threading.current_thread() is threading.main_thread():
+            # uvicorn puts them back when it has stopped; threads that end their last token keep the process a while longer
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, _end_now)
         server.run([listener])
+
+
+def _end_now(number: int, _: Any) -> NoReturn:
+    """A second signal ends the process at once, whatever its threads do."""
+    os.write(2, b"error: stopped; what was not answered is lost\n")
+    os._exit(128 + number)
 
 
 def server_of(service: Service, access: Access) -> _Server:

@@ -57,6 +57,7 @@ class _Request(_Strict):
 
     model: Words | None = _is("the name of the model at /v1/models, or left out")
     max_tokens: int | None = _is("a whole number above 0", ge=1)
+    max_completion_tokens: int | None = _is("a whole number above 0", ge=1)
     temperature: float | None = _is("a number from 0 to 2", ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = _is("a number above 0, at most 1", gt=0, le=1, allow_inf_nan=False)
     n: Literal[1] | None = _is("1 or left out: there is one answer to a request")
@@ -123,7 +124,6 @@ class ChatBody(_Request):
     messages: list[ChatMessage] = _is(
         'a list of 1 to 1000 messages such as {"role": "user", "content": "..."}', ..., min_length=1, max_length=1000
     )
-    max_completion_tokens: int | None = _is("a whole number above 0", ge=1)
     logprobs: Literal[False] | None = _is(_ABSENT)
     top_logprobs: None = _is(_ABSENT)
     response_format: None = _is(_ABSENT)

@@ -19,7 +19,7 @@ from ppf.progress import Progress
 from ppf.provenance import own_name
 from ppf.recipes.live import elastic_for
 from ppf.server.completions import Exchange
-from ppf.server.controller import Costs, Goal, State, step
+from ppf.server.controller import LEAST, Costs, Goal, State, rise, step
 from ppf.server.live import Live
 from ppf.server.schemas import ChatBody, CompletionBody
 from ppf.server.wire import JsonResponse, Refusal
@@ -27,6 +27,8 @@ from ppf.space.budget import largest_ratio, parse_size
 
 _LOOK_SECONDS = 0.5
 _BYTES_PER_TOKEN = 16
+_LEAST_TOKENS = 32
+"""That a goal of memory must leave room for: a short question and its answer."""
 _log = logging.getLogger("ppf.server")
 
 
@@ -42,8 +44,9 @@ class Served:
 
     def __init__(self, live: Live, name: str, max_tokens: int, goal_of: Callable[[Decider], Goal | None] = lambda _: None) -> None:
         self.live, self.name, self.max_tokens, self._goal_of = live, name, max_tokens, goal_of
-        self.goal = goal_of(live.decider)
         self._at = State(live.size.decision.asked)
+        self.goal = self._aim(goal_of(live.decider))
+        live.on_need = self._look_now
         self._decisions: deque[dict[str, Any]] = deque(maxlen=20)
         self._created = int(time.time())
 
@@ -110,23 +113,43 @@ class Served:
             to = State(min(max(self._at.ratio, goal.low), goal.high))
             self.live.adopt(decider, to.ratio)
             self._stand(to, "the study was fitted anew, with other limits")
-        self.goal = goal
+        self.goal = self._aim(goal)
 
     async def watch(self) -> None:
         """See ``LivePart``."""
-        while self.goal is not None:
+        while True:
             try:
-                self.look(self.goal)
+                self.live.learn()
+                if self.goal is not None:
+                    self.look(self.goal)
             except Exception:  # whatever it is, the next look may go well, and the server goes on
                 _log.exception("the controller could not decide")
             await asyncio.sleep(_LOOK_SECONDS)
 
     def look(self, goal: Goal) -> None:
         """Lets the controller decide once."""
-        to, reason = step(self._at, self.live.load(), goal, self.costs)
+        with self.live.lock:
+            self._go(goal, *step(self._at, self.live.load(), goal, self.costs))
+
+    def _look_now(self) -> None:
+        """Lets the ratio rise before what requests have come to need is there."""
+        if self.goal is not None and self.goal.memory is not None:
+            self._go(self.goal, *rise(self._at, self.live.load(), self.goal, self.costs))
+
+    def _go(self, goal: Goal, to: State, reason: str) -> None:
+        """Goes where the controller says, or as far beyond as it takes: costs between those counted are a guess."""
+        size = self.live.size if to.ratio == self._at.ratio else self.live.size_for(to.ratio)
+        while to.ratio < goal.high and not self.live.room.holds(size.kept):
+            to, reason = State(min(goal.high, to.ratio + LEAST)), reason or "requests need room"
+            size = self.live.size_for(to.ratio)
         if to.ratio != self._at.ratio:
-            self.live.set_ratio(to.ratio)
+            self.live.run_at(size)
         self._stand(to, reason)
+
+    def _aim(self, goal: Goal | None) -> Goal | None:
+        memory, high = (None, 0.0) if goal is None else (goal.memory, goal.high)
+        self.live.keep_within(memory, high)
+        return goal
 
     def _stand(self, to: State, reason: str) -> None:
         """Stands where the model is by now; where that is another ratio, it is told why."""
@@ -160,18 +183,23 @@ def open_served(config: ServeConfig, decider: Decider) -> Served:
     if max(config.max_ratio or 0.0, config.min_ratio) > top:
         raise InputError(f"the limits must lie below {top:g}, the largest ratio of this model; a larger one came; lower them")
     goal = goal_for(config, decider)
+    if goal is not None and max(config.ratio, config.min_ratio) > goal.high:
+        trained = f"{goal.high:g}, the largest that was trained"
+        raise InputError(f"--ratio and --min-ratio must be at most {trained}; more came; change them, or go on with --max-ratio")
     ratio = config.ratio if goal is None else min(max(config.ratio, goal.low), goal.high)
     decider.decide(Target(ratio=ratio, nested=config.nested))  # refuses before the model is loaded
     progress = Progress()
     elastic, tokenizer = elastic_for(decider, config.model, config.device, config.dtype, progress)
     with progress.stage("timing"):
         live = Live(decider, elastic, tokenizer, ratio, config.nested)
-    if goal is not None and goal.memory is not None and goal.memory < live.costs.weights[-1]:
-        live.close()
-        least = f"{live.costs.weights[-1]:,.0f} bytes of weights at ratio {live.costs.ratios[-1]:.2f}"
-        raise InputError(f"--target-memory must hold {least}; {config.target_memory} came; raise it")
     name = own_name(config.model or decider.study.record["model"]["name"])
-    return Served(live, name, config.max_tokens, lambda fit: goal_for(config, fit))
+    served = Served(live, name, config.max_tokens, lambda fit: goal_for(config, fit))
+    most = live.room.most_tokens(None)
+    if goal is not None and most is not None and most < _LEAST_TOKENS:
+        live.close()
+        least = f"{live.room.least(_LEAST_TOKENS):,} bytes of weights and KV cache at ratio {goal.high:g}, the largest allowed"
+        raise InputError(f"--target-memory must hold {least}; {config.target_memory} came; raise it")
+    return served
 
 
 def goal_for(config: ServeConfig, decider: Decider) -> Goal | None:
