@@ -3,6 +3,7 @@
 # make slow   the tests that take long: campaigns of kills, errors and damage at their full counts, every family, llama.cpp
 # make ray    the tests of the Ray engine, on clusters that they start and kill
 # make check  lint, format, types, and imports that only go down
+# make coverage  how much of the source the default tests run: benchmarks/results/coverage.json
 # make bench  all benchmarks, and docs/results.md from them
 # make docs   the documentation as a site, in site/
 # make wheel  build sdist and wheel, and run the demo from the wheel in an empty environment
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test slow ray check bench docs wheel clean
+.PHONY: demo test slow ray check coverage bench docs wheel clean
 
 demo: .venv/.ppf
 	$(BIN)/ppf demo
@@ -32,6 +33,9 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_package.py -k "go_down or cycle"
+
+coverage: .venv/.dev
+	$(BIN)/python benchmarks/covered.py
 
 bench: .venv/.bench
 	rm -rf runs/bench

@@ -1,4 +1,4 @@
-"""What does compensation give back? The agent's masks of one study, cut without, with biases, and with refitted weights.
+"""What does compensation give back? The agent's masks of one study, cut without, with biases, and with weights fitted again.
 
 python benchmarks/compensation.py --study runs/bench
 """
@@ -20,7 +20,7 @@ from ppf.decide import Decider
 from ppf.llm.compensation import Fill, reader_means
 from ppf.llm.load import load_model
 from ppf.llm.perplexity import evaluate
-from ppf.llm.ridge import PENALTY, Refit, refit
+from ppf.llm.ridge import PENALTY, RidgeWeights, fit_ridge
 from ppf.llm.surgery import cut
 from ppf.llm.text import Text
 from ppf.recipes.choices import choose_placement
@@ -40,7 +40,9 @@ def rows_of(decider: Decider, model: PreTrainedModel, calibration: np.ndarray, t
             start = time.perf_counter()
             fill: Fill | None = reader_means(model, layout, calibration) if method == "bias" else None
             ridge = method.startswith("ridge")
-            fitted: Refit | None = refit(model, layout, mask, calibration, sequential=method == "ridge") if ridge else None
+            fitted: RidgeWeights | None = (
+                fit_ridge(model, layout, mask, calibration, sequential=method == "ridge") if ridge else None
+            )
             seconds = time.perf_counter() - start
             above = evaluate(cut(model, layout, mask, fill, fitted), test, TOKENS_PER_BATCH).blocks - dense
             draws = np.random.default_rng(0).integers(0, len(above), (2000, len(above)))

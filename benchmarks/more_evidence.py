@@ -7,7 +7,7 @@ from page import load, section, table
 
 
 def compensation() -> list[str]:
-    """What biases and refitted weights give back."""
+    """What biases and weights fitted again give back."""
     record = load("compensation")
     if not record:
         return []

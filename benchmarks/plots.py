@@ -69,10 +69,13 @@ def plot_bench(name: str, record: dict[str, Any], searches: dict[str, Any]) -> N
 def plot_learning(name: str, record: dict[str, Any]) -> None:
     """Mean within-ratio tau by the number of fitted masks."""
     axes, curve = Figure(figsize=(6.4, 3.8)).add_subplot(), record["result"]["curve"]
+    counts = [step["fitted"] for step in curve]
     for kind, (colour, label) in LEARNT.items():
         taus = [step["predictors"][kind]["tau_within"].values() for step in curve]
-        axes.plot([step["fitted"] for step in curve], [sum(tau) / len(tau) for tau in taus], "o-", ms=3, color=colour, label=label)
+        axes.plot(counts, [sum(tau) / len(tau) for tau in taus], "o-", ms=3, color=colour, label=label)
     axes.set_xscale("log")
+    axes.set_xticks(counts, labels=[f"{count:,}" for count in counts])
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("masks measured and fitted")
     axes.set_ylabel("Kendall's tau among masks of one size")
     _finish(axes, name)

@@ -23,6 +23,7 @@ from page import label
 from ppf.decide import Decider
 from ppf.learn.fit_predictor import FITS, fit_predictor
 from ppf.learn.metrics import tau
+from ppf.learn.predictor import Predictor
 from ppf.llm.engines.bench import InProcessEngine
 from ppf.llm.load import load_model
 from ppf.llm.text import Text, take_blocks, whole_text
@@ -78,7 +79,7 @@ def within(judged: np.ndarray, truth: np.ndarray, ratios: np.ndarray) -> dict[st
 
 def judges_of(
     study: StudyFolder, heldout: list[Sample], fitted: list[Sample], validation: np.ndarray
-) -> dict[str, tuple[Any, int]]:
+) -> dict[str, tuple[np.ndarray, int]]:
     """By name: what each expects of the held-out masks, and the tokens it ran a mask through."""
     dense, settings = study.record["dense"]["search"]["log_ppl"], study.record["settings"]
     kept, length = kept_matrix(heldout, study.layout), study.record["seq_len"]
@@ -87,6 +88,27 @@ def judges_of(
     for count in BLOCKS:
         found[f"measured on {count * length} other tokens"] = validation[:, :count].mean(axis=1), count * length
     return {**found, SEARCHED: (np.array([sample.kl for sample in heldout]), heldout[0].tokens)}
+
+
+def judged(
+    judges: dict[str, tuple[np.ndarray, int]], truths: dict[str, np.ndarray], ratios: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """How well each ranks the masks of a ratio by each truth."""
+    found = {}
+    for judge, (expected, tokens) in judges.items():
+        taus = {name: within(expected, real, ratios) for name, real in truths.items()}
+        if judge != SEARCHED:  # on the very text that the predictors were fitted on
+            taus["search"] = within(expected, judges[SEARCHED][0], ratios)
+        found[judge] = {"tokens": tokens, "tau_within": taus}
+    return found
+
+
+def _seconds(predictor: Predictor, kept: np.ndarray) -> float:
+    """Of a prediction of one mask, as a search asks for it."""
+    start = time.perf_counter()
+    for row in kept:
+        predictor.predict(row[None])
+    return (time.perf_counter() - start) / len(kept)
 
 
 def main() -> None:
@@ -111,16 +133,7 @@ def main() -> None:
     # What a judge reads is no part of the truth that it is judged by.
     truths = {"validation": validation[:, max(BLOCKS) :].mean(axis=1)}
     truths |= {name: found.mean(axis=1) for name, found in truth.blocks.items() if name != "validation"}
-    found: dict[str, Any] = {}
-    for judge, (expected, tokens) in judges.items():
-        taus = {name: within(expected, real, ratios) for name, real in truths.items()}
-        if judge != SEARCHED:  # on the very text that the predictors were fitted on
-            taus["search"] = within(expected, judges[SEARCHED][0], ratios)
-        found[judge] = {"tokens": tokens, "tau_within": taus}
-    start = time.perf_counter()
-    for row in kept:
-        decider.predictor.predict(row[None])
-    seconds = {"prediction": (time.perf_counter() - start) / len(kept), "token_measured": truth.seconds["validation"]}
+    seconds = {"prediction": _seconds(decider.predictor, kept), "token_measured": truth.seconds["validation"]}
     write(
         f"ranking-{arguments.name}",
         study.record["settings"]["seed"],
@@ -129,7 +142,7 @@ def main() -> None:
             "fitted": len(fitted),
             "truth_tokens": {n: int(b.shape[1] * length) for n, b in truth.blocks.items()}
             | {"validation": int(validation.shape[1] - max(BLOCKS)) * length},
-            "judges": found,
+            "judges": judged(judges, truths, ratios),
             "seconds": seconds,
         },
     )

@@ -194,6 +194,22 @@ def kills() -> list[str]:
     return [section("Kills", "kills", record, words)]
 
 
+def coverage() -> list[str]:
+    """What the default tests run of the source."""
+    record = load("coverage")
+    if not record:
+        return []
+    result = record["result"]
+    shares = {name: one["run"] / one["lines"] for name, one in result["files"].items()}
+    least = sorted(shares, key=lambda name: shares[name])[:8]
+    words = f"""Lines of the source that `make test` runs, in the processes that it starts too. What only slow tests run, or those
+        that need an accelerator, llama.cpp, Ray or a browser, counts as not run; so does what runs in a process that a test kills.
+        {sum(share == 1 for share in shares.values())} of {len(shares)} files run whole; the least of
+        {", ".join(f"`{name}` ({shares[name]:.0%})" for name in least)}."""
+    rows = [[name, f"{one['lines']:,}", f"{one['run'] / one['lines']:.1%}"] for name, one in result["parts"].items()]
+    return [section("Coverage", "coverage", record, words, table(["part", "lines", "run by the default tests"], rows))]
+
+
 def campaigns() -> str:
     """What the campaigns of docs/reliability.md counted; empty without their files."""
     record, kills = load("faults"), load("kills")

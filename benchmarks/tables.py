@@ -8,7 +8,7 @@ from evidence import agents, benches, learning, many_groups, ranking, texts
 from leaner import depth, memory
 from more_evidence import compensation, family_tasks, order, recovery
 from page import HERE, heading, load, table, within
-from running import busy, campaigns, engines, families, growth, kills, live, measuring, slider
+from running import busy, campaigns, coverage, engines, families, growth, kills, live, measuring, slider
 
 INTRO = """# Results
 
@@ -42,7 +42,7 @@ def demo() -> str:
         [
             heading("The demo: `ref-a` on `pydocs`", "demo", record),
             f"Dense perplexity {result['rows'][0]['dense']:.2f} on the test text.",
-            f"The whole demo took {result['wall_seconds']:.0f} s.\n",
+            f"The whole demo took {result['wall_seconds']:.0f} s.{_from_the_clone()}\n",
             table(["ratio", "predicted", "measured", "uniform policy", "parameters", "file"], rows),
             "\nSeconds by stage: " + seconds + ".\n",
             *_repaid(result),
@@ -53,6 +53,16 @@ def demo() -> str:
             table(["predictor", "MSE", "MAE", "tau", "tau within, damage", "tau within, log-perplexity", "error/std"], judged),
         ]
     )
+
+
+def _from_the_clone() -> str:
+    """How long a newcomer waits for the demo's table."""
+    record = load("walkthrough")
+    if not record:
+        return ""
+    minutes, machine = record["result"]["clone_to_table_seconds"] / 60, record["machine"]
+    words = f"From `git clone` to its table, everything installed anew, it took {minutes:.1f} minutes"
+    return f" {words}\n(`benchmarks/results/walkthrough.json`, commit {record['commit'][:8]}, load {machine['load']})."
 
 
 def _repaid(result: dict[str, Any]) -> list[str]:
@@ -199,7 +209,7 @@ def _quartiles(found: dict[str, float], digits: int) -> str:
 def main() -> None:
     chosen = [*benches(), *texts(), *order(), *ranking(), *learning(), *many_groups(), *agents(), *depth()]
     after = [*compensation(), *recovery(), *families(), *family_tasks()]
-    running = [speed(), *live(), *busy(), *slider(), *measuring(), *growth(), *memory(), *engines(), *kills()]
+    running = [speed(), *live(), *busy(), *slider(), *measuring(), *growth(), *memory(), *engines(), *kills(), *coverage()]
     parts = [INTRO, demo(), *chosen, *after, reference(), gguf(), *running]
     (HERE.parent / "docs" / "results.md").write_text("\n\n".join(parts) + "\n")
     reliability()

@@ -9,6 +9,7 @@ import numpy as np
 from builders import importance, layout
 from ppf.learn.agent import Agent
 from ppf.learn.features import Curves
+from ppf.learn.fit_predictor import Facts, fit_predictor
 from ppf.learn.predictor import LEAN_NOISE, Predictor
 from ppf.learn.process import NOISE, Points
 from ppf.learn.train_nested import chain_of
@@ -145,6 +146,16 @@ def leant(samples: list[Sample]) -> list[Sample]:
     leans = planted_lean(np.array([one.kept for one in samples]))
     rises = [(one.log_ppl - DENSE_LOG_PPL + LEAN_NOISE) * np.exp(lean) for one, lean in zip(samples, leans, strict=True)]
     return [replace(one, log_ppl=DENSE_LOG_PPL + rise - LEAN_NOISE) for one, rise in zip(samples, rises, strict=True)]
+
+
+def fitted(kind: str, of: Truth, count: int = 40, seed: int = 0) -> Predictor:
+    """A predictor of all probes and so many scattered samples a ratio."""
+    return fit_predictor(kind, probes(of) + spread(of, count, 1), [], LAYOUT, DENSE_LOG_PPL, seed)
+
+
+def facts(of: Truth, kept: np.ndarray, lean: float = 0.3) -> Facts:
+    """Of allocations whose damage is known; all lean alike."""
+    return Facts(curves_of(of), kept, of(kept), np.full(len(kept), lean), 0)
 
 
 def fitted_study(folder: Path, predictor: Predictor, agent: Agent) -> StudyFolder:

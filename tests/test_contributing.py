@@ -24,6 +24,7 @@ from transformers import ArceeConfig, ArceeForCausalLM, AutoModelForCausalLM
 import ppf
 import tiny_models
 from ppf.learn.baselines import HEURISTICS
+from ppf.llm.families import supported
 from ppf.space.allocation import allocate
 from ppf.space.budget import Budget
 
@@ -41,6 +42,7 @@ assert study.report["importance"]["method"] == "largest"
 pruned = study.prune(0.3)
 pruned.save_pretrained(place / "smaller")
 assert type(AutoModelForCausalLM.from_pretrained(place / "smaller")).__name__ == "PPFArceeForCausalLM"
+assert "arcee" in [one.family for one in supported()]
 assert "Arcee" in (place / "smaller" / "modeling_ppf.py").read_text()
 decider = ppf.Decider(place / "study")
 layout = decider.layout

@@ -17,6 +17,7 @@ import ppf
 from ppf import cli
 from ppf.commands import COMMANDS
 from ppf.config import Target
+from test_package import FLOORS
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(ppf.__file__).parent
@@ -75,6 +76,13 @@ def test_links_and_named_files_are_there(page):
             assert (SOURCE / name).is_file() and inside in (SOURCE / name).read_text(encoding="utf-8"), (name, inside)
 
 
+def test_the_picture_of_the_house_has_every_part_on_its_floor():
+    picture = blocks(ROOT / "docs" / "concepts.md", "text")[-1].splitlines()
+    rows = [re.match(r"(.*?)\s+(\d) ", line).groups() for line in picture]
+    shown = {name: int(floor) for names, floor in rows for name in re.findall(r"(\w+)(?:/|\.py)", names)}
+    assert shown == {name: floor for name, floor in FLOORS.items() if not name.startswith("_")}
+
+
 def test_every_example_is_told_of():
     told = "".join(page.read_text(encoding="utf-8") for page in [*PAGES, *(ROOT / "examples").glob("*.md")])
     assert all(path.name in told for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".ipynb"))
@@ -107,9 +115,21 @@ def test_the_page_of_commands_is_made_of_the_code():
         assert missing in ([], ["model"], ["study"], ["studies"]), f"ppf {name}: {missing}"  # positional
 
 
-def test_the_page_of_python_names_all():
+def test_the_page_of_python_names_all_and_lists_their_first_lines():
     page = MADE["python_page"]()
-    assert all(re.search(rf"^::: ppf\.[\w.]+\.{name}$", page, re.MULTILINE) for name in ppf.__all__[1:])
+    for name in ppf.__all__[1:]:
+        assert re.search(rf"^::: ppf\.[\w.]+\.{name}$", page, re.MULTILINE)
+        assert f"[`{name}`](#ppf." in page and getattr(ppf, name).__doc__.splitlines()[0].replace("``", "`") in page
+
+
+def test_the_page_of_the_source_has_every_file_and_every_public_name():
+    page = MADE["source_page"]()
+    assert "None" not in re.findall(r"(?m): (\w+)$", page)
+    for path in SOURCE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert path.name == "__init__.py" or f"- **{path.name}**: {ast.get_docstring(tree).split()[0]}" in page.replace("&lt;", "<")
+        names = [node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)]
+        assert all(f"- `{name}`: " in page for name in names if name[0] != "_"), path
 
 
 def test_every_page_is_in_the_contents():

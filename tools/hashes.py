@@ -43,9 +43,7 @@ def main() -> None:
         limits = [word for file in (ROOT / "constraints.txt", kept.name) for word in ("--constraint", str(file))]
         command = [sys.executable, "-m", "pip", "install", *options, *limits, *wanted]
         made = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = [
-        f"# Without the extra {name}: {package} needs one that comes as source alone.\n" for name, package in AS_SOURCE.items()
-    ]
+    lines = [f"# Without the extra {name}: {package} needs what comes as source alone.\n" for name, package in AS_SOURCE.items()]
     for entry in sorted(json.loads(made.stdout)["install"], key=lambda entry: entry["metadata"]["name"].lower()):
         name, version = entry["metadata"]["name"], entry["metadata"]["version"]
         if name not in LEFT_OUT:

@@ -16,10 +16,12 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, subcommand
 
 from ppf.commands import COMMANDS, check_places
-from ppf.config import PolicyConfig, RepairConfig, ReportConfig, ServeConfig
+from ppf.config import ModelsConfig, PolicyConfig, RepairConfig, ReportConfig, ServeConfig
 from ppf.errors import InputError, PPFError
 
 _Command: Any = Union[tuple(Annotated[config, subcommand(name)] for name, (config, _) in COMMANDS.items())]  # noqa: UP007
+_LIGHT = ModelsConfig | PolicyConfig | RepairConfig | ReportConfig | ServeConfig
+"""What runs without transformers, or brings it where it is needed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(command: Any, debug: bool) -> None:
     check_places(command)
-    if not isinstance(command, PolicyConfig | RepairConfig | ReportConfig | ServeConfig) and not debug:
+    if not isinstance(command, _LIGHT) and not debug:
         from ppf.llm.load import quiet_transformers
 
         quiet_transformers()

@@ -21,6 +21,8 @@ from ppf.config import (
 from ppf.errors import InputError
 from ppf.printing import (
     human_size,
+    print_evaluated,
+    print_families,
     print_gguf,
     print_json,
     print_planned,
@@ -79,7 +81,7 @@ def _prune(config: PruneConfig) -> None:
     from ppf.recipes.export import check_wish, export_pruned
     from ppf.recipes.lab import load_for
     from ppf.recipes.prune import check_out, dense_bytes, prune
-    from ppf.recipes.stored import prune_stored
+    from ppf.recipes.prune_files import prune_stored
 
     check_out(config.out, config.force, config.study)
     decider, progress = Decider(config.study), Progress()
@@ -101,14 +103,24 @@ def _prune(config: PruneConfig) -> None:
 
 def _print_pruned(config: PruneConfig, decider: Any, whole: dict[str, Any]) -> None:
     record = {key: whole[key] for key in whole if key not in ("mask", "policy", "report", "layout", "context", "format")}
+    _warn(config, decider, record)
+    _print(config, record, print_pruned)
+    print_gguf(record["gguf"], config.json)
+
+
+def _warn(config: PruneConfig | PolicyConfig, decider: Any, record: dict[str, Any]) -> None:
+    """What may be wrong with a decision."""
     warn_range(record)
     warn_nothing(config.target, record)
     warn_missed(decider.missed_by)
+
+
+def _print(config: Any, record: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
+    """A record as JSON where that is asked for, else as people read it."""
     if config.json:
         print_json(record)
     else:
-        print_pruned(record)
-    print_gguf(record["gguf"], config.json)
+        show(record)
 
 
 def _prune_by_plan(config: PruneConfig) -> None:
@@ -123,30 +135,21 @@ def _policy(config: PolicyConfig) -> None:
 
     decider = Decider(config.study)
     record = decider.decide(config.target).to_json(decider.layout) | {"rounding": decider.rounding(config.target)}
-    warn_range(record)
-    warn_nothing(config.target, record)
-    warn_missed(decider.missed_by)
-    if config.json:
-        print_json(record)
-    else:
-        print_policy(record)
+    _warn(config, decider, record)
+    _print(config, record, print_policy)
 
 
 def _recover(config: RecoverConfig) -> None:
     from ppf.progress import Progress
     from ppf.recipes.recover import recover_folder
 
-    record = recover_folder(config, Progress())
-    if config.json:
-        print_json(record)
-    else:
-        print_recovered(record)
+    _print(config, recover_folder(config, Progress()), print_recovered)
 
 
 def _export(config: ExportConfig) -> None:
     from ppf.progress import Progress
     from ppf.recipes.export import check_wish, export
-    from ppf.recipes.stored import open_stored
+    from ppf.recipes.prune_files import open_stored
 
     check_wish(config)
     progress = Progress()
@@ -169,23 +172,15 @@ def _eval(config: EvalConfig) -> None:
     loaded = load_for(config.model, progress)
     with progress.stage("measuring"):
         record = evaluate(config, loaded)
-    if config.json:
-        print_json(record)
-    else:
-        low, high = record["interval"]
-        print(f"perplexity {record['ppl']:.4f}  (95 % {low:.4f} to {high:.4f}), {record['log_ppl']:.6f} nats/token")
-        print(", ".join(f"{name} {value}" for name, value in record["protocol"].items()))
+    _print(config, record, print_evaluated)
 
 
 def _eval_tasks(config: EvalConfig) -> None:
     from ppf.progress import Progress
     from ppf.recipes.zeroshot import evaluate_tasks, table_of
 
-    record = evaluate_tasks(config, Progress())
-    if config.json:
-        print_json(record)
-    else:
-        print_table(f"tasks, value +- standard error; limit {config.limit or 'none'}", *table_of(record))
+    title = f"tasks, value +- standard error; limit {config.limit or 'none'}"
+    _print(config, evaluate_tasks(config, Progress()), lambda record: print_table(title, *table_of(record)))
 
 
 def _bench(config: BenchConfig) -> None:
@@ -223,11 +218,7 @@ def _repair(config: RepairConfig) -> None:
 
     from ppf.repair import repair
 
-    record = repair(Path(config.study))
-    if config.json:
-        print_json(record)
-    else:
-        print_repaired(record)
+    _print(config, repair(Path(config.study)), print_repaired)
 
 
 def _serve(config: ServeConfig) -> None:
@@ -267,24 +258,7 @@ def _demo(config: DemoConfig) -> None:
 def _models(config: ModelsConfig) -> None:
     from ppf.llm.families import supported
 
-    found = supported()
-    if config.json:
-        print_json({"families": [asdict(one) for one in found]})
-    else:
-        rows = [
-            [
-                one.family,
-                ", ".join(one.units),
-                ", ".join(one.depth),
-                " / ".join(one.gguf) if one.gguf else "-",
-                "yes" if one.vllm else "-",
-            ]
-            for one in found
-        ]
-        print_table("model families", ["family", "units", "depth", "GGUF", "vLLM"], rows)
-        print("depth: what can go as a whole, the attention of the first layer excepted (ppf fit --depth).")
-        print("GGUF: llama.cpp's architecture for layers alike / that differ; the same one, or a qwen3 that is not tied: padded.")
-        print("vLLM: the folder has what its Transformers backend asks for; it was not run with vLLM (tools/check_vllm.py does).")
+    _print(config, {"families": [asdict(one) for one in supported()]}, print_families)
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {

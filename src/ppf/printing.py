@@ -212,6 +212,31 @@ def print_recovered(record: dict[str, Any]) -> None:
         print("warning: training made the model worse on this text; lower --lr or train on more tokens", file=sys.stderr)
 
 
+def print_evaluated(record: dict[str, Any]) -> None:
+    """A perplexity and how it was measured."""
+    low, high = record["interval"]
+    print(f"perplexity {record['ppl']:.4f}  (95 % {low:.4f} to {high:.4f}), {record['log_ppl']:.6f} nats/token")
+    print(", ".join(f"{name} {value}" for name, value in record["protocol"].items()))
+
+
+def print_families(record: dict[str, Any]) -> None:
+    """What works for each model family."""
+    rows = [
+        [
+            one["family"],
+            ", ".join(one["units"]),
+            ", ".join(one["depth"]),
+            " / ".join(one["gguf"] or "-"),
+            "yes" if one["vllm"] else "-",
+        ]
+        for one in record["families"]
+    ]
+    print_table("model families", ["family", "units", "depth", "GGUF", "vLLM"], rows)
+    print("depth: what can go as a whole, the attention of the first layer excepted (ppf fit --depth).")
+    print("GGUF: llama.cpp's architecture for layers alike / that differ; the same one, or a qwen3 that is not tied: padded.")
+    print("vLLM: the folder has what its Transformers backend asks for; it was not run with vLLM (tools/check_vllm.py does).")
+
+
 def print_repaired(record: dict[str, Any]) -> None:
     """What was set aside, and what is left."""
     for one in record["aside"]:

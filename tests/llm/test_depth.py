@@ -14,11 +14,12 @@ from ppf.llm.depth import with_depth
 from ppf.llm.elastic import ElasticModel
 from ppf.llm.masking import masked, narrowed
 from ppf.llm.pruned_model import NoAttention, NoFFN, parts_of
-from ppf.llm.ridge import refit, refitted
+from ppf.llm.ridge import fit_ridge
 from ppf.llm.surgery import cut
 from ppf.space.allocation import Allocation
 from ppf.space.importance import Importance
 from ppf.space.mask import Mask, select
+from ridge_reference import as_fitted
 
 IDS, BLOCKS = tiny.blocks(2, 14), tiny.blocks(4, 16, seed=4)
 NAMES = [name for name in tiny.TINY if name not in tiny.NO_DEPTH]
@@ -166,16 +167,16 @@ def test_layers_hold_no_weight_of_what_is_gone_and_add_nothing():
 
 @some
 @pytest.mark.parametrize("case", ["layer", "attention", "all"])
-def test_biases_and_refitted_weights_leave_what_is_gone_alone(name, case):
+def test_biases_and_ridge_weights_leave_what_is_gone_alone(name, case):
     one = prepared(name, case)
     fill = reader_means(one.model, one.layout, BLOCKS)
     smaller, kept = cut(one.model, one.layout, one.mask, fill), one.mask.allocation.kept
     assert count(smaller) == one.layout.kept_params(kept) + bias_params(one.model, one.layout, kept)
     with masked(one.model, one.layout, one.mask, fill):
         torch.testing.assert_close(tiny.logits(one.model, IDS), tiny.logits(smaller, IDS), rtol=0, atol=1e-5)
-    fitted = refit(one.model, one.layout, one.mask, BLOCKS)
+    fitted = fit_ridge(one.model, one.layout, one.mask, BLOCKS)
     smaller = cut(one.model, one.layout, one.mask, fitted=fitted)
-    with refitted(one.model, one.layout, one.mask, fitted):
+    with as_fitted(one.model, one.layout, one.mask, fitted):
         torch.testing.assert_close(tiny.logits(one.model, IDS), tiny.logits(smaller, IDS), rtol=0, atol=1e-5)
 
 

@@ -10,13 +10,14 @@ from ppf.llm.experts import separate_experts
 from ppf.llm.load import adopt_model, load_model
 from ppf.llm.masking import masked, narrowed
 from ppf.llm.pruned_model import Experts
-from ppf.llm.ridge import refit, refitted
+from ppf.llm.ridge import fit_ridge
 from ppf.llm.scores import SCORES, score_units
 from ppf.llm.surgery import cut
 from ppf.space.allocation import allocate
 from ppf.space.budget import Budget
 from ppf.space.plan import wish_of
 from ppf.space.policy import Policy
+from ridge_reference import as_fitted
 
 IDS = tiny.blocks(2, 9)
 BLOCKS = tiny.blocks(3, 12)
@@ -78,7 +79,7 @@ def test_an_expert_that_no_token_reaches_can_be_scored_cut_and_made_up_for(name)
         assert bool((scores[idle] == 0).all()) is (method in ("taylor", "flap", "wanda_sp"))
     mask, fill = tiny.MASKS["random"](layout), reader_means(model, layout, BLOCKS)
     assert not fill.means[idle].any()
-    fitted = refit(model, layout, mask, BLOCKS)
+    fitted = fit_ridge(model, layout, mask, BLOCKS)
     kept = torch.from_numpy(mask.bits[idle].copy())
     assert torch.equal(fitted.weights[idle], linear(model, layout.sites[idle].reader).weight[:, kept])
 
@@ -190,8 +191,8 @@ def test_what_makes_up_for_channels_leaves_gone_experts_alone(name, case):
     with masked(model, layout, mask, fill):
         expected = tiny.logits(model, IDS)
     torch.testing.assert_close(tiny.logits(cut(model, layout, mask, fill), IDS), expected, rtol=0, atol=1e-5)
-    fitted = refit(model, layout, mask, BLOCKS)
-    with refitted(model, layout, mask, fitted):
+    fitted = fit_ridge(model, layout, mask, BLOCKS)
+    with as_fitted(model, layout, mask, fitted):
         expected = tiny.logits(model, IDS)
     torch.testing.assert_close(tiny.logits(cut(model, layout, mask, fitted=fitted), IDS), expected, rtol=0, atol=1e-5)
 

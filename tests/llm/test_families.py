@@ -1,13 +1,16 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
 import tiny_models as tiny
 from ppf import cli
 from ppf.llm.architectures import FAMILIES, layout_of_model
-from ppf.llm.depth import with_depth
-from ppf.llm.families import supported
+from ppf.llm.depth import may_go, with_depth
+from ppf.llm.families import KINDS, supported
 from ppf.llm.gguf_archs import ARCHITECTURES
+from ppf.llm.pruned_model import PRUNED
 from ppf.llm.surgery import cut
 
 FOUND = {one.family: one for one in supported()}
@@ -15,7 +18,19 @@ FOUND = {one.family: one for one in supported()}
 
 def test_every_family_is_listed_once_and_has_a_tiny_model():
     assert list(FOUND) == sorted(FAMILIES) and len(supported()) == len(FAMILIES)
-    assert {name.split("-")[0] for name in tiny.TINY} == set(FAMILIES)
+    assert {name.split("-")[0] for name in tiny.TINY} == set(FAMILIES) == set(KINDS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_said_is_what_the_code_has_for_the_default_config(family):
+    config_class, _, lm_class = PRUNED[family]
+    sites, said = list(FAMILIES[family](config_class())), FOUND[family]
+    heads = "KV groups" if hasattr(config_class(), "num_key_value_heads") else "heads"
+    units = {"attn": heads, "ffn": "FFN channels", "expert": "expert channels"}
+    assert said.units == tuple(dict.fromkeys(units[site.role] for site in sites))
+    depth, free = {"attn": "attention", "ffn": "FFN", "expert": "experts"}, {site.role for site in sites if may_go(site)}
+    assert said.depth == tuple(word for role, word in depth.items() if role in free)
+    assert said.vllm is (lm_class.is_backend_compatible() and all(site.role != "expert" for site in sites))
 
 
 @pytest.mark.parametrize("name", tiny.TINY)
@@ -47,3 +62,9 @@ def test_the_command_lists_them_as_a_table_and_as_json(capsys):
     assert {one["family"]: one["gguf"] for one in found} == {
         family: list(ARCHITECTURES[family]) if family in ARCHITECTURES else None for family in FAMILIES
     }
+
+
+def test_the_command_needs_neither_torch_nor_transformers():
+    code = "import sys; from ppf import cli; cli.main(['models']); print({'torch', 'transformers'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "set()", result.stderr

@@ -40,8 +40,6 @@ def test_a_smaller_allocation_is_a_subset(seed):
 def test_the_importance_of_another_model_is_refused():
     with refuses(DamagedError):
         select(Allocation(LAYOUT.floors), importance(layout()), LAYOUT)
-    with refuses(DamagedError):
-        random_mask(LAYOUT).matrix(importance(layout()), 8)
 
 
 def test_a_mask_owns_read_only_bits():
@@ -82,30 +80,22 @@ def test_every_bit_changes_the_digest():
     assert len(digests) == 1 + LAYOUT.units.sum()
 
 
+def picture(mask, scores, width):
+    """Units of each site from most to least important, pooled into columns."""
+    rows = []
+    for bits, order in zip(mask.bits, scores.order, strict=True):
+        edges = np.concatenate([[0.0], np.cumsum(bits[order])])
+        at = np.interp(np.linspace(0, len(bits), width + 1), np.arange(len(bits) + 1), edges)
+        rows.append(np.diff(at) * width / len(bits))
+    return np.array(rows)
+
+
 @examples(50)
 @given(SEEDS, st.integers(1, 300))
-def test_the_matrix_of_a_selected_mask_is_that_of_its_allocation(seed, width):
-    mask = random_mask(LAYOUT, seed)
-    matrix = mask.matrix(importance(LAYOUT, seed), width)
-    np.testing.assert_allclose(matrix, mask_matrices(mask.allocation.kept, LAYOUT.units, width), atol=1e-9)
-
-
-@pytest.mark.parametrize("width", [1, 7, 64])
-def test_the_matrix_of_any_mask_holds_the_share_kept_of_its_units(width):
-    rng = np.random.default_rng(width)
-    mask = Mask(tuple(rng.random(units) < 0.6 for units in LAYOUT.units))
-    matrix = mask.matrix(importance(LAYOUT), width)
-    assert matrix.shape == (len(LAYOUT.sites), width) and matrix.min() >= 0 and matrix.max() <= 1 + 1e-12
-    np.testing.assert_allclose(matrix.mean(axis=1), mask.allocation.kept / LAYOUT.units)
-
-
-def test_the_matrix_follows_the_order_of_importance():
-    of = layout(layers=1, heads=4, groups=4, ffn=3)
-    mask = Mask((np.array([True, False, False, True]), np.ones(3, bool)))
-    scores = importance(of)
-    expected = mask.bits[0][scores.order[0]]
-    np.testing.assert_allclose(mask.matrix(scores, 4)[0], expected)
-    np.testing.assert_allclose(mask.matrix(scores, 2)[0], expected.reshape(2, 2).mean(axis=1))
+def test_a_matrix_is_the_picture_of_the_selected_mask(seed, width):
+    mask, scores = random_mask(LAYOUT, seed), importance(LAYOUT, seed)
+    matrix = mask_matrices(mask.allocation.kept, LAYOUT.units, width)
+    np.testing.assert_allclose(matrix, picture(mask, scores, width), atol=1e-9)
 
 
 def test_matrices_of_a_batch_are_monotone_and_count_the_kept():

@@ -1,4 +1,4 @@
-"""Ridge refitting: what the readers keep is fitted again, so that they write what they wrote in the dense model.
+"""Ridge: what the readers keep is fitted again, so that they write what they wrote in the dense model.
 
     W_new = argmin |X_dense W_dense^T - X_kept W_new^T|^2 / T + lambda |W_new - W_kept|^2
           = W_kept + (W_dense C_dk - W_kept C_kk) (C_kk + lambda 1)^-1
@@ -6,7 +6,7 @@
     C_dk = X_dense^T X_kept / T,   C_kk = X_kept^T X_kept / T,   lambda = penalty * mean(diag C_kk)
 
 X_kept is what a reader's kept columns read: in the dense model, or (``sequential``) in the model whose sites below are cut and
-refitted already, so that each site also mends what those below it left. Layers run one at a time over the text, so that
+fitted already, so that each site also mends what those below it left. Layers run one at a time over the text, so that
 the second moments of one reader are all that is held beside the text's hidden states.
 """
 
@@ -33,7 +33,7 @@ _LEAST = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
-class Refit:
+class RidgeWeights:
     """New weights of the readers.
 
     Attributes:
@@ -54,13 +54,13 @@ class Refit:
             for site, bits in zip(layout.sites, mask.bits, strict=True)
         ]
         if shapes != wanted:
-            raise DamagedError("refitted weights must be those of this model and mask; others came; fit them again")
+            raise DamagedError("ridge weights must be those of this model and mask; others came; fit them again")
 
 
 @torch.inference_mode()
-def refit(
+def fit_ridge(
     model: PreTrainedModel, layout: Layout, mask: Mask, blocks: np.ndarray, penalty: float = PENALTY, sequential: bool = True
-) -> Refit:
+) -> RidgeWeights:
     """Fits the kept columns of every reader again; the model is not changed.
 
     Args:
@@ -69,7 +69,7 @@ def refit(
         mask: Which units stay.
         blocks: Int[B, L] calibration tokens.
         penalty: Pulls towards the weights as they were; towards infinity nothing changes.
-        sequential: Fit each site to what it reads when the sites below are cut and refitted.
+        sequential: Fit each site to what it reads when the sites below are cut and fitted.
 
     Raises:
         InputError: No token, a penalty that is not positive, or inputs that are not finite.
@@ -80,7 +80,7 @@ def refit(
     if not penalty > 0:
         raise InputError(f"a ridge penalty must be positive; {penalty!r} came; {PENALTY:g} is usual")
     if not blocks.size:
-        raise InputError("refitting needs calibration text; no token came; give at least one block")
+        raise InputError("a ridge needs calibration text; no token came; give at least one block")
     stream, weights = _Layers(model, blocks), []
     dense = ours = stream.embedded
     for layer in range(layout.layers):
@@ -94,23 +94,7 @@ def refit(
         if sequential:
             ours = stream.through(layer, ours, change)
         dense = stream.through(layer, dense, _Change())
-    return Refit(tuple(weights))
-
-
-@contextmanager
-def refitted(model: PreTrainedModel, layout: Layout, mask: Mask, fitted: Refit) -> Iterator[PreTrainedModel]:
-    """The dense model computing as if cut and refitted while the block runs; zeros stand where columns went.
-
-    Raises:
-        DamagedError: Weights of another model or mask.
-    """
-    fitted.check(model, layout, mask)
-    change = _Change(cuts=list(zip(layout.sites, mask.bits, strict=True)))
-    for (site, bits), weight in zip(change.cuts, fitted.weights, strict=True):
-        reader, keep = linear(model, site.reader), torch.from_numpy(np.repeat(bits, site.columns)).to(model.device)
-        change.patches[site.reader] = _widened(reader, keep, weight)
-    with _changed(model, change):
-        yield model
+    return RidgeWeights(tuple(weights))
 
 
 def _solved(

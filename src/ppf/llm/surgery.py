@@ -12,7 +12,7 @@ from ppf.llm.auto import register
 from ppf.llm.compensation import Fill, filled_bias, means_per_site
 from ppf.llm.experts import routers
 from ppf.llm.pruned_model import PRUNED
-from ppf.llm.ridge import Refit
+from ppf.llm.ridge import RidgeWeights
 from ppf.space.allocation import Allocation
 from ppf.space.layout import Layout, Site
 from ppf.space.mask import Mask, check_mask
@@ -23,7 +23,7 @@ _SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "ep
 
 
 def cut(
-    model: PreTrainedModel, layout: Layout, mask: Mask, fill: Fill | None = None, fitted: Refit | None = None
+    model: PreTrainedModel, layout: Layout, mask: Mask, fill: Fill | None = None, fitted: RidgeWeights | None = None
 ) -> PreTrainedModel:
     """Builds the smaller model.
 

@@ -28,7 +28,7 @@ from ppf.recipes.compensate import added_params, check_whole, compensated
 from ppf.recipes.export import check_wish, export_pruned
 from ppf.recipes.lab import load_for
 from ppf.recipes.prune import Pruned, check_out, dense_bytes, measured_of, told_of
-from ppf.recipes.stored import open_stored, written
+from ppf.recipes.prune_files import open_stored, written
 from ppf.space.allocation import allocate
 from ppf.space.layout import Layout
 from ppf.space.mask import Mask, select

@@ -251,15 +251,8 @@ def bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
         raise InputError(f"--methods must be of {', '.join(METHODS)}; {min(unknown)!r} came; choose among them")
     _check_idle(config)
     deciders = [Decider(folder) for folder in config.studies]
+    seeds = _checked_seeds(deciders, config)
     first = deciders[0].study.record
-    for decider in deciders:
-        if decider.study.record["model"]["digest"] != first["model"]["digest"]:
-            raise InputError(f"all studies must be of one model; {decider.study.folder} is of another; bench it by itself")
-        for ratio in config.ratios:
-            decider.budget(Target(ratio=ratio))
-    seeds = [decider.study.record["settings"]["seed"] for decider in deciders]
-    if len(set(seeds)) < len(seeds):
-        raise InputError(f"studies of one bench must differ in their seed; seeds {seeds} came; fit one again with another --seed")
     loaded = load_for(first["model"]["name"], progress)
     cells = [cell for decider in deciders for cell in _cells(decider.study, loaded, config, progress)]
     settings = first["settings"]
@@ -274,6 +267,20 @@ def bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
         "heldout": [decider.study.report["heldout"] for decider in deciders],
         "rows": summarise(cells, "static"),
     }
+
+
+def _checked_seeds(deciders: Sequence[Decider], config: BenchConfig) -> list[int]:
+    """Of the studies, which must be of one model, differ in their seed, and allow every ratio."""
+    digest = deciders[0].study.record["model"]["digest"]
+    for decider in deciders:
+        if decider.study.record["model"]["digest"] != digest:
+            raise InputError(f"all studies must be of one model; {decider.study.folder} is of another; bench it by itself")
+        for ratio in config.ratios:
+            decider.budget(Target(ratio=ratio))
+    seeds = [decider.study.record["settings"]["seed"] for decider in deciders]
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"studies of one bench must differ in their seed; seeds {seeds} came; fit one again with another --seed")
+    return seeds
 
 
 def _check_idle(config: BenchConfig) -> None:

@@ -1,4 +1,4 @@
-"""compensate: cutting, and what makes up for what went: nothing, biases, or refitted weights."""
+"""compensate: cutting, and what makes up for what went: nothing, biases, or weights fitted again."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ from ppf.errors import InputError
 from ppf.llm.compensation import bias_params, reader_means
 from ppf.llm.load import LoadedModel
 from ppf.llm.placement import Placement, convert
-from ppf.llm.ridge import PENALTY, refit
+from ppf.llm.ridge import PENALTY, fit_ridge
 from ppf.llm.surgery import cut
 from ppf.space.budget import parse_count, parse_size
 from ppf.space.mask import Mask
@@ -46,13 +46,13 @@ def compensated(
     if method == "bias":
         smaller = cut(model, layout, mask, fill=reader_means(model, layout, blocks))
     else:
-        smaller = cut(model, layout, mask, fitted=refit(model, layout, mask, blocks))
+        smaller = cut(model, layout, mask, fitted=fit_ridge(model, layout, mask, blocks))
         record["penalty"] = PENALTY
     return convert(smaller, home, loaded.dtype), record
 
 
 def check_whole(method: CompensateName, where: Placement) -> None:
-    """Refuses what reads and refits weights that are not there.
+    """Refuses what reads and fits weights that are not there.
 
     Raises:
         InputError: The model is spread over several devices.

@@ -56,25 +56,6 @@ class Mask:
         """Hash of the packed bits: the mask's name in the sample store."""
         return hashlib.sha256(self.pack()).hexdigest()[:32]
 
-    def matrix(self, importance: Importance, width: int) -> np.ndarray:
-        """The mask matrix: one row a site, units from most to least important, pooled into ``width`` columns.
-
-        Args:
-            importance: Gives the order of the units.
-            width: Columns.
-
-        Returns:
-            Float[S, width], the share of kept units in each column, in [0, 1]. For a mask made by ``select`` it equals
-            ``mask_matrices`` of its allocation.
-        """
-        check_units(importance.scores, [len(site) for site in self.bits], "the importance of a mask")
-        rows = []
-        for bits, order in zip(self.bits, importance.order, strict=True):
-            edges = np.concatenate([[0.0], np.cumsum(bits[order])])
-            at = np.interp(np.linspace(0, len(bits), width + 1), np.arange(len(bits) + 1), edges)
-            rows.append(np.diff(at) * width / len(bits))
-        return np.array(rows)
-
 
 def _row(bits: object, index: int) -> np.ndarray:
     """Bool[U], read-only: a number, a text or a NaN is no bit, though Python would take it for one.

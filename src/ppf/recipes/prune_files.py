@@ -1,4 +1,4 @@
-"""stored: a smaller checkpoint from the dense one's files. The mask is known, nothing is measured, no model is in memory."""
+"""prune_files: a smaller checkpoint from the dense one's files. The mask is known, nothing is measured, no model is in memory."""
 
 from dataclasses import replace
 from pathlib import Path
