@@ -7,6 +7,7 @@ then chooses among the others; where none is left and no expert sees all tokens,
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ def may_go(site: Site) -> bool:
 
 
 def _freed(model: PreTrainedModel, site: Site) -> Site:
-    layer = stack_of(model)[site.layer]
+    layer: Any = stack_of(model)[site.layer]
     if site.role == "expert":
         last = _held(layer, "ffn") - _size(layer.mlp) if site.kind == "expert0" and not hasattr(layer.mlp, "shared_expert") else 0
         return replace(site, floor=0, rest=layer.mlp.gate.weight.shape[1], last_rest=last)

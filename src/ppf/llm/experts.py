@@ -27,7 +27,7 @@ def separate_experts(model: PreTrainedModel) -> PreTrainedModel:
             continue
         count, hidden, width = fused.down_proj.shape
         with torch.device("meta"):
-            experts = Experts(hidden, [width] * count, fused.act_fn)
+            experts: Any = Experts(hidden, [width] * count, fused.act_fn)
         for expert, inward, outward in zip(experts, fused.gate_up_proj, fused.down_proj, strict=True):
             expert.gate_up_proj.weight = _part(inward)
             expert.down_proj.weight = _part(outward)

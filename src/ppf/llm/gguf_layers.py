@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -147,7 +148,9 @@ class _Reader:
             return self._empty(names, "attn_output")
         blocks = [self._rows(site, at) for at in range(len(site.writers))]
         if len(blocks) == 1:  # head after head, each with its query, key and value
-            blocks = [Part(*(_third(tensor, site.units, at) for tensor in blocks[0])) for at in range(3)]
+            [(weight, bias)] = blocks
+            third = partial(_third, heads=site.units)
+            blocks = [Part(third(weight, at=at), None if bias is None else third(bias, at=at)) for at in range(3)]
         return {**dict(zip(names, blocks, strict=True)), "attn_output": self.part(self._model.get_submodule(site.reader))}
 
     def _ffn(self, site: Site) -> dict[str, Part]:
@@ -184,5 +187,5 @@ def _heads(site: Site) -> tuple[int, int, int]:
     return site.units * site.columns // head_dim, site.units, head_dim
 
 
-def _third(tensor: torch.Tensor | None, heads: int, at: int) -> torch.Tensor | None:
-    return None if tensor is None else tensor.reshape(heads, 3, -1, *tensor.shape[1:])[:, at].flatten(0, 1)
+def _third(tensor: torch.Tensor, heads: int, at: int) -> torch.Tensor:
+    return tensor.reshape(heads, 3, -1, *tensor.shape[1:])[:, at].flatten(0, 1)

@@ -92,7 +92,7 @@ def query_scale(model: PreTrainedModel, name: str, head_dim: int, heads: int) ->
         head_dim: Width of a head.
         heads: Query heads of the file's first layer.
     """
-    attention = getattr(stack_of(model)[0], "attention", None) or stack_of(model)[0].self_attn
+    attention: Any = getattr(stack_of(model)[0], "attention", None) or stack_of(model)[0].self_attn
     theirs: float = head_dim**-0.5
     if (name, len(stack_of(model))) in _SCALED_BY_STREAM:
         theirs = float(model.config.hidden_size // heads) ** -0.5

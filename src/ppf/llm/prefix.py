@@ -167,7 +167,7 @@ def permute(layer: nn.Module, span: Span, importance: Importance) -> Part:
         The whole of its weight and its bias.
     """
     held: Any = getattr(layer, "bias", None)
-    weight, bias = layer.weight.detach(), None if held is None else held.detach()
+    weight, bias = layer.get_parameter("weight").detach(), None if held is None else held.detach()
     if span.rows is not None:
         order, widths = importance.order[span.rows[0]], span.rows[1]
         starts = accumulate((len(order) * width for width in widths), initial=0)

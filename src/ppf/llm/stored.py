@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -109,7 +110,7 @@ def running_stored(shell: PreTrainedModel, weights: Callable[[str], torch.Tensor
 def _hooks(
     own: Mapping[str, str], empty: Mapping[str, torch.Tensor], weights: Callable[[str], torch.Tensor], embeds: bool
 ) -> tuple[Callable, Callable]:
-    def enter(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def enter(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         tensors = {name: weights(path) for name, path in own.items()}
         if embeds:
             rows, places = inputs[0].unique(return_inverse=True)
@@ -165,4 +166,4 @@ def _write(path: Path, shapes: Mapping[str, torch.Tensor], tensor: Callable[[str
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
-            file.write(tensor(name).contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(tensor(name).contiguous().view(-1).view(torch.uint8).numpy().data)
