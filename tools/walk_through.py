@@ -70,8 +70,8 @@ PLAN = "layer,attn,ffn\n" + "".join(f"{layer},{0.2 * (layer % 2):g},0.{1 + layer
 
 HEAD = """# Every how-to, typed
 
-Made by `tools/walk_through.py` at commit {commit}, in a fresh clone with an environment of its own, on {cores} cores of {cpu}.
-From `git clone` to the table of `make demo` it took {minutes:.1f} minutes, the installation of everything included. `my-llama` is a
+Made by `tools/walk_through.py` at commit {commit}, in a fresh clone with an environment of its own, on {cores} cores of {cpu} at a
+load of {load}. From `git clone` to the table of `make demo` it took {minutes:.1f} minutes, the installation of everything included. `my-llama` is a
 copy of the embedded model, `my-fine-tune` the same with a little noise on its weights, `ratios.csv` a plan of twelve layers.
 `ppf` is installed from the clone. Where a page says the left one, the right one was typed:
 
@@ -262,7 +262,8 @@ def page_of(walk: Walk, record: dict[str, Any]) -> str:
     """docs/walkthrough.md."""
     changed = "\n".join(f"| `{said.strip()}` | `{ran.strip() or 'nothing'}` |" for said, ran in INSTEAD.items())
     machine, minutes = record["machine"], record["result"]["clone_to_table_seconds"] / 60
-    head = HEAD.format(commit=record["commit"][:8], cores=machine["cores"], cpu=machine["cpu"], minutes=minutes, changed=changed)
+    here = {name: machine[name] for name in ("cores", "cpu", "load")}
+    head = HEAD.format(commit=record["commit"][:8], minutes=minutes, changed=changed, **here)
     return head + "\n".join(walk.said)
 
 
