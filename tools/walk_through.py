@@ -71,9 +71,9 @@ PLAN = "layer,attn,ffn\n" + "".join(f"{layer},{0.2 * (layer % 2):g},0.{1 + layer
 HEAD = """# Every how-to, typed
 
 Made by `tools/walk_through.py` at commit {commit}, in a fresh clone with an environment of its own, on {cores} cores of {cpu} at a
-load of {load}. From `git clone` to the table of `make demo` it took {minutes:.1f} minutes, the installation of everything included. `my-llama` is a
-copy of the embedded model, `my-fine-tune` the same with a little noise on its weights, `ratios.csv` a plan of twelve layers.
-`ppf` is installed from the clone. Where a page says the left one, the right one was typed:
+load of {load}. From `git clone` to the table of `make demo` it took {minutes:.1f} minutes, the installation of everything included.
+`my-llama` is a copy of the embedded model, `my-fine-tune` the same with a little noise on its weights, `ratios.csv` a plan of
+twelve layers. `ppf` is installed from the clone. Where a page says the left one, the right one was typed:
 
 | page | typed |
 |---|---|
