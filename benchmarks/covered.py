@@ -36,7 +36,7 @@ def main() -> None:
     if not parser.parse_args().measured:
         coverage("erase")
         coverage("run", "-m", "pytest", "-n", "2", "--dist", "loadfile")
-    coverage("combine", "--quiet")
+    coverage("combine", "--append", "--quiet")
     coverage("json", "--quiet", "-o", str(FOUND))
     files = {
         name.removeprefix(SOURCE): {"lines": found["summary"]["num_statements"], "run": found["summary"]["covered_lines"]}

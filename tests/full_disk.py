@@ -41,9 +41,9 @@ def told(words: list[str]) -> dict[str, object]:
     return {"code": code, "said": lines[-1], "seconds": time.perf_counter() - start}
 
 
-def fill_when_measured(disk: Path, study: Path) -> None:
-    while len(measured(study)) < AT:
-        time.sleep(0.005)
+def fill_when_measured(disk: Path, study: Path, ended: threading.Event) -> None:
+    while len(measured(study)) < AT and not ended.wait(0.005):
+        pass
     fill(disk)
 
 
@@ -55,9 +55,11 @@ def campaign(disk: Path, model: str, text: str) -> dict[str, object]:
     fill(disk, LEFT)
     found["full at first"] = {**told(fit), "left": sorted(path.name for path in disk.iterdir())}
     (disk / "ballast").unlink()
-    watch = threading.Thread(target=fill_when_measured, args=(disk, study))
+    ended = threading.Event()
+    watch = threading.Thread(target=fill_when_measured, args=(disk, study, ended))
     watch.start()
     found["filled"] = told(fit)
+    ended.set()
     watch.join()
     found["filled"]["samples"] = measured(study)
     found["still full"] = {**told(fit), "samples": measured(study)}

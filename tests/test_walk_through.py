@@ -78,7 +78,16 @@ def test_a_command_that_takes_too_long_ends_with_its_children(tool, walk, monkey
     monkeypatch.setattr(tool, "PATIENCE", 2)
     with pytest.raises(SystemExit, match="not done after 2 s"):
         walk.run("sh -c 'sleep 99 & echo $! > child; wait'", walk.work)
-    number = int((walk.work / "child").read_text())
+    ends(int((walk.work / "child").read_text()))
+
+
+def test_a_command_that_ends_leaves_no_child(walk):
+    walk.run("sh -c 'sleep 99 > /dev/null 2>&1 & echo $! > child'", walk.work)
+    ends(int((walk.work / "child").read_text()))
+
+
+def ends(number):
+    """Waits until a process is gone, or waits for its parent alone."""
     for _ in range(100):
         if not Path(f"/proc/{number}").exists() or "Z" in Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]:
             return

@@ -139,10 +139,10 @@ class Walk:
             yield process
         finally:
             for sign in (signal.SIGTERM, signal.SIGKILL):
-                if process.poll() is None:  # else its number may be another's by now
+                with suppress(ProcessLookupError):  # nothing is left of it; a number is not given anew so soon
                     os.killpg(process.pid, sign)
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(timeout=GRACE)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=GRACE)
             if process.stdout is not None:
                 process.stdout.close()
 

@@ -1,4 +1,4 @@
-"""A whole fit on a disk that is really full. Needs unshare and mount, and for them root, a user namespace or sudo."""
+"""A whole fit on a disk that is really full. Needs unshare and mount, and for them root or a user namespace."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 import ppf
 
-WAYS = (("unshare", "-m"), ("unshare", "-Urm"), ("sudo", "-n", "-E", "unshare", "-m"))
+WAYS = (("unshare", "-m"), ("unshare", "-Urm"))
 
 
 def mounts_of_its_own(place):
@@ -21,7 +21,7 @@ def mounts_of_its_own(place):
                 return way
         except FileNotFoundError:
             continue
-    pytest.skip("a small disk must be mounted; neither root, a user namespace nor sudo may do it here")
+    pytest.skip("a small disk must be mounted; neither root nor a user namespace may do it here")
 
 
 def test_a_full_disk_loses_nothing_and_the_same_fit_goes_on_when_there_is_room(place, tmp_path):
@@ -29,7 +29,7 @@ def test_a_full_disk_loses_nothing_and_the_same_fit_goes_on_when_there_is_room(p
     paths = os.pathsep.join([str(Path(ppf.__file__).parents[1]), str(tests)])
     program = [sys.executable, str(tests / "full_disk.py"), str(tmp_path), str(place / "model"), str(place / "text.txt")]
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*mounts_of_its_own(tmp_path), *program], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*mounts_of_its_own(tmp_path), *program], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     at_first, filled, still, again, prune, policy = found.values()

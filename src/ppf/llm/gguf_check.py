@@ -274,5 +274,5 @@ def in_llama_cpp(task: str, request: dict[str, Any]) -> dict[str, Any]:
 
 def _damaged(what: str) -> DamagedError:
     return DamagedError(
-        f"a GGUF file must hold and answer what its model does; {what}; nothing was written, use the folder instead"
+        f"a GGUF file must hold and answer what its model does; {what}; no file was written, use the folder instead"
     )

@@ -50,7 +50,7 @@ def export_pruned(config: PruneConfig, pruned: Pruned) -> dict[str, Any] | None:
     try:
         return record_of(pruned.save_gguf(config.gguf, _quant(config), config.force), config.gguf)
     except PPFError as error:
-        raise type(error)(f"{error}; the folder {config.out} is written and whole") from error
+        raise type(error)(f"{error} (the folder {config.out} is written and whole)") from error
 
 
 def check_wish(config: ExportConfig | PruneConfig, loaded: LoadedModel | None = None) -> None:
