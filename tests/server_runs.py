@@ -100,7 +100,7 @@ def running(study, **options):
     with listen(config) as listener:
         port = listener.getsockname()[1]
         served = None if config.no_model else open_served(config, decider)
-        server = server_of(Service(decider, served, config.nested, mark), access_of(config, port))
+        server = server_of(Service(decider, served, config.decides_nested, mark), access_of(config, port))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         while not server.started:

@@ -151,6 +151,12 @@ def test_tokens_faster_than_an_idle_machine_was_thought_to_make_them_bring_costs
     assert (costs.weights == COSTS.weights).all() and costs.ratio_for(8) == pytest.approx(0.2, abs=0.06)
 
 
+def test_tokens_of_a_smaller_model_than_any_that_was_timed_tell_of_load_alone():
+    fast, slow = [(0.9, 1.0)] * 50, [(0.9, 12.0)] * 50  # at 0.6 it were 4 ms
+    assert COSTS.learned(fast) is COSTS and COSTS.slowdown(fast) == 1 and COSTS.slowdown(slow) == pytest.approx(3)
+    assert COSTS.learned([(0.6, 2.0)] * 50).latency_ms[-1] == pytest.approx(2)
+
+
 @pytest.mark.parametrize("times", [[], [(0.0, 1.0)] * 7, [(0.0, 0.1)] + [(0.0, 10.0)] * 9, [(0.2, 30.0)] * 50, [(0.2, 7.8)] * 50])
 def test_few_tokens_odd_ones_slow_ones_and_noise_teach_nothing(times):
     assert COSTS.learned(times) is COSTS

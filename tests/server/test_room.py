@@ -89,6 +89,7 @@ def test_without_a_goal_there_is_room_for_everything():
 class Request:
     claim: Claim
     left: int
+    prefill: int = 0
 
 
 @dataclass
@@ -102,8 +103,11 @@ class Simulated:
     running: list = field(default_factory=list)
     waiting: list = field(default_factory=list)
     most_used: int = 0
+    pauses: int = 0
 
     def go(self, to, now):
+        if to.ratio < self.state.ratio and not self.room.is_settled(kept(self.state.ratio)):
+            return
         while to.ratio < self.goal.high and not self.room.holds(kept(to.ratio)):
             to = State(min(self.goal.high, to.ratio + LEAST))
         if to.ratio != self.state.ratio:
@@ -120,8 +124,17 @@ class Simulated:
         if now % 10 == 0:
             self.go(step(self.state, self.room.load(1.0), self.goal, COSTS)[0], now)
         for request in list(self.running):
-            request.claim.kept = kept(self.state.ratio)
-            if request.claim.note(request.claim.cached + 1):
+            claim = request.claim
+            if request.prefill:  # a step that began at the size of then
+                request.prefill -= 1
+                continue
+            claim.paused = claim.paused and not self.room.may_go_on(claim, kept(self.state.ratio))
+            if claim.paused:
+                self.pauses += 1
+                continue
+            claim.kept = kept(self.state.ratio)
+            if claim.note(claim.cached + 1):
+                claim.paused = True
                 self.rise(now)
             request.left -= 1
             self.see()
@@ -144,6 +157,27 @@ class Simulated:
 def test_a_goal_that_leaves_little_room_lets_requests_wait_and_is_kept():
     server, came, done = simulated(0, 30, minutes=4, goal=UNITS * WEIGHT * 0.4 + 900 * UNITS * CACHE * 0.4)
     assert server.most_used <= server.goal.memory and done > 30 and came - done > 30  # one at a time
+
+
+@pytest.mark.parametrize("share", [0.8, 0.87, 0.95])
+def test_who_needs_more_waits_while_another_s_long_step_is_at_the_larger_size(share):
+    goal = int(UNITS * WEIGHT * share)
+    server = Simulated(Goal(None, goal, 0.0, 0.6), room_of(goal))
+    server.waiting = [Request(Claim(20, 532), 510), Request(Claim(400, 450), 40, 600)]
+    for now in range(1500):
+        server.tick(now)
+    assert server.most_used <= goal and server.pauses > 10
+    assert not server.running and not server.waiting
+
+
+def test_two_that_wait_for_each_other_go_on():
+    room, claims = room_of(int(UNITS * WEIGHT * 0.9) + 2 * 128 * UNITS * CACHE), [Claim(10, 400), Claim(10, 400)]
+    started(room, *claims, live=0.1)
+    assert all(claim.note(64) for claim in claims) and room.holds(kept(0.3))
+    claims[0].paused = True
+    assert not room.may_go_on(claims[0], kept(0.3))  # the other may take what it booked where it is
+    claims[1].paused = True
+    assert all(room.may_go_on(claim, kept(0.3)) for claim in claims)
 
 
 def simulated(seed, every, minutes=10, goal=UNITS * WEIGHT * 0.8, most=512):

@@ -34,7 +34,8 @@ class ServeConfig:
     ratio: Annotated[float, arg(metavar="R")] = 0.0
     """Pruning ratio to start with."""
     nested: bool = False
-    """Take nested policies, so that a ratio that rises in mid-generation always leaves the KV cache usable."""
+    """Take nested policies, so that a ratio that rises in mid-generation always leaves the KV cache usable; a --target-memory
+    always does."""
     target_latency_ms: Annotated[float | None, optional("MS")] = None
     """Let the ratio follow the load so that a token takes at most so long."""
     target_memory: Annotated[str | None, optional("SIZE")] = None
@@ -86,6 +87,11 @@ class ServeConfig:
             check_idle(self, ("model", "ratio", "max_tokens", "device", "dtype"), "a live model; --no-model came too")
         if not self.controlled:
             check_idle(self, ("min_ratio", "max_ratio"), "a target for the controller; none came")
+
+    @property
+    def decides_nested(self) -> bool:
+        """Whether policies are nested: without it two sizes together read more than either, and a goal of memory is passed."""
+        return self.nested or self.target_memory is not None
 
     @property
     def controlled(self) -> bool:

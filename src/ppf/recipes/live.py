@@ -10,7 +10,7 @@ from ppf.errors import DamagedError, InputError
 from ppf.llm.elastic import ElasticModel
 from ppf.llm.load import LoadedModel, adopt_model
 from ppf.progress import Progress
-from ppf.recipes.choices import choose_dtype, choose_whole
+from ppf.recipes.choices import check_named, choose_dtype, choose_whole
 from ppf.recipes.lab import load_for
 from ppf.space.allocation import Allocation
 
@@ -64,9 +64,12 @@ def _loaded(
     if model is not None:
         return load_for(str(model), progress)
     name = str(decider.study.record["model"]["name"])
+    check_named(name)
     try:
         return load_for(name, progress)
     except InputError as error:
+        if Path(name).is_dir():  # something else is wrong with it
+            raise
         raise InputError(
             f"the study's model must lie where it lay then; {name!r} is none now; say with --model where it is"
         ) from error

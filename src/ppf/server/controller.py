@@ -1,8 +1,8 @@
 """The controller: which ratio the load asks for. A pure function of what was measured; no clock, no thread, no model.
 
-It rises at once when a goal is missed, to the smallest ratio that meets it. It falls only after many looks in a row at which
-a smaller ratio would meet the goal with room to spare, and only to one that would have done at every one of them, so that
-neither a load near a limit nor requests that come and go make it swing.
+It rises at once when a goal is missed, to the smallest ratio that meets it, with a little memory to spare. It falls only
+after many looks in a row at which a smaller ratio would meet the goal with room to spare, and only to one that would have done
+at every one of them, so that neither a load near a limit nor requests that come and go make it swing.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ _PATIENCE = 40
 """Looks: with two a second, longer than times are remembered (metrics.py) and than most requests take."""
 LEAST = 0.01
 """Changes of the ratio below this are not worth one."""
+_SAME = 1e-6
 _ENOUGH = 8
 _NOISE = 0.05
 """What an idle time is known to; without it a running minimum would creep down for ever."""
@@ -82,7 +83,9 @@ class Costs:
         if not times:
             return 1.0
         ratios, latency = np.array(times).T
-        return float(np.median(latency / np.interp(ratios, self.ratios, self.latency_ms)))
+        shares = latency / np.interp(ratios, self.ratios, self.latency_ms)
+        untimed = ratios > self.ratios[-1] + _SAME  # smaller models are faster anyhow, which tells of no faster machine
+        return float(np.median(np.where(untimed, np.maximum(shares, 1.0), shares)))
 
     def learned(self, times: Sequence[tuple[float, float]]) -> "Costs":
         """These costs, or faster ones if tokens were made faster than an idle machine was thought to make them.
@@ -133,9 +136,9 @@ def rise(state: State, load: Load, goal: Goal, costs: Costs) -> tuple[State, str
     """Looks out of turn, where the load has just grown; see ``step``. It never falls."""
     needed = _smallest(load, goal, costs, _WHOLE)
     if needed > state.ratio + LEAST or (needed > state.ratio and needed == goal.high):
-        return State(
-            _smallest(load, goal, costs, _RISEN)
-        ), f"a goal would be missed at slowdown {load.slowdown:.2f} and {load.tokens} tokens of KV cache"
+        seen = "" if goal.latency_ms is None else f"slowdown {load.slowdown:.2f} and "
+        reason = f"a goal would be missed at {seen}{load.tokens} tokens of KV cache"
+        return State(_smallest(load, goal, costs, _RISEN)), reason
     return replace(state, peak=max(state.peak, _smallest(load, goal, costs, _ROOM))), ""
 
 

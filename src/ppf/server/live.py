@@ -31,6 +31,7 @@ _RUNNING = 4
 _WAITING = 32
 _SECONDS = 300.0
 _TIMED = 6
+_NO_ROOM = "there must be enough memory for a request; there was not; ask for fewer tokens"
 _RECHECK = 0.1
 """Seconds; who waits for room is woken when there may be some, but not when its client leaves."""
 
@@ -84,12 +85,14 @@ class Live:
         decision = self.decider.decide(Target(ratio=ratio, nested=self.nested))
         return Size(decision, self.elastic.view(decision.allocation))
 
-    def adopt(self, decider: Decider, ratio: float | None = None) -> None:
+    def adopt(self, decider: Decider, ratio: float | None = None, memory: int | None = None, high: float = 0.0) -> None:
         """Decides by another fit of the same model from now on; a size that a request under way has fixed stays.
 
         Args:
             decider: Of the other fit.
             ratio: That runs from now on; None keeps the ratio, as far as the floors allow.
+            memory: As ``keep_within`` has it.
+            high: The largest ratio there.
 
         Raises:
             InputError: Another model, or another order of its units than that in memory.
@@ -106,6 +109,7 @@ class Live:
         try:
             self.set_ratio(min(size.decision.asked, largest_ratio(decider.layout)) if ratio is None else ratio)
             self.costs = self._costs(known.latency_at)
+            self.keep_within(memory, high)
         except BaseException:  # all of the new fit, or nothing; what ran is put back as it was, which cannot fail too
             self.decider, self.costs, self.size, self.elastic.current = old, known, size, size.view
             raise
@@ -121,7 +125,8 @@ class Live:
 
     def keep_within(self, memory: int | None, ratio: float) -> None:
         """Lets requests run only while weights in use and KV caches fit, at this largest ratio; None: whatever they take."""
-        self.room.goal, self.room.top = memory, None if memory is None else self.size_for(ratio).kept
+        top = None if memory is None else self.size_for(ratio).kept
+        self.room.goal, self.room.top = memory, top
 
     def admit(self, job: Job) -> None:
         """Gives a job its place among those that run or wait; ``leave`` takes it away.
@@ -131,7 +136,8 @@ class Live:
         """
         if self._closed or len(self._jobs) >= self._workers + _WAITING:
             self.meter.counts["refused"] += 1
-            must = "the server must go on; it stops" if self._closed else f"at most {_WAITING} requests may wait; more came"
+            most = f"at most {self._workers + _WAITING} requests may run or wait; more came"
+            must = "the server must go on; it stops" if self._closed else most
             raise Refusal(503, f"{must}; try again later", "busy")
         self._jobs.add(job)
 
@@ -166,9 +172,9 @@ class Live:
             self.leave(job)
             self.meter.counts[end] += 1
 
-    def load(self) -> Load:
-        """What the controller looks at."""
-        return self.room.load(self.costs.slowdown(self.meter.times))
+    def load(self, is_timed: bool = True) -> Load:
+        """What the controller looks at; its slowdown is 1 where times are none of its goals."""
+        return self.room.load(self.costs.slowdown(self.meter.times) if is_timed else 1.0)
 
     def learn(self) -> None:
         """Lets costs that were timed on a busy machine come down to what is seen."""
@@ -219,13 +225,20 @@ class Live:
             job.give(None)
 
     def _enter(self, job: Job) -> bool:
-        """Waits for room; whether it came before the client left."""
+        """Waits for room; whether it came before the client left.
+
+        Raises:
+            Refusal: It would never come: another fit has been adopted since the request was checked.
+        """
         claim, room = job.claim, self.room
         with self.lock:
             room.waiting.append(claim)
             try:
                 while not job.cancelled.is_set():
-                    self.on_need()
+                    if (most := room.most_tokens(claim.own)) is not None and claim.most > most:
+                        raise Refusal(503, _NO_ROOM, "no_memory")
+                    if room.waiting[0] is claim:
+                        self.on_need()
                     if room.may_start(claim, self.size.kept):
                         room.start(claim, self.size.kept)
                         return True
@@ -244,11 +257,13 @@ class Live:
     def _run(self, job: Job) -> None:
         start, ratio = time.monotonic(), 0.0
         self.meter.counts["prompt_tokens"] += len(job.prompt)
-        pieces = generate(self.elastic, self.tokenizer, job.prompt, job.sampling, lambda: (job.size or self.size).view)
+        pieces = generate(self.elastic, self.tokenizer, job.prompt, job.sampling, lambda: self._view_for(job))
         while not job.cancelled.is_set():
             if time.monotonic() - start >= _SECONDS:
                 job.ended = "time"
                 break
+            if not self._has_room(job):
+                continue
             piece = next(pieces, None)
             if piece is None:
                 break
@@ -262,10 +277,32 @@ class Live:
             self.meter.counts["completion_tokens"] += 1
             job.give(piece)
 
+    def _view_for(self, job: Job) -> View:
+        """Of the next token: its claim is at that from now on, and not only when the token is there."""
+        with self.lock:
+            view = (job.size or self.size).view
+            if job.claim.kept is not view.allocation.kept:
+                job.claim.kept = view.allocation.kept
+                self.lock.notify_all()
+        return view
+
     def _note_cached(self, job: Job, cached: int) -> None:
-        if job.claim.note(cached):
-            with self.lock:
+        with self.lock:
+            if job.claim.note(cached):
+                job.claim.paused = True
                 self.on_need()
+                self.lock.notify_all()
+
+    def _has_room(self, job: Job) -> bool:
+        """Whether the next token may be made; waits a moment where others must make room for it first."""
+        claim = job.claim
+        if not claim.paused:
+            return True
+        with self.lock:
+            if not self.room.may_go_on(claim, self.size.kept):
+                self.lock.wait(_RECHECK)
+            claim.paused = not self.room.may_go_on(claim, self.size.kept)
+        return not claim.paused
 
     def _note_view(self, job: Job, piece: Piece) -> float:
         """Keeps what runs from now on, and returns its ratio."""
@@ -273,9 +310,7 @@ class Live:
         if job.view is not None:
             cache = "rebuilt" if piece.carried == "rebuild" else piece.carried
             job.switches.append({"token": piece.tokens, "from": self.ratio_of(job.view), "ratio": ratio, "cache": cache})
-        with self.lock:
-            job.view, job.claim.kept = piece.view, piece.view.allocation.kept
-            self.lock.notify_all()
+        job.view = piece.view
         return ratio
 
     def _sizes(self) -> list[Size]:
@@ -307,5 +342,5 @@ class Live:
 
 def _as_ours(error: Exception) -> Exception:
     if is_memory(error):
-        return Refusal(503, "there must be enough memory for a request; there was not; ask for fewer tokens", "no_memory")
+        return Refusal(503, _NO_ROOM, "no_memory")
     return error

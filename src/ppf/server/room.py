@@ -3,7 +3,9 @@
 Two figures of tokens decide. What a request may take at most, its prompt and all that it may still make, must fit beside the
 same of all others at the largest ratio allowed, or it waits: so the way out of every shortage is open. What it holds room for
 now, a little more than it has, must fit at the ratio that runs: the ratio follows what is used and not the many tokens that
-``max_tokens`` allows and few answers need, yet rises before they are made.
+``max_tokens`` allows and few answers need, yet rises before they are made. Who needs more waits, between two tokens, until the
+others have come to that ratio: one of their steps may be a long prompt. All of it needs nested sizes, of which no two together
+read more than the larger.
 """
 
 from collections import deque
@@ -15,7 +17,7 @@ import numpy as np
 from ppf.server.controller import Load
 
 _BLOCK = 64
-"""Tokens. Room is held for at least so many ahead: others need but one step of theirs to come to a larger ratio meanwhile."""
+"""Tokens. Room is held for at least so many ahead, so that who waits for more has not used up what it has."""
 
 
 @dataclass(eq=False)
@@ -29,6 +31,7 @@ class Claim:
         kept: Int[S] units of its KV cache; None before it runs.
         cached: Tokens in its KV cache.
         booked: Tokens that it holds room for.
+        paused: Whether it waits, between two tokens, until others have made room for all that it booked.
     """
 
     prompt: int
@@ -37,6 +40,7 @@ class Claim:
     kept: np.ndarray | None = None
     cached: int = 0
     booked: int = 0
+    paused: bool = False
 
     def __post_init__(self) -> None:
         self.booked = self._wanted(self.prompt)
@@ -80,8 +84,16 @@ class Room:
         """Whether it is its turn and it fits, while others may still be where they were or be on their way to ``live``."""
         if self.waiting[0] is not claim or not self.can_ever_fit(claim):
             return False
-        held = [(np.maximum(_of(one, live), live if one.kept is None else one.kept), one.booked) for one in self.running]
-        return self._fits([(live, 0), *held, (_of(claim, live), claim.booked)])
+        return self._fits([(live, 0), (_of(claim, live), claim.booked), *((_until(one, live), one.booked) for one in self.running)])
+
+    def may_go_on(self, claim: Claim, live: np.ndarray) -> bool:
+        """Whether one that runs may take what it booked; true too where all wait, since who goes on at ``live`` makes room.
+
+        Others that wait hold no more than they have: two that wait for each other would do so for ever.
+        """
+        others = [one for one in self.running if one is not claim]
+        held = [(_until(one, live), one.cached if one.paused else one.booked) for one in others]
+        return all(one.paused for one in others) or self._fits([(live, 0), (_of(claim, live), claim.booked), *held])
 
     def start(self, claim: Claim, live: np.ndarray) -> None:
         """Lets it run."""
@@ -97,6 +109,10 @@ class Room:
     def holds(self, live: np.ndarray) -> bool:
         """Whether all who run, and the next who can, fit once all are at ``live``."""
         return self._fits([(live, 0), *((_of(one, live), one.booked) for one in self._counted())])
+
+    def is_settled(self, live: np.ndarray) -> bool:
+        """Whether none who run take more than at ``live``; one whose step began before the last rise does."""
+        return all((_until(one, live) <= _of(one, live)).all() for one in self.running)
 
     def most_tokens(self, own: np.ndarray | None = None) -> int | None:
         """Tokens that a request alone may take, at units that it fixes or at the largest ratio; None: any number."""
@@ -128,6 +144,11 @@ class Room:
         pairs = list(held)
         kept = np.maximum.reduce([kept for kept, _ in pairs])
         return self.weights(kept), int(sum(self.kv(kept) * tokens for kept, tokens in pairs if tokens))
+
+
+def _until(claim: Claim, live: np.ndarray) -> np.ndarray:
+    """What it may need until it has come to ``live``."""
+    return np.maximum(_of(claim, live), live if claim.kept is None else claim.kept)
 
 
 def _of(claim: Claim, live: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Starting and stopping: what can be refused is refused before anything heavy is loaded."""
 
 import asyncio
+import contextlib
 import ipaddress
 import os
 import signal
@@ -107,7 +108,7 @@ def serve(config: ServeConfig, open_live: Callable[[ServeConfig, Decider], LiveP
     with listen(config) as listener:
         access = access_of(config, listener.getsockname()[1])
         live = None if open_live is None else open_live(config, decider)
-        server = server_of(Service(decider, live, config.nested, mark), access)
+        server = server_of(Service(decider, live, config.decides_nested, mark), access)
         server.announcement = f"serving http://{_shown(config.host)}:{access.port}\n"
         if threading.current_thread() is threading.main_thread():
             # uvicorn puts them back when it has stopped; threads that end their last token keep the process a while longer
@@ -118,7 +119,8 @@ def serve(config: ServeConfig, open_live: Callable[[ServeConfig, Decider], LiveP
 
 def _end_now(number: int, _: Any) -> NoReturn:
     """A second signal ends the process at once, whatever its threads do."""
-    os.write(2, b"error: stopped; what was not answered is lost\n")
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, b"error: stopped; what was not answered is lost\n")
     os._exit(128 + number)
 
 

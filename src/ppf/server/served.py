@@ -19,7 +19,7 @@ from ppf.progress import Progress
 from ppf.provenance import own_name
 from ppf.recipes.live import elastic_for
 from ppf.server.completions import Exchange
-from ppf.server.controller import LEAST, Costs, Goal, State, rise, step
+from ppf.server.controller import LEAST, Costs, Goal, Load, State, rise, step
 from ppf.server.live import Live
 from ppf.server.schemas import ChatBody, CompletionBody
 from ppf.server.wire import JsonResponse, Refusal
@@ -45,7 +45,9 @@ class Served:
     def __init__(self, live: Live, name: str, max_tokens: int, goal_of: Callable[[Decider], Goal | None] = lambda _: None) -> None:
         self.live, self.name, self.max_tokens, self._goal_of = live, name, max_tokens, goal_of
         self._at = State(live.size.decision.asked)
-        self.goal = self._aim(goal_of(live.decider))
+        self.goal = goal_of(live.decider)
+        if self.goal is not None:
+            live.keep_within(self.goal.memory, self.goal.high)
         live.on_need = self._look_now
         self._decisions: deque[dict[str, Any]] = deque(maxlen=20)
         self._created = int(time.time())
@@ -107,34 +109,44 @@ class Served:
     def adopt(self, decider: Decider) -> None:
         """See ``LivePart``. The controller's limits are those of the new fit, and so is the ratio that it stands at."""
         goal = self._goal_of(decider)
-        if goal is None:
-            self.live.adopt(decider)
-        else:
-            to = State(min(max(self._at.ratio, goal.low), goal.high))
-            self.live.adopt(decider, to.ratio)
-            self._stand(to, "the study was fitted anew, with other limits")
-        self.goal = self._aim(goal)
+        with self.live.lock:  # or a thread that needs room goes on to a size of the old fit
+            if goal is None:
+                self.live.adopt(decider)
+            else:
+                to = State(min(max(self._at.ratio, goal.low), goal.high))
+                self.live.adopt(decider, to.ratio, goal.memory, goal.high)
+                self._stand(to, "the study was fitted anew, with other limits")
+            self.goal = goal
+            self._try_look()  # the same ratio of another fit may need more memory
 
     async def watch(self) -> None:
         """See ``LivePart``."""
         while True:
-            try:
-                self.live.learn()
-                if self.goal is not None:
-                    self.look(self.goal)
-            except Exception:  # whatever it is, the next look may go well, and the server goes on
-                _log.exception("the controller could not decide")
+            self._try_look()
             await asyncio.sleep(_LOOK_SECONDS)
 
     def look(self, goal: Goal) -> None:
         """Lets the controller decide once."""
         with self.live.lock:
-            self._go(goal, *step(self._at, self.live.load(), goal, self.costs))
+            to, reason = step(self._at, self._load(goal), goal, self.costs)
+            if to.ratio >= self._at.ratio or self.live.room.is_settled(self.live.size.kept):
+                self._go(goal, to, reason)
+
+    def _try_look(self) -> None:
+        try:
+            self.live.learn()
+            if self.goal is not None:
+                self.look(self.goal)
+        except Exception:  # whatever it is, the next look may go well, and the server goes on
+            _log.exception("the controller could not decide")
 
     def _look_now(self) -> None:
         """Lets the ratio rise before what requests have come to need is there."""
         if self.goal is not None and self.goal.memory is not None:
-            self._go(self.goal, *rise(self._at, self.live.load(), self.goal, self.costs))
+            self._go(self.goal, *rise(self._at, self._load(self.goal), self.goal, self.costs))
+
+    def _load(self, goal: Goal) -> Load:
+        return self.live.load(is_timed=goal.latency_ms is not None)  # thousands of times are no matter for a goal of memory
 
     def _go(self, goal: Goal, to: State, reason: str) -> None:
         """Goes where the controller says, or as far beyond as it takes: costs between those counted are a guess."""
@@ -145,11 +157,6 @@ class Served:
         if to.ratio != self._at.ratio:
             self.live.run_at(size)
         self._stand(to, reason)
-
-    def _aim(self, goal: Goal | None) -> Goal | None:
-        memory, high = (None, 0.0) if goal is None else (goal.memory, goal.high)
-        self.live.keep_within(memory, high)
-        return goal
 
     def _stand(self, to: State, reason: str) -> None:
         """Stands where the model is by now; where that is another ratio, it is told why."""
@@ -187,11 +194,11 @@ def open_served(config: ServeConfig, decider: Decider) -> Served:
         trained = f"{goal.high:g}, the largest that was trained"
         raise InputError(f"--ratio and --min-ratio must be at most {trained}; more came; change them, or go on with --max-ratio")
     ratio = config.ratio if goal is None else min(max(config.ratio, goal.low), goal.high)
-    decider.decide(Target(ratio=ratio, nested=config.nested))  # refuses before the model is loaded
+    decider.decide(Target(ratio=ratio, nested=config.decides_nested))  # refuses before the model is loaded
     progress = Progress()
     elastic, tokenizer = elastic_for(decider, config.model, config.device, config.dtype, progress)
     with progress.stage("timing"):
-        live = Live(decider, elastic, tokenizer, ratio, config.nested)
+        live = Live(decider, elastic, tokenizer, ratio, config.decides_nested)
     name = own_name(config.model or decider.study.record["model"]["name"])
     served = Served(live, name, config.max_tokens, lambda fit: goal_for(config, fit))
     most = live.room.most_tokens(None)
@@ -199,6 +206,8 @@ def open_served(config: ServeConfig, decider: Decider) -> Served:
         live.close()
         least = f"{live.room.least(_LEAST_TOKENS):,} bytes of weights and KV cache at ratio {goal.high:g}, the largest allowed"
         raise InputError(f"--target-memory must hold {least}; {config.target_memory} came; raise it")
+    if live.nested and not config.nested:
+        _log.warning("policies are nested, since --target-memory came: of others two sizes together read more than either")
     return served
 
 
