@@ -38,11 +38,9 @@ def live() -> list[str]:
     parts = []
     models = {f"ref-a, {dtype}": found for dtype, found in result["ref-a"].items()}
     models |= {f"random, {result['1B']['parameters'] / 1e9:.1f} B": result["1B"]} if "1B" in result else {}
+    models |= {f"random, {name}, float32": found for name, found in result.get("fused", {}).items()}
     for name, found in models.items():
-        switching = found["switching"]
-        times = [
-            f"{switching[kind]['median']:.2f} ({switching[kind]['p99']:.1f})" for kind in ("views_ms", "decision_and_views_ms")
-        ]
+        times = [_switching(found, kind) for kind in ("views_ms", "decision_and_views_ms")]
         for ratio, jobs in found["beside_cut"].items():
             beside = [_beside(jobs[job], clock) for job in ("generation", "prompt") for clock in ("wall", "processor")]
             parts.append([name, f"{100 * float(ratio):.0f} %", *times, *beside])
@@ -83,6 +81,13 @@ def busy() -> list[str]:
         {grown / 1e3:,.0f} kB. The new fit was taken into use between two requests."""
     header = ["when", "policies/s", "median, ms", "p99, ms", "errors", "wrong masks"]
     return [section("The policy API beside other work", "load", record, words, table(header, rows))]
+
+
+def _switching(found: dict[str, Any], kind: str) -> str:
+    if "switching" not in found:  # of a family whose speed alone was measured
+        return "-"
+    times = found["switching"][kind]
+    return f"{times['median']:.2f} ({times['p99']:.1f})"
 
 
 def _beside(found: dict[str, Any], clock: str) -> str:

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 
-from chromium import chromium
 from http_client import request, strict
 from ppf.config import Target
 from ppf.decide import Decider
@@ -16,35 +15,6 @@ from slider_moves import move
 
 pytestmark = pytest.mark.browser
 sync_api = pytest.importorskip("playwright.sync_api")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as made:
-        yield made
-
-
-@pytest.fixture
-def visit(browser):
-    """Opens a page of a width; says at the end whether anything was complained of or asked of others."""
-    contexts, said = [], []
-
-    def open_page(port, width=1280, path="/", quiet=True, **options):
-        context = browser.new_context(viewport={"width": width, "height": 900}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        if quiet:
-            page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
-            page.on("pageerror", lambda error: said.append(str(error)))
-        asked = f"http://127.0.0.1:{port}/"
-        page.on("request", lambda one: said.append(one.url) if not one.url.startswith((asked, "data:", "blob:")) else None)
-        page.goto(f"http://127.0.0.1:{port}{path}")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert said == []
 
 
 def ready(page):

@@ -18,6 +18,7 @@ from ppf.config import ServeConfig
 from ppf.errors import InputError
 from ppf.server import guard, run
 from ppf.server.run import access_of
+from ppf.study import read_sealed, write_sealed
 from server_runs import process, running
 
 ANYWHERE = ".".join("0000")
@@ -103,6 +104,17 @@ def test_a_model_that_has_gone_can_be_named(study, capsys):
     finally:
         moved.rename(model)
     assert code == 2 and "--model" in error and str(model) in error
+
+
+def test_whatever_else_is_wrong_with_its_model_is_told_as_such(study, tmp_path, capsys):
+    own, bare = shutil.copytree(study, tmp_path / "own"), shutil.copytree(study.parent / "tiny", tmp_path / "bare")
+    for path in bare.glob("tokenizer*"):
+        path.unlink()
+    for name, words in (("", "must be named"), (str(bare), "tokenizer")):
+        record = read_sealed(own / "study.json")
+        write_sealed(own / "study.json", {**record, "model": {**record["model"], "name": name}})
+        code, error = refused_start(capsys, str(own), "--port", "0")
+        assert code == 2 and words in error and "where it lay" not in error, error
 
 
 @pytest.mark.parametrize(

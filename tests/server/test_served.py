@@ -1,19 +1,26 @@
 import asyncio
 import json
+import shutil
+import threading
 import time
 
+import numpy as np
 import pytest
 
 from builders import refuses
 from http_client import request, strict
 from live_runs import PROMPT, collect, greedy, opened, slowed
+from ppf.config import Target
 from ppf.decide import Decider
 from ppf.errors import InputError
 from ppf.llm.generate import Sampling
 from ppf.server.controller import Goal
 from ppf.server.job import Job
+from ppf.server.room import Claim
 from ppf.server.served import Served
-from server_runs import running
+from ppf.server.wire import Refusal
+from ppf.study import StudyFolder
+from server_runs import fit_anew, running
 
 
 def no_memory(*_):
@@ -50,7 +57,7 @@ def test_a_ratio_that_could_not_be_set_is_tried_at_the_next_look(study, monkeypa
     live.close()
 
 
-@pytest.mark.parametrize("fails_at", [0, 1, 6])
+@pytest.mark.parametrize("fails_at", [0, 1, 6, 7])
 def test_another_fit_is_taken_as_a_whole_or_not_at_all(study, monkeypatch, fails_at):
     live, other = opened(study, ratio=0.5), Decider(study)
     goals = {live.decider: Goal(None, 10**12, 0.0, 0.6), other: Goal(None, 10**12, 0.0, 0.3)}
@@ -67,8 +74,91 @@ def test_another_fit_is_taken_as_a_whole_or_not_at_all(study, monkeypatch, fails
     live.close()
 
 
+@pytest.fixture
+def refitted(study, tmp_path):
+    """Another fit of the study, which keeps more of other sites."""
+    own = StudyFolder(shutil.copytree(study, tmp_path / "own"))
+    fit_anew(own, 0.8)
+    return Decider(own.folder)
+
+
+def test_another_fit_waits_for_who_makes_room_by_the_old_one(study, refitted, monkeypatch):
+    live, inside, go = opened(study), threading.Event(), threading.Event()
+    smallest = live.size_for(0.6).kept
+    goal = Goal(None, live._weights(smallest) + 200 * live._kv_bytes(smallest), 0.0, 0.6)
+    served, size_for, makes_room = Served(live, "tiny", 150, lambda _: goal), live.size_for, []
+    served.look(goal)
+
+    def held(ratio):
+        size = size_for(ratio)
+        if threading.current_thread() in makes_room:
+            inside.set()
+            go.wait(10)
+        return size
+
+    def make_room():
+        with live.lock:
+            live.room.start(Claim(60, 150), live.size.kept)
+            live.on_need()
+
+    monkeypatch.setattr(live, "size_for", held)
+    threads = [threading.Thread(target=make_room), threading.Thread(target=served.adopt, args=(refitted,))]
+    makes_room.append(threads[0])
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    time.sleep(0.1)
+    go.set()
+    for thread in threads:
+        thread.join()
+    expected = refitted.decide(Target(ratio=live.size.decision.asked, nested=True)).allocation.kept
+    assert live.decider is refitted and live.elastic.current is live.size.view and (live.size.kept == expected).all()
+    live.close()
+
+
+def test_another_fit_that_needs_more_at_the_same_ratio_rises_at_once(study, refitted):
+    live = opened(study)
+    target = next(
+        target
+        for target in (Target(ratio=ratio, nested=True) for ratio in np.linspace(0.05, 0.55, 51).tolist())
+        if live._kv_bytes(refitted.decide(target).allocation.kept) > live._kv_bytes(live.decider.decide(target).allocation.kept)
+    )
+    before, tokens = live.set_ratio(target.ratio).kept, 5000
+    goal = Goal(None, live._weights(before) + tokens * live._kv_bytes(before) + 1000, target.ratio, 0.6)
+    served = Served(live, "tiny", 150, lambda _: goal)
+    live.room.start(Claim(tokens, tokens), before)
+    assert live.room.holds(before)
+    served.adopt(refitted)
+    assert live.size.decision.asked > target.ratio and live.room.holds(live.size.kept)
+    live.close()
+
+
+def test_who_could_never_start_after_another_fit_is_refused_and_the_next_one_runs(study, refitted, monkeypatch):
+    live = opened(study)
+    live._workers = 3
+    slowed(live, monkeypatch, 0.01)
+    memory = live._weights(live.size_for(0.6).kept) + 60 * 10**3
+    served = Served(live, "tiny", 40, lambda fit: Goal(None, memory - 10_000 * (fit is refitted), 0.0, 0.6))
+    first, second, third = greedy(10), greedy(live.room.most_tokens() - len(PROMPT)), greedy(5)
+    found = collect(live, first, second, third, then=lambda piece: piece.tokens == 3 and served.adopt(refitted), failing=True)
+    assert isinstance(found[1], Refusal) and (found[1].status, found[1].code) == (503, "no_memory")
+    assert [found[at][-1].finish is not None for at in (0, 2)] == [True, True] and not live.room.waiting
+    live.close()
+
+
+def test_a_goal_of_memory_takes_nested_policies_and_says_so(study, caplog):
+    with running(study, target_memory="10MB") as (port, served):
+        assert served.live.nested and strict(request(port, "GET", "/api/state")[2])["nested"]
+        assert strict(request(port, "GET", "/api/policy?ratio=0.4")[2]) | {"milliseconds": 0} == strict(
+            request(port, "GET", "/api/policy?ratio=0.4&nested=true")[2]
+        ) | {"milliseconds": 0}
+    assert [record.message for record in caplog.records if "nested" in record.message] == [
+        "policies are nested, since --target-memory came: of others two sizes together read more than either"
+    ]
+
+
 def test_a_goal_of_memory_is_kept_at_every_token_whatever_comes(study, monkeypatch):
-    live = opened(study, nested=False)
+    live = opened(study)
     smallest = live.size_for(0.6).kept
     goal = Goal(None, live._weights(smallest) + 200 * live._kv_bytes(smallest), 0.0, 0.6)
     served, ratios, used, running = Served(live, "tiny", 150, lambda _: goal), [], [], []
@@ -107,7 +197,9 @@ def test_a_request_waits_until_there_is_room_for_all_that_it_may_take(study, mon
 
 def test_who_waits_for_room_gives_up_the_place_when_cancelled(study):
     live = opened(study)
-    live.keep_within(1, 0.6)  # for nobody
+    smallest = live.size_for(0.6).kept
+    live.keep_within(live._weights(smallest) + 20 * live._kv_bytes(smallest), 0.6)
+    live.room.start(Claim(10, 20), smallest)  # and never ends
     job = greedy(5)
 
     async def leave_soon():
@@ -115,7 +207,7 @@ def test_who_waits_for_room_gives_up_the_place_when_cancelled(study):
         asyncio.get_running_loop().call_later(0.3, live.leave, job)
         return [piece async for piece in live.pieces(job)]
 
-    assert asyncio.run(leave_soon()) == [] and not live.room.waiting and not live.room.running
+    assert asyncio.run(leave_soon()) == [] and not live.room.waiting and len(live.room.running) == 1
     live.close()
 
 

@@ -70,56 +70,42 @@ def prometheus(state: dict[str, Any], counts: Mapping[int, int]) -> str:
         state: As /api/state has it; without a live model only its requests.
         counts: Answers by status.
     """
-    lines: list[str] = []
-
-    def add(name: str, kind: str, what: str, *values: tuple[str, float | None]) -> None:
-        given = [(labels, value) for labels, value in values if value is not None]
-        if given:
-            lines.extend([f"# HELP ppf_{name} {what}", f"# TYPE ppf_{name} {kind}"])
-            lines.extend(
-                f"ppf_{name}{labels} {value:g}" if isinstance(value, float) else f"ppf_{name}{labels} {value}"
-                for labels, value in given
-            )
-
-    add("responses_total", "counter", "Answers by HTTP status.", *((f'{{status="{key}"}}', counts[key]) for key in sorted(counts)))
-    add("fits_total", "counter", "Fits of the study that policies came from.", ("", state["fits"]))
-    if state["live"]:
-        memory, requests = state["memory"], state["requests"]
-        add("ratio", "gauge", "Pruning ratio of requests that name none.", ("", float(state["ratio"])))
-        add(
-            "tokens_per_second",
-            "gauge",
-            "Tokens a second of all requests together, over the busy part of the last 10 s.",
-            ("", state["tokens_per_second"]),
-        )
-        add(
-            "token_latency_seconds",
-            "gauge",
-            "Median time of a further token, of the last 10 s.",
-            ("", _seconds(state["latency_ms"])),
-        )
-        add(
-            "first_token_seconds",
-            "gauge",
-            "Median time from request to first token, of the last 10 s.",
-            ("", _seconds(state["first_token_ms"])),
-        )
-        add(
-            "memory_bytes",
-            "gauge",
-            "Bytes of the weights that are read, and of the KV caches.",
-            *((f'{{kind="{key}"}}', memory[key]) for key in memory),
-        )
-        add("requests", "gauge", "Requests now.", *((f'{{state="{key}"}}', requests[key]) for key in ("running", "waiting")))
-        ends = ("done", "failed", "refused", "cancelled")
-        add("requests_total", "counter", "Requests by how they ended.", *((f'{{end="{key}"}}', requests[key]) for key in ends))
-        add(
-            "tokens_total",
-            "counter",
-            "Tokens of prompts that were run, and tokens made.",
-            *((f'{{kind="{key}"}}', state["tokens"][key]) for key in state["tokens"]),
-        )
+    answers = {f'{{status="{key}"}}': counts[key] for key in sorted(counts)}
+    lines = _lines("responses_total", "counter", "Answers by HTTP status.", answers)
+    lines += _lines("fits_total", "counter", "Fits of the study that policies came from.", {"": state["fits"]})
+    for name, kind, what, values in _of_live(state) if state["live"] else ():
+        lines += _lines(name, kind, what, values)
     return "\n".join(lines) + "\n"
+
+
+def _of_live(state: dict[str, Any]) -> list[tuple[str, str, str, dict[str, float | None]]]:
+    """Name, kind, meaning and values by labels of what a live model has beside."""
+    busy, first = _seconds(state["latency_ms"]), _seconds(state["first_token_ms"])
+    together = "Tokens a second of all requests together, over the busy part of the last 10 s."
+    memory = {f'{{kind="{key}"}}': value for key, value in state["memory"].items()}
+    now = {f'{{state="{key}"}}': state["requests"][key] for key in ("running", "waiting")}
+    ends = {f'{{end="{key}"}}': state["requests"][key] for key in ("done", "failed", "refused", "cancelled")}
+    tokens = {f'{{kind="{key}"}}': value for key, value in state["tokens"].items()}
+    return [
+        ("ratio", "gauge", "Pruning ratio of requests that name none.", {"": float(state["ratio"])}),
+        ("tokens_per_second", "gauge", together, {"": state["tokens_per_second"]}),
+        ("token_latency_seconds", "gauge", "Median time of a further token, of the last 10 s.", {"": busy}),
+        ("first_token_seconds", "gauge", "Median time from request to first token, of the last 10 s.", {"": first}),
+        ("memory_bytes", "gauge", "Bytes of the weights that are read, and of the KV caches.", memory),
+        ("requests", "gauge", "Requests now.", now),
+        ("requests_total", "counter", "Requests by how they ended.", ends),
+        ("tokens_total", "counter", "Tokens of prompts that were run, and tokens made.", tokens),
+    ]
+
+
+def _lines(name: str, kind: str, what: str, values: Mapping[str, float | None]) -> list[str]:
+    """Nothing for a metric that has no value yet."""
+    given = [f"ppf_{name}{at} {_shown(value)}" for at, value in values.items() if value is not None]
+    return [f"# HELP ppf_{name} {what}", f"# TYPE ppf_{name} {kind}", *given] if given else []
+
+
+def _shown(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _seconds(milliseconds: float | None) -> float | None:
