@@ -87,7 +87,7 @@ def test_pages_of_other_sites_change_nothing(live, method, headers):
     assert served.live.size.decision.asked == 0
 
 
-@pytest.mark.parametrize("headers", FOREIGN[:4])
+@pytest.mark.parametrize("headers", FOREIGN[:5])
 def test_pages_of_other_sites_read_nothing(decisions, headers):
     for path in GET[2:]:
         assert is_refusal(request(decisions, "GET", path, **headers), 403)

@@ -12,7 +12,7 @@ from http_client import request, strict
 from live_runs import PROMPT, collect, greedy, opened, slowed
 from ppf.config import Target
 from ppf.decide import Decider
-from ppf.errors import InputError
+from ppf.errors import InputError, ResourceError
 from ppf.llm.generate import Sampling
 from ppf.server.controller import Goal
 from ppf.server.job import Job
@@ -146,6 +146,32 @@ def test_who_could_never_start_after_another_fit_is_refused_and_the_next_one_run
     live.close()
 
 
+def test_another_fit_waits_until_requests_under_way_have_room_by_it(study, refitted):
+    live = opened(study)
+    memory = live._weights(live.size_for(0.6).kept) + 60 * 10**3
+    served = Served(live, "tiny", 40, lambda fit: Goal(None, memory - 10_000 * (fit is refitted), 0.0, 0.6))
+    most, before = live.room.most_tokens(), (live.decider, live.size, live.room.goal, live.room.top, served.goal)
+    live.room.start(Claim(4, most), live.size.kept)
+    with refuses(ResourceError):
+        served.adopt(refitted)
+    assert (live.decider, live.size, live.room.goal, live.room.top, served.goal) == before
+    live.room.running.clear()
+    served.adopt(refitted)
+    assert live.decider is refitted and live.room.most_tokens() < most
+    live.close()
+
+
+def test_another_fit_by_which_nothing_has_room_is_refused(study, refitted):
+    live = opened(study)
+    goals = {live.decider: Goal(None, 10**12, 0.0, 0.6), refitted: Goal(None, 1000, 0.0, 0.6)}
+    served = Served(live, "tiny", 40, goals.__getitem__)
+    before = live.decider
+    with refuses(InputError):
+        served.adopt(refitted)
+    assert live.decider is before and live.room.goal == 10**12
+    live.close()
+
+
 def test_a_goal_of_memory_takes_nested_policies_and_says_so(study, caplog):
     with running(study, target_memory="10MB") as (port, served):
         assert served.live.nested and strict(request(port, "GET", "/api/state")[2])["nested"]
@@ -198,8 +224,8 @@ def test_a_request_waits_until_there_is_room_for_all_that_it_may_take(study, mon
 def test_who_waits_for_room_gives_up_the_place_when_cancelled(study):
     live = opened(study)
     smallest = live.size_for(0.6).kept
-    live.keep_within(live._weights(smallest) + 20 * live._kv_bytes(smallest), 0.6)
-    live.room.start(Claim(10, 20), smallest)  # and never ends
+    live.keep_within(live._weights(smallest) + 40 * live._kv_bytes(smallest), 0.6)
+    live.room.start(Claim(10, 40), smallest)  # and never ends
     job = greedy(5)
 
     async def leave_soon():

@@ -190,12 +190,14 @@ def _room_beside(live: Live, prompt: int, asked: int, size: Size | None) -> int:
         return live.context
     if prompt + asked > most:
         at = "any ratio allowed" if size is None else f"prune_ratio {size.decision.asked:g}"
-        raise Refusal(
-            400,
+        must = (
             f"prompt and answer must be at most {most} tokens at {at}, by the server's --target-memory; {prompt} + {asked} came; "
-            f"ask for fewer{'' if size is None else ' or for a larger prune_ratio'}",
-            "no_memory",
         )
+        must += f"ask for fewer{'' if size is None else ' or for a larger prune_ratio'}"
+        if not most:
+            must = f"the model at {at} must leave room for tokens within the server's --target-memory; it leaves none; "
+            must += "ask for a larger prune_ratio"
+        raise Refusal(400, must, "no_memory")
     return most - prompt
 
 

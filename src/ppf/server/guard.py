@@ -138,12 +138,11 @@ class Guard:
         origins, referers = _values(scope, b"origin"), _values(scope, b"referer")
         if any(not self.access.is_own_origin(origin) for origin in origins):
             return False
-        is_safe, sites = scope["method"] in _SAFE, _values(scope, b"sec-fetch-site")
-        if is_safe and is_public(scope["path"]):  # a link or a bookmark may lead to the page
+        if scope["method"] in _SAFE and is_public(scope["path"]):  # a link or a bookmark may lead to the page
             return True
-        if any(site not in ("same-origin", "none") for site in sites):
+        if any(site not in ("same-origin", "none") for site in _values(scope, b"sec-fetch-site")):
             return False
-        return is_safe or bool(origins) or all(self.access.is_own_origin(referer) for referer in referers)
+        return bool(origins) or all(self.access.is_own_origin(referer) for referer in referers)
 
     async def _body(self, scope: Message, receive: Receive) -> bytes | None:
         """The whole body, checked; None if the client left."""
@@ -171,6 +170,8 @@ class Guard:
                 raise Refusal(
                     415, "a body must be application/json; another type came; say Content-Type: application/json", "bad_type"
                 )
+            if any(coding.lower() != "identity" for coding in _values(scope, b"content-encoding")):
+                raise Refusal(415, "a body must come as it is; a packed one came; leave Content-Encoding out", "bad_type")
             load(b"".join(chunks))
         return b"".join(chunks)
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppf.config import Target
 from ppf.decide import Decider
-from ppf.errors import InputError
+from ppf.errors import InputError, ResourceError
 from ppf.llm.elastic import ElasticModel
 from ppf.llm.generate import Piece, generate
 from ppf.llm.perplexity import is_memory
@@ -30,6 +31,8 @@ from ppf.space.budget import largest_ratio
 _RUNNING = 4
 _WAITING = 32
 _SECONDS = 300.0
+_LEAST_TOKENS = 32
+"""That a goal of memory must leave room for: a short question and its answer."""
 _TIMED = 6
 _NO_ROOM = "there must be enough memory for a request; there was not; ask for fewer tokens"
 _RECHECK = 0.1
@@ -95,7 +98,8 @@ class Live:
             high: The largest ratio there.
 
         Raises:
-            InputError: Another model, or another order of its units than that in memory.
+            InputError: Another model, or another order of its units than that in memory; or as ``keep_within``.
+            ResourceError: Requests under way may take more than its largest ratio has room for.
         """
         old, new = self.decider, decider
         same = old.study.record["model"]["digest"] == new.study.record["model"]["digest"]
@@ -105,13 +109,18 @@ class Live:
             raise InputError(
                 "a study fitted anew must keep its model and the order of the units; it has another; start the server again"
             )
-        known, size, self.decider = self.costs, self.size, decider
+        known, size, room, self.decider = self.costs, self.size, (self.room.goal, self.room.top), decider
         try:
             self.set_ratio(min(size.decision.asked, largest_ratio(decider.layout)) if ratio is None else ratio)
             self.costs = self._costs(known.latency_at)
             self.keep_within(memory, high)
+            if not self.room.can_finish():
+                raise ResourceError(
+                    "requests under way must have room at the new fit's largest ratio; they may take more; some have to end first"
+                )
         except BaseException:  # all of the new fit, or nothing; what ran is put back as it was, which cannot fail too
             self.decider, self.costs, self.size, self.elastic.current = old, known, size, size.view
+            self.room.goal, self.room.top = room
             raise
 
     def set_ratio(self, ratio: float) -> Size:
@@ -124,8 +133,16 @@ class Live:
         return size
 
     def keep_within(self, memory: int | None, ratio: float) -> None:
-        """Lets requests run only while weights in use and KV caches fit, at this largest ratio; None: whatever they take."""
+        """Lets requests run only while weights in use and KV caches fit, at this largest ratio; None: whatever they take.
+
+        Raises:
+            InputError: Not even a short request would have room.
+        """
         top = None if memory is None else self.size_for(ratio).kept
+        least = replace(self.room, goal=memory, top=top).least(_LEAST_TOKENS)
+        if memory is not None and memory < least:
+            takes = f"{least:,} bytes of weights and KV cache at ratio {ratio:g}, the largest allowed"
+            raise InputError(f"--target-memory must hold {takes}; {memory:,} came; raise it")
         self.room.goal, self.room.top = memory, top
 
     def admit(self, job: Job) -> None:
@@ -307,7 +324,7 @@ class Live:
     def _note_view(self, job: Job, piece: Piece) -> float:
         """Keeps what runs from now on, and returns its ratio."""
         ratio = self.ratio_of(piece.view)
-        if job.view is not None:
+        if job.view is not None and not np.array_equal(job.view.allocation.kept, piece.view.allocation.kept):  # not a fit alone
             cache = "rebuilt" if piece.carried == "rebuild" else piece.carried
             job.switches.append({"token": piece.tokens, "from": self.ratio_of(job.view), "ratio": ratio, "cache": cache})
         job.view = piece.view

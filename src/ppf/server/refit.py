@@ -61,16 +61,17 @@ async def follow(folder: Path, mark: Mark | None, live: bool, adopt: Callable[[D
         live: Whether a model is served too.
         adopt: Takes the decider and the study's record of a new fit into use; runs between two requests.
     """
-    wait, pause = _LOOK_SECONDS, _PAUSES[0]
+    wait, pause, is_gone = _LOOK_SECONDS, _PAUSES[0], False
     while True:
         await asyncio.sleep(wait)
         wait = _LOOK_SECONDS
-        if (now := mark_of(folder)) == mark:
+        now, was_gone = mark_of(folder), is_gone
+        is_gone = now is None
+        if is_gone and not was_gone:
+            _log.warning("the study is being fitted or has gone; the policies of its last fit are served until another has ended")
+        if is_gone or now == mark:  # or it has come back as it was
             continue
         before, mark = mark, now
-        if now is None:
-            _log.warning("the study is being fitted or has gone; the policies of its last fit are served until another has ended")
-            continue
         try:
             decider, study, mark = await asyncio.to_thread(_opened, folder, live)
             adopt(decider, study)

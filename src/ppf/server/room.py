@@ -102,9 +102,11 @@ class Room:
 
     def can_ever_fit(self, claim: Claim) -> bool:
         """Whether all that it and those under way may ever take fits at the largest ratio allowed."""
-        if self.top is None:
-            return True
-        return self._fits([(self.top, 0), *((_of(one, self.top), one.most) for one in (*self.running, claim))])
+        return self._can_fit([*self.running, claim])
+
+    def can_finish(self) -> bool:
+        """Whether all that those under way may ever take fits at the largest ratio allowed; another fit may allow less."""
+        return self._can_fit(self.running)
 
     def holds(self, live: np.ndarray) -> bool:
         """Whether all who run, and the next who can, fit once all are at ``live``."""
@@ -135,6 +137,9 @@ class Room:
     def _counted(self) -> list[Claim]:
         """Those who run, and the first who waits if it can be let in."""
         return [*self.running, *(claim for claim in list(self.waiting)[:1] if self.can_ever_fit(claim))]
+
+    def _can_fit(self, claims: Iterable[Claim]) -> bool:
+        return self.top is None or self._fits([(self.top, 0), *((_of(one, self.top), one.most) for one in claims)])
 
     def _fits(self, held: Iterable[tuple[np.ndarray, int]]) -> bool:
         return self.goal is None or sum(self._bytes(held)) <= self.goal

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,6 +53,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self.should_exit:
             _end_now(sig, frame)
+        _say(b"stopping; what is not answered soon is ended\n")
         self.should_exit = True
 
 
@@ -81,6 +84,9 @@ class _Protocol(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
         self.config.loaded_app.counts[400] += 1
         self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Who asks for another protocol is answered in this one, and the log is not told to install it."""
 
     def _close_if_silent(self) -> None:
         is_answering = self.cycle is not None and not self.cycle.response_complete
@@ -115,13 +121,28 @@ def serve(config: ServeConfig, open_live: Callable[[ServeConfig, Decider], LiveP
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, _end_now)
         server.run([listener])
+    if threading.current_thread() is threading.main_thread():
+        _leave()
+
+
+def _leave() -> NoReturn:
+    """Ends the process without taking it apart, which takes seconds where a model is in memory; all is answered or ended."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(0)
 
 
 def _end_now(number: int, _: Any) -> NoReturn:
     """A second signal ends the process at once, whatever its threads do."""
-    with contextlib.suppress(OSError):  # nobody reads it any more
-        os.write(2, b"error: stopped; what was not answered is lost\n")
+    _say(b"error: stopped; what was not answered is lost\n")
     os._exit(128 + number)
+
+
+def _say(line: bytes) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, line)
 
 
 def server_of(service: Service, access: Access) -> _Server:

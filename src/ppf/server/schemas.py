@@ -5,8 +5,19 @@ Every field says in words what it must be; a refusal says so too (fields.py).
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+
+def _is_off(value: Any) -> Any:
+    if value:
+        raise ValueError("it is not there")
+    return value
+
+
+# Literal[1] and Literal[False] would take what is equal to them: true, and 0
+One = Annotated[int, Field(ge=1, le=1)]
+No = Annotated[bool, AfterValidator(_is_off)]
+Zero = Annotated[float, AfterValidator(_is_off)]
 Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Token = Annotated[int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
@@ -38,6 +49,13 @@ class PolicyQuery(BaseModel):
     tp: int = _is("a whole number from 1 to 4096", 1, ge=1, le=4096)
     nested: bool | None = _is("true or false")
 
+    @field_validator("ratio", "latency_ms", "align", "tp", mode="before")
+    @classmethod
+    def _as_json_has_it(cls, value: Any) -> Any:
+        if isinstance(value, str) and "_" in value:  # a number in Python alone
+            raise ValueError("a number has no underscores")
+        return value
+
 
 class RatioBody(_Strict):
     """The body of POST /api/ratio."""
@@ -60,23 +78,16 @@ class _Request(_Strict):
     max_completion_tokens: int | None = _is("a whole number above 0", ge=1)
     temperature: float | None = _is("a number from 0 to 2", ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = _is("a number above 0, at most 1", gt=0, le=1, allow_inf_nan=False)
-    n: Literal[1] | None = _is("1 or left out: there is one answer to a request")
+    n: One | None = _is("1 or left out: there is one answer to a request")
     seed: int | None = _is("a whole number of 64 bits", ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = _is("a text of 1 to 200 characters, or at most 4 of them")
     stream: bool | None = _is("true or false")
     stream_options: StreamOptions | None = _is('an object such as {"include_usage": true}')
     prune_ratio: Ratio | None = _is("a number from 0 to less than 1")
     user: Words | None = _is("a text of at most 300 characters")
-    frequency_penalty: float | None = _is("0 or left out: this server has no penalties")
-    presence_penalty: float | None = _is("0 or left out: this server has no penalties")
+    frequency_penalty: Zero | None = _is("0 or left out: this server has no penalties")
+    presence_penalty: Zero | None = _is("0 or left out: this server has no penalties")
     logit_bias: dict[str, float] | None = _is("empty or left out: this server has none", max_length=0)
-
-    @field_validator("frequency_penalty", "presence_penalty")
-    @classmethod
-    def _none_at_all(cls, value: float | None) -> float | None:
-        if value:
-            raise ValueError("penalties are not there")
-        return value
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -90,8 +101,8 @@ class CompletionBody(_Request):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] | Annotated[list[Token], Field(min_length=1)] = _is(
         "one text, or a list of one text or of token ids", ...
     )
-    best_of: Literal[1] | None = _is("1 or left out: there is one answer to a request")
-    echo: Literal[False] | None = _is("false or left out: an answer does not repeat its prompt")
+    best_of: One | None = _is("1 or left out: there is one answer to a request")
+    echo: No | None = _is("false or left out: an answer does not repeat its prompt")
     logprobs: None = _is(_ABSENT)
     suffix: None = _is(_ABSENT)
 
@@ -124,7 +135,7 @@ class ChatBody(_Request):
     messages: list[ChatMessage] = _is(
         'a list of 1 to 1000 messages such as {"role": "user", "content": "..."}', ..., min_length=1, max_length=1000
     )
-    logprobs: Literal[False] | None = _is(_ABSENT)
+    logprobs: No | None = _is(_ABSENT)
     top_logprobs: None = _is(_ABSENT)
     response_format: None = _is(_ABSENT)
     tools: None = _is(_ABSENT)

@@ -27,8 +27,6 @@ from ppf.space.budget import largest_ratio, parse_size
 
 _LOOK_SECONDS = 0.5
 _BYTES_PER_TOKEN = 16
-_LEAST_TOKENS = 32
-"""That a goal of memory must leave room for: a short question and its answer."""
 _log = logging.getLogger("ppf.server")
 
 
@@ -187,8 +185,9 @@ def open_served(config: ServeConfig, decider: Decider) -> Served:
     """
     quiet_transformers()
     top = largest_ratio(decider.layout)
-    if max(config.max_ratio or 0.0, config.min_ratio) > top:
-        raise InputError(f"the limits must lie below {top:g}, the largest ratio of this model; a larger one came; lower them")
+    for flag, ratio in (("--max-ratio", config.max_ratio or 0.0), ("--min-ratio", config.min_ratio)):
+        if ratio > top:
+            raise InputError(f"{flag} must be at most {top:g}, the largest ratio of this model; {ratio:g} came; lower it")
     goal = goal_for(config, decider)
     if goal is not None and max(config.ratio, config.min_ratio) > goal.high:
         trained = f"{goal.high:g}, the largest that was trained"
@@ -200,12 +199,11 @@ def open_served(config: ServeConfig, decider: Decider) -> Served:
     with progress.stage("timing"):
         live = Live(decider, elastic, tokenizer, ratio, config.decides_nested)
     name = own_name(config.model or decider.study.record["model"]["name"])
-    served = Served(live, name, config.max_tokens, lambda fit: goal_for(config, fit))
-    most = live.room.most_tokens(None)
-    if goal is not None and most is not None and most < _LEAST_TOKENS:
+    try:
+        served = Served(live, name, config.max_tokens, lambda fit: goal_for(config, fit))
+    except InputError:
         live.close()
-        least = f"{live.room.least(_LEAST_TOKENS):,} bytes of weights and KV cache at ratio {goal.high:g}, the largest allowed"
-        raise InputError(f"--target-memory must hold {least}; {config.target_memory} came; raise it")
+        raise
     if live.nested and not config.nested:
         _log.warning("policies are nested, since --target-memory came: of others two sizes together read more than either")
     return served

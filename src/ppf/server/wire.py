@@ -9,6 +9,8 @@ from starlette.responses import Response
 from ppf.errors import InputError, PPFError, UnsupportedError
 
 _DEPTH = 64
+_DIGITS = 40
+"""Of a whole number; those of 64 bits have 20."""
 _STATUS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 
 
@@ -51,7 +53,9 @@ def load(body: bytes) -> Any:
         Refusal: Not UTF-8, not JSON, a number that is not finite, a name twice in one record, or too deep.
     """
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refused, parse_float=_float, object_pairs_hook=_unique)
+        value = json.loads(
+            body.decode("utf-8"), parse_constant=_refused, parse_float=_float, parse_int=_int, object_pairs_hook=_unique
+        )
         _check_depth(value)
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate is no text
     except (ValueError, RecursionError) as error:
@@ -94,6 +98,12 @@ def _float(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text[:20]} is out of range")
     return number
+
+
+def _int(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"a number has more than {_DIGITS} digits")
+    return int(text)
 
 
 def _refused(name: str) -> Any:
