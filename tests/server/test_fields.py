@@ -31,6 +31,11 @@ def said(schema, given):
         ({"temperature": True}, "temperature must be a number from 0 to 2; true came; change it"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage must be true or false; 1 came; change it"),
         ({"stream_options": 1}, 'stream_options must be an object such as {"include_usage": true}; 1 came; change it'),
+        ({"n": True}, "n must be 1 or left out: there is one answer to a request; true came; leave it out"),
+        ({"best_of": True}, "best_of must be 1 or left out: there is one answer to a request; true came; leave it out"),
+        ({"n": 2}, "n must be 1 or left out: there is one answer to a request; 2 came; leave it out"),
+        ({"echo": 0}, "echo must be false or left out: an answer does not repeat its prompt; 0 came; leave it out"),
+        ({"echo": True}, "echo must be false or left out: an answer does not repeat its prompt; true came; leave it out"),
         ({"top_k": 5}, 'a request may have the fields that this route knows; "top_k" came; leave it out'),
         ({"logprobs": 2}, "logprobs must be left out: this server has none; 2 came; leave it out"),
         ({"frequency_penalty": 1}, "frequency_penalty must be 0 or left out: this server has no penalties; 1 came; leave it out"),
@@ -83,6 +88,8 @@ def test_over_http_it_is_the_same_line(live, decisions):
     status, _, found = request(decisions, "GET", "/api/policy?ratio=a")
     assert strict(found)["error"]["message"] == 'ratio must be a number from 0 to less than 1; "a" came; change it'
     assert said(PolicyQuery, {"ratio": "0.1", "align": "0"}).startswith("align must be a whole number from 1 to 65536; ")
+    for name, must in (("ratio", "from 0 to less than 1"), ("latency_ms", "of milliseconds above 0"), ("align", "from 1 to 65536")):
+        assert f'{must}; "0_3" came' in said(PolicyQuery, {name: "0_3"})
 
 
 def test_every_field_says_what_it_must_be():

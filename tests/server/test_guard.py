@@ -68,6 +68,11 @@ def test_two_hosts_or_none_or_a_whole_address_are_refused(decisions):
         assert status in (400, 404) and b"prunable" not in body
 
 
+def test_a_packed_body_is_refused(live):
+    for coding, status in (("gzip", 415), ("identity, br", 415), ("identity", 200)):
+        assert request(live[0], "POST", "/api/ratio", b'{"ratio":0}', Content_Encoding=coding)[0] == status
+
+
 # --- who asks: no page of another site ---
 
 FOREIGN = [

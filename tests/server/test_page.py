@@ -1,41 +1,15 @@
 """The page in a real browser: Chromium, and no network but the server."""
 
 import re
-import shutil
 
 import pytest
 
-from http_client import request, strict
-from ppf.config import Target
-from ppf.decide import Decider
-from ppf.server import refit
-from ppf.study import StudyFolder
-from server_runs import fit_anew, running
+from server_runs import running
 from slider_moves import move
 
 pytestmark = pytest.mark.browser
 sync_api = pytest.importorskip("playwright.sync_api")
-
-
-def ready(page):
-    """The page when all is drawn; it goes on asking for what the slider may show."""
-    page.wait_for_selector("#main:not([hidden])")
-    page.wait_for_selector("#chart .line", state="attached")
-    return page
-
-
-def told(page, place, words):
-    """Waits for words; what playwright calls waiting for a function would need eval, which the page forbids."""
-    sync_api.expect(page.locator(place)).to_contain_text(words, timeout=20_000)
-
-
-def heights(page):
-    return page.eval_on_selector_all(".fill", "fills => fills.map((fill) => fill.style.height)")
-
-
-def tiles(page):
-    names, values = page.locator("#tiles dt").all_inner_texts(), page.locator("#tiles dd > span").all_inner_texts()
-    return dict(zip(names, values, strict=True))
+from page_views import heights, ready, tiles, told  # noqa: E402  # it needs playwright
 
 
 def test_the_slider_moves_bars_numbers_and_marker(visit, decisions):
@@ -154,6 +128,47 @@ def test_text_comes_dense_and_pruned(visit, live):
     assert "50.0 %" in page.inner_text("#pruned-head") and page.is_enabled("#go") and page.is_disabled("#stop")
 
 
+def test_a_goal_of_memory_that_the_dense_model_has_no_room_under_leaves_the_pruned_side(visit, study):
+    with running(study, target_memory="110KB", max_tokens=40) as (port, served):
+        page = ready(visit(port, quiet=False))
+        assert served.live.room.most_tokens(served.live.size_for(0.0).kept) == 0
+        move(page, 0.55)
+        page.fill("#count", "8")
+        page.click("#go")
+        told(page, "#dense-head", "no room under the goal of memory")
+        told(page, "#write-state", "Done.")
+        assert page.inner_text("#dense-text") == "" and page.inner_text("#pruned-text")
+        page.close()
+
+
+def test_both_sides_answer_what_was_asked(visit, live):
+    page, prompts = ready(visit(live[0])), []
+
+    def answer(route):
+        prompts.append(route.request.post_data_json["prompt"])
+        page.fill("#prompt", "another")
+        route.continue_()
+
+    page.route("**/v1/completions", answer)
+    page.fill("#prompt", "w5 w6")
+    page.fill("#count", "3")
+    page.click("#go")
+    told(page, "#write-state", "Done.")
+    assert prompts == ["w5 w6"] * 2
+
+
+def test_on_a_phone_the_focus_is_never_under_the_dial(visit, live):
+    page = ready(visit(live[0], 380))
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    page.focus("#pruned-text")
+    places = []
+    while page.evaluate("document.activeElement.closest('.dial') === null && document.activeElement !== document.body"):
+        dial, box = (page.locator(what).bounding_box() for what in (".dial", ":focus"))
+        places.append(box["y"] - dial["y"] - dial["height"])
+        page.keyboard.press("Shift+Tab")
+    assert len(places) > 5 and min(places) >= 0
+
+
 def test_a_refusal_is_told_in_the_server_s_words(visit, live):
     page = ready(visit(live[0], quiet=False))
     page.fill("#prompt", "w5 " * 1000)
@@ -212,16 +227,6 @@ def test_a_live_ratio_beyond_what_was_trained_is_shown_as_such(visit, study):
         page.close()
 
 
-def test_the_slider_reaches_where_another_client_sets_the_model(visit, own):
-    with running(own.folder) as (port, _):
-        page = ready(visit(port))
-        request(port, "POST", "/api/ratio", b'{"ratio": 0.7}')
-        sync_api.expect(page.locator("#ratio")).not_to_have_attribute("max", "0.6", timeout=20_000)
-        move(page, 0.7)
-        assert page.is_visible("#beyond")
-        page.close()
-
-
 def test_the_focus_goes_from_generate_to_stop_and_back(visit, live):
     page = ready(visit(live[0]))
     page.route("**/v1/completions", lambda route: None)  # asked, and never answered
@@ -245,63 +250,6 @@ def test_a_number_is_left_alone_while_it_is_typed(visit, live):
         assert page.input_value("#count") == typed
     page.focus("#prompt")
     sync_api.expect(page.locator("#count")).to_have_value("40")
-
-
-@pytest.fixture
-def own(study, tmp_path, monkeypatch):
-    """A copy of the study, to be fitted anew; servers look often."""
-    monkeypatch.setattr(refit, "_LOOK_SECONDS", 0.05)
-    return StudyFolder(shutil.copytree(study, tmp_path / "own"))
-
-
-def shows(page, own, ratio):
-    """Whether bars and numbers are those that the library decides."""
-    decision = Decider(own.folder).decide(Target(ratio=ratio))
-    sites = sorted(zip(own.layout.sites, decision.allocation.kept, strict=True), key=lambda pair: pair[0].kind)
-    bars = [100 * kept / site.units for site, kept in sites]
-    assert [float(height.rstrip("%")) for height in heights(page)] == pytest.approx(bars, abs=0.01)
-    assert tiles(page)["parameters"] == f"{decision.params[1]:,}"
-
-
-@pytest.mark.parametrize("with_model", [True, False])
-def test_a_page_that_is_open_follows_a_study_that_is_fitted_anew(visit, own, with_model):
-    with running(own.folder, no_model=not with_model) as (port, _):
-        page = ready(visit(port))
-        page.wait_for_selector("body[data-ready=all]")
-        move(page, 0.4)
-        shows(page, own, 0.4)
-        assert not page.is_visible("#news")
-        line = page.get_attribute("#chart .line", "d")
-        fit_anew(own, 0.8, most=0.5)
-        told(page, "#news", "fitted anew")
-        page.wait_for_selector("body[data-ready=all]")
-        assert (page.input_value("#ratio"), page.get_attribute("#ratio", "max")) == ("0.4", "0.5")
-        shows(page, own, 0.4)
-        assert "tau 0.50" in page.inner_text("#chart-lead") and page.get_attribute("#chart .line", "d") != line
-        move(page, 0.2)
-        shows(page, own, 0.2)
-        move(page, 0.5)
-        fit_anew(own, 0.2, most=0.3)
-        sync_api.expect(page.locator("#ratio")).to_have_attribute("max", "0.3", timeout=20_000)
-        page.wait_for_selector("body[data-ready=all]")
-        assert page.input_value("#ratio") == "0.3" and page.inner_text("#ratio-shown") == "30.0 %"
-        shows(page, own, 0.3)
-        page.close()  # before the server, which it would miss
-
-
-def test_an_answer_of_another_fit_is_enough_to_follow(visit, own):
-    with running(own.folder, no_model=True) as (port, _):
-        page = ready(visit(port))
-        page.wait_for_selector("body[data-ready=all]")
-        page.route("**/api/state", lambda route: None)  # asked, and never answered
-        fit_anew(own, 0.8)
-        while strict(request(port, "GET", "/api/state")[2])["fits"] != 2:
-            page.wait_for_timeout(20)
-        page.evaluate("document.getElementById('ratio').step = '0.0001'")
-        move(page, 0.4021)
-        shows(page, own, 0.4021)
-        assert page.is_visible("#news")
-        page.close()
 
 
 def test_names_are_text(visit, decisions, browser):

@@ -104,6 +104,18 @@ def test_while_a_fit_runs_the_last_policies_are_served_and_then_the_new_ones(own
     assert "Traceback" not in caplog.text and len(caplog.records) == 2
 
 
+def test_a_study_that_has_gone_and_comes_back_is_no_other_fit(own, caplog):
+    away = own.folder.with_name("away")
+    with running(own.folder, no_model=True) as (port, _):
+        before = get(port, "/api/state")
+        own.folder.rename(away)
+        until(lambda: "has gone" in caplog.text)
+        time.sleep(0.2)
+        away.rename(own.folder)
+        time.sleep(0.3)
+        assert get(port, "/api/state") == before and len(caplog.records) == 1
+
+
 def test_a_swap_fails_no_request_and_every_answer_is_of_one_fit(own, caplog):
     paths = [f"/api/policy?ratio=0.4&nested={nested}" for nested in ("false", "true")] + ["/api/study"]
     answers = [[library(own, 0.4, nested) for nested in (False, True)]]

@@ -97,9 +97,9 @@ def test_another_fit_waits_for_who_makes_room_by_the_old_one(study, refitted, mo
         return size
 
     def make_room():
-        with live.lock:
+        with live.turns.lock:
             live.room.start(Claim(60, 150), live.size.kept)
-            live.on_need()
+            live.turns.on_need()
 
     monkeypatch.setattr(live, "size_for", held)
     threads = [threading.Thread(target=make_room), threading.Thread(target=served.adopt, args=(refitted,))]
@@ -277,9 +277,10 @@ def test_under_load_a_server_with_a_goal_shrinks_its_model_within_its_limits(stu
 
 
 def test_limits_beyond_the_model_are_refused(study):
-    for limits in ({"max_ratio": 0.999}, {"min_ratio": 0.99, "target_latency_ms": 5.0}):
-        with refuses(InputError), running(study, **limits):
+    for limits, words in (({"max_ratio": 0.999}, "--max-ratio"), ({"min_ratio": 0.99}, "--min-ratio")):
+        with refuses(InputError) as caught, running(study, target_latency_ms=5.0, **limits):
             pass
+        assert words in str(caught.value) and f"; {next(iter(limits.values())):g} came" in str(caught.value)
 
 
 def test_a_memory_that_no_ratio_meets_is_refused(study):

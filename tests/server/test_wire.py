@@ -13,6 +13,7 @@ BAD = {
     "minus infinity": b'{"ratio": -Infinity}',
     "too large": b'{"ratio": 1e999}',
     "a big integer": b'{"ratio": ' + b"1" * 400 + b"}",
+    "a huge integer": b'{"ratio": ' + b"1" * 5000 + b"}",
     "a name twice": b'{"ratio": 0.1, "ratio": 0.2}',
     "a lone surrogate": b'{"ratio": "\\ud800"}',
     "a byte order mark": b'\xef\xbb\xbf{"ratio": 0.1}',
@@ -53,12 +54,9 @@ def test_what_is_one_is_taken(live, body):
 
 @pytest.mark.parametrize("name", BAD)
 def test_the_reader_says_why(name):
-    if name == "a big integer":
-        assert load(BAD[name])["ratio"] > 1e300  # JSON; what it means is for the schema to say
-        return
     with pytest.raises(Refusal) as caught:
         load(BAD[name])
-    assert caught.value.status == 400 and caught.value.message.count("; ") >= 2
+    assert caught.value.status == 400 and caught.value.message.count("; ") >= 2 and "sys." not in caught.value.message
 
 
 def test_depth_is_limited():

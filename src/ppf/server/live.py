@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from ppf.server.controller import Costs, Load
 from ppf.server.job import Job, Size
 from ppf.server.metrics import Meter
 from ppf.server.room import Room
+from ppf.server.turns import NO_ROOM, Turns
 from ppf.server.wire import Refusal
 from ppf.space.budget import largest_ratio
 
@@ -34,9 +34,6 @@ _SECONDS = 300.0
 _LEAST_TOKENS = 32
 """That a goal of memory must leave room for: a short question and its answer."""
 _TIMED = 6
-_NO_ROOM = "there must be enough memory for a request; there was not; ask for fewer tokens"
-_RECHECK = 0.1
-"""Seconds; who waits for room is woken when there may be some, but not when its client leaves."""
 
 
 class Live:
@@ -66,9 +63,8 @@ class Live:
         self.decider, self.elastic, self.tokenizer, self.nested = decider, elastic, tokenizer, nested
         self.context = int(elastic.config.max_position_embeddings)
         self.meter = Meter()
-        self.room, self.lock = Room(self._weights, self._kv_bytes), threading.Condition(threading.RLock())
-        self.on_need: Callable[[], None] = lambda: None
-        """Called, with the lock held, when requests need more room than before or wait for it."""
+        self.room = Room(self._weights, self._kv_bytes)
+        self.turns = Turns(self.room, lambda: self.size.kept)
         self.size = self.set_ratio(ratio)
         sizes = self._sizes()
         seconds = step_seconds(self.elastic, [size.view for size in sizes], timing_seconds)
@@ -233,43 +229,13 @@ class Live:
 
     def _work(self, job: Job) -> None:
         try:
-            if self._enter(job):
+            if self.turns.enter(job):
                 self._run(job)
         except Exception as error:  # the waiting side tells the client
             job.give(error)
         finally:
-            self._exit(job)
+            self.turns.leave(job)
             job.give(None)
-
-    def _enter(self, job: Job) -> bool:
-        """Waits for room; whether it came before the client left.
-
-        Raises:
-            Refusal: It would never come: another fit has been adopted since the request was checked.
-        """
-        claim, room = job.claim, self.room
-        with self.lock:
-            room.waiting.append(claim)
-            try:
-                while not job.cancelled.is_set():
-                    if (most := room.most_tokens(claim.own)) is not None and claim.most > most:
-                        raise Refusal(503, _NO_ROOM, "no_memory")
-                    if room.waiting[0] is claim:
-                        self.on_need()
-                    if room.may_start(claim, self.size.kept):
-                        room.start(claim, self.size.kept)
-                        return True
-                    self.lock.wait(_RECHECK)
-                return False
-            finally:
-                room.waiting.remove(claim)
-                self.lock.notify_all()
-
-    def _exit(self, job: Job) -> None:
-        with self.lock:
-            if job.claim in self.room.running:
-                self.room.running.remove(job.claim)
-                self.lock.notify_all()
 
     def _run(self, job: Job) -> None:
         start, ratio = time.monotonic(), 0.0
@@ -279,7 +245,7 @@ class Live:
             if time.monotonic() - start >= _SECONDS:
                 job.ended = "time"
                 break
-            if not self._has_room(job):
+            if not self.turns.may_go_on(job):
                 continue
             piece = next(pieces, None)
             if piece is None:
@@ -290,36 +256,16 @@ class Live:
                 self.meter.note_first(time.monotonic() - job.asked)
             elif piece.carried != "rebuild":
                 self.meter.note_step(piece.seconds, ratio)
-            self._note_cached(job, len(job.prompt) + piece.tokens - 1)
+            self.turns.note(job, len(job.prompt) + piece.tokens - 1)
             self.meter.counts["completion_tokens"] += 1
             job.give(piece)
 
     def _view_for(self, job: Job) -> View:
-        """Of the next token: its claim is at that from now on, and not only when the token is there."""
-        with self.lock:
+        """Of the next token."""
+        with self.turns.lock:
             view = (job.size or self.size).view
-            if job.claim.kept is not view.allocation.kept:
-                job.claim.kept = view.allocation.kept
-                self.lock.notify_all()
+            self.turns.come(job, view.allocation.kept)
         return view
-
-    def _note_cached(self, job: Job, cached: int) -> None:
-        with self.lock:
-            if job.claim.note(cached):
-                job.claim.paused = True
-                self.on_need()
-                self.lock.notify_all()
-
-    def _has_room(self, job: Job) -> bool:
-        """Whether the next token may be made; waits a moment where others must make room for it first."""
-        claim = job.claim
-        if not claim.paused:
-            return True
-        with self.lock:
-            if not self.room.may_go_on(claim, self.size.kept):
-                self.lock.wait(_RECHECK)
-            claim.paused = not self.room.may_go_on(claim, self.size.kept)
-        return not claim.paused
 
     def _note_view(self, job: Job, piece: Piece) -> float:
         """Keeps what runs from now on, and returns its ratio."""
@@ -359,5 +305,5 @@ class Live:
 
 def _as_ours(error: Exception) -> Exception:
     if is_memory(error):
-        return Refusal(503, _NO_ROOM, "no_memory")
+        return Refusal(503, NO_ROOM, "no_memory")
     return error

@@ -46,7 +46,7 @@ class Served:
         self.goal = goal_of(live.decider)
         if self.goal is not None:
             live.keep_within(self.goal.memory, self.goal.high)
-        live.on_need = self._look_now
+        live.turns.on_need = self._look_now
         self._decisions: deque[dict[str, Any]] = deque(maxlen=20)
         self._created = int(time.time())
 
@@ -107,7 +107,7 @@ class Served:
     def adopt(self, decider: Decider) -> None:
         """See ``LivePart``. The controller's limits are those of the new fit, and so is the ratio that it stands at."""
         goal = self._goal_of(decider)
-        with self.live.lock:  # or a thread that needs room goes on to a size of the old fit
+        with self.live.turns.lock:  # or a thread that needs room goes on to a size of the old fit
             if goal is None:
                 self.live.adopt(decider)
             else:
@@ -125,7 +125,7 @@ class Served:
 
     def look(self, goal: Goal) -> None:
         """Lets the controller decide once."""
-        with self.live.lock:
+        with self.live.turns.lock:
             to, reason = step(self._at, self._load(goal), goal, self.costs)
             if to.ratio >= self._at.ratio or self.live.room.is_settled(self.live.size.kept):
                 self._go(goal, to, reason)

@@ -2,11 +2,12 @@
 
 let token = "";
 
-/** An answer that is no success: `status`, and the server's own words. */
+/** An answer that is no success: `status`, the server's own words, and its word for programs. */
 export class Refused extends Error {
-  constructor(status, message) {
+  constructor(status, message, code = "") {
     super(message);
     this.status = status;
+    this.code = code;
   }
 }
 
@@ -59,7 +60,7 @@ export async function ask(path, body, signal) {
   }
   if (response.ok) return response;
   const record = await response.json().catch(() => ({}));
-  throw new Refused(response.status, record.error?.message || `the server answered ${response.status}`);
+  throw new Refused(response.status, record.error?.message || `the server answered ${response.status}`, record.error?.code);
 }
 
 export async function askJson(path, body) {
@@ -80,7 +81,7 @@ export async function* events(path, body, signal) {
       if (data === "[DONE]") return;
       if (!data) continue;
       const record = JSON.parse(data);
-      if (record.error) throw new Refused(500, record.error.message);
+      if (record.error) throw new Refused(500, record.error.message, record.error.code);
       yield record;
     }
   }

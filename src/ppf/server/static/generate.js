@@ -19,6 +19,10 @@ export class Writer {
     this.stopping = new AbortController();
     this.busy(true);
     const ratio = this.ratio();
+    const asked = {  // once, so that both sides answer the same whatever is typed meanwhile
+      prompt: get("prompt").value, max_tokens: Number(get("count").value), stream: true, seed: 0,
+      temperature: Number(get("manner").value), stream_options: { include_usage: true },
+    };
     const sides = [["dense", 0, "Dense"], ["pruned", ratio, `Pruned, ${(100 * ratio).toFixed(1)} % gone`]];
     for (const [side, , name] of sides) {
       get(`${side}-head`).textContent = name;
@@ -26,8 +30,9 @@ export class Writer {
     }
     try {
       this.model ??= (await askJson("/v1/models")).data[0].id;
-      for (const side of sides) await this.write(...side);
-      get("write-state").textContent = "Done.";
+      const refusals = [];
+      for (const side of sides) refusals.push(await this.tryWrite(asked, ...side));
+      get("write-state").textContent = refusals.every(Boolean) ? refusals[1] : "Done.";
     } catch (error) {
       get("write-state").textContent = error.name === "AbortError" ? "Stopped." : error.message;
     } finally {
@@ -36,13 +41,22 @@ export class Writer {
     }
   }
 
-  async write(side, ratio, name) {
+  /** Writes one side; where a goal of memory has no room for it, that is said there, and the other side goes on. */
+  async tryWrite(asked, side, ratio, name) {
+    try {
+      await this.write(asked, side, ratio, name);
+      return "";
+    } catch (error) {
+      if (error.code !== "no_memory") throw error;
+      get(`${side}-head`).textContent = `${name}: no room under the goal of memory`;
+      return error.message;
+    }
+  }
+
+  async write(asked, side, ratio, name) {
     const [head, text] = [get(`${side}-head`), get(`${side}-text`)];
     get("write-state").textContent = `${name} writes ...`;
-    const body = {
-      model: this.model, prompt: get("prompt").value, max_tokens: Number(get("count").value), stream: true, seed: 0,
-      temperature: Number(get("manner").value), prune_ratio: ratio, stream_options: { include_usage: true },
-    };
+    const body = { ...asked, model: this.model, prune_ratio: ratio };
     let first = 0;
     for await (const record of events("/v1/completions", body, this.stopping.signal)) {
       const piece = record.choices[0]?.text;
