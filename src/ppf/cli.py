@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PPFError as error:
         return _fail(str(error), error.exit_code, debug)
     except KeyboardInterrupt as stop:
-        what = "what was measured is kept, and the same command goes on" if keeps else "nothing was written"
+        what = str(stop) or ("what was measured is kept, and the same command goes on" if keeps else "nothing was written")
         return _fail(f"stopped; {what}", 143 if isinstance(stop, _Terminated) else 130, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

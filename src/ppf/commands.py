@@ -86,12 +86,13 @@ def _prune(config: PruneConfig) -> None:
     check_out(config.out, config.force, config.study)
     decider, progress = Decider(config.study), Progress()
     model = decider.study.record["model"]
-    check_room(Path(config.out), int(decider.decide(config.target).params[1] * model["bytes_per_param"]))
+    decision = decider.decide(config.target)
+    check_room(Path(config.out), int(decision.params[1] * model["bytes_per_param"]))
     check_wish(config)
     if config.no_measure:
         return _print_pruned(config, decider, prune_stored(config, config.model or model["name"], progress))
     loaded = load_for(config.model or model["name"], progress)
-    check_wish(config, loaded)
+    check_wish(config, loaded, None if config.refine else (decider.layout, decision.allocation))
     candidates = config.candidates if config.refine else 0
     pruned = prune(config.study, loaded, config.target, config.device, candidates, progress, config.compensate)
     with progress.stage("writing and checking"):

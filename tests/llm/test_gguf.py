@@ -139,13 +139,22 @@ def test_a_byte_level_tokenizer_without_merges_is_left_out_too(smaller, tmp_path
 
 def test_a_file_is_replaced_only_by_force(smaller, tmp_path):
     path = tmp_path / "a.gguf"
-    path.write_text("old")
+    path.write_bytes(b"GGUFold")
     with refuses(InputError):
         written(smaller, path)
-    assert path.read_text() == "old"
+    assert path.read_bytes() == b"GGUFold"
     written(smaller, path, force=True)
     assert GGUFReader(path).tensors and names_in(tmp_path) == ["a.gguf"]
     assert path.stat().st_mode & 0o777 == 0o666 & ~0o022
+
+
+def test_what_is_no_gguf_file_is_never_replaced(smaller, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("weights of another model")
+    with refuses(InputError) as caught:
+        written(smaller, path, force=True)
+    assert "GGUF files alone" in str(caught.value)
+    assert path.read_text() == "weights of another model"
 
 
 def test_a_file_that_came_meanwhile_stays(smaller, tmp_path, monkeypatch):
@@ -177,11 +186,11 @@ def test_a_file_that_is_not_finished_leaves_nothing(smaller, tmp_path, monkeypat
 
 
 def test_a_file_that_fails_its_check_leaves_nothing_and_the_old_one_stays(smaller, tmp_path, monkeypatch):
-    (tmp_path / "a.gguf").write_text("old")
+    (tmp_path / "a.gguf").write_text("GGUF, old")
     monkeypatch.setattr(gguf, "type_of", lambda name, array, quant: GGMLQuantizationType.F16)  # of norms and biases, too
     with refuses(DamagedError):
         written(smaller, tmp_path / "a.gguf", force=True)
-    assert names_in(tmp_path) == ["a.gguf"] and (tmp_path / "a.gguf").read_text() == "old"
+    assert names_in(tmp_path) == ["a.gguf"] and (tmp_path / "a.gguf").read_text() == "GGUF, old"
 
 
 def test_what_is_not_installed_is_named(smaller, tmp_path, monkeypatch):

@@ -16,10 +16,13 @@ from ppf.config import ExportConfig, PruneConfig, Target
 from ppf.decide import Decider
 from ppf.errors import InputError, ResourceError, UnsupportedError
 from ppf.llm import gguf_check
+from ppf.llm.depth import with_depth
 from ppf.llm.gguf import write_gguf
 from ppf.llm.load import adopt_model, load_model, open_checkpoint
 from ppf.llm.stored import Stored
 from ppf.recipes.export import check_wish, export
+from ppf.recipes.prune import Pruned
+from ppf.space.allocation import Allocation
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +190,30 @@ def test_biases_that_llama_cpp_lacks_are_refused_before_the_work():
         check_wish(wish, adopt_model(tiny_models.model("qwen3-mha-tied"), tiny_models.tokenizer()))
     assert "ridge" in str(caught.value)
     check_wish(replace(wish, compensate="ridge"), adopt_model(tiny_models.model("qwen3-mha-tied"), tiny_models.tokenizer()))
+
+
+def test_what_is_decided_is_refused_before_the_work_where_llama_cpp_cannot_hold_it():
+    dense = tiny_models.model("mixtral-gqa")
+    loaded, wish = adopt_model(dense, tiny_models.tokenizer()), PruneConfig("s", "o", Target(ratio=0.3), gguf="f")
+    layout = with_depth(dense, loaded.layout)
+    kept = layout.units.copy()
+    check_wish(wish, loaded, (layout, Allocation(kept.copy())))
+    kept[[site.role for site in layout.sites].index("expert")] = 0
+    with refuses(UnsupportedError) as caught:
+        check_wish(wish, loaded, (layout, Allocation(kept)))
+    assert "as many experts" in str(caught.value)
+
+
+def test_a_stop_while_the_file_is_written_says_that_the_folder_is_there(capsys, place, fitted, tmp_path, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pruned, "save_gguf", stopped)
+    study = copied(fitted, tmp_path / "study")
+    out, file = tmp_path / "small", tmp_path / "a.gguf"
+    code, _, err = answer(capsys, "prune", study, "--model", place / "model", "--ratio", 0.3, "--out", out, "--gguf", file)
+    assert code == 130 and err.endswith(f"error: stopped; the folder {out} is written and whole, {file} is not written\n")
+    assert load_model(str(out)) and not file.exists()
 
 
 def test_where_padding_would_undo_the_pruning_the_folder_is_there_and_said_to_be(capsys, tmp_path):

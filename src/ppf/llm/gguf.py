@@ -71,7 +71,7 @@ def write_gguf(
         path: The file; it appears only after its check passed.
         quant: One of ``FILE_TYPES``.
         name: The model's name inside the file.
-        force: Replace a file of that name.
+        force: Replace a GGUF file of that name.
         read: Gives its tensors; None for its own.
 
     Raises:
@@ -102,7 +102,7 @@ def check_gguf(path: Path, quant: str, force: bool, new_folder: Path | None = No
     Args:
         path: The file.
         quant: Number type of the matrices.
-        force: A file of that name may be there.
+        force: A GGUF file of that name may be there.
         new_folder: One that will be there before the file is written.
 
     Raises:
@@ -120,9 +120,20 @@ def check_gguf(path: Path, quant: str, force: bool, new_folder: Path | None = No
         raise InputError(f"{path} must be a new file; a folder or a link is there; name a file, such as {path.name}.gguf")
     if path.exists() and not force:
         raise InputError(f"{path} must be a new file; it exists; choose another name, or add --force to replace it")
+    if path.exists() and not _is_gguf(path):
+        raise InputError(f"--force replaces GGUF files alone; {path} is none; choose another name, or remove it yourself")
     if path.parent.resolve() != new_folder and not path.parent.is_dir():
         raise InputError(f"{path} must lie in a folder that exists; {path.parent} is none; make it, or choose another place")
     check_writable(path)
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether a file begins as one; an empty one has nothing to lose."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in (b"GGUF", b"")
+    except OSError:
+        return False
 
 
 def _keys(model: PreTrainedModel, shape: Shape, words: Vocabulary, quant: str, name: str) -> dict[str, Any]:

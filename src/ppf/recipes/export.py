@@ -4,15 +4,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ppf.config import ExportConfig, PruneConfig, QuantName
 from ppf.errors import InputError, PPFError, UnsupportedError
 from ppf.llm.gguf import Written, check_gguf, write_gguf
 from ppf.llm.gguf_shape import shape_of, takes_biases
 from ppf.llm.load import Checkpoint, LoadedModel
 from ppf.llm.stored import outlined, stored
+from ppf.llm.surgery import fill_buffers, smaller_skeleton
 from ppf.llm.weights import readable
 from ppf.provenance import own_name
 from ppf.recipes.prune import Pruned
+from ppf.space.allocation import Allocation
+from ppf.space.layout import Layout
 
 
 def export(config: ExportConfig, source: Checkpoint) -> dict[str, Any]:
@@ -51,14 +56,20 @@ def export_pruned(config: PruneConfig, pruned: Pruned) -> dict[str, Any] | None:
         return record_of(pruned.save_gguf(config.gguf, _quant(config), config.force), config.gguf)
     except PPFError as error:
         raise type(error)(f"{error} (the folder {config.out} is written and whole)") from error
+    except KeyboardInterrupt as stop:
+        stop.args = (f"the folder {config.out} is written and whole, {config.gguf} is not written",)
+        raise
 
 
-def check_wish(config: ExportConfig | PruneConfig, loaded: LoadedModel | None = None) -> None:
+def check_wish(
+    config: ExportConfig | PruneConfig, loaded: LoadedModel | None = None, decided: tuple[Layout, Allocation] | None = None
+) -> None:
     """Refuses what could not be written, before the work.
 
     Args:
         config: Where and how; without a GGUF file nothing is refused.
         loaded: The dense model, once it is there.
+        decided: Its layout and what is going to stay of it, where that is known.
 
     Raises:
         InputError: The file exists, or its place is none for a file.
@@ -78,6 +89,10 @@ def check_wish(config: ExportConfig | PruneConfig, loaded: LoadedModel | None = 
         if isinstance(config, PruneConfig) and config.compensate == "bias" and not takes_biases(loaded.model):
             family = loaded.layout.model_type
             raise UnsupportedError(f"--compensate bias with --gguf needs biases in llama.cpp's {family}; it has none; take ridge")
+        if decided is not None:
+            smaller = smaller_skeleton(loaded.model, *decided, loaded.dtype)
+            fill_buffers(smaller, torch.device("cpu"))
+            shape_of(smaller)
 
 
 def _quant(config: ExportConfig | PruneConfig) -> QuantName:
