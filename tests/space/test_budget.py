@@ -77,7 +77,7 @@ def test_a_refusal_names_the_steps_and_the_size_that_was_asked():
     of = layout()
     with refuses(InputError) as caught:
         Budget.from_memory(1000, of, 2, align=64, tp=2, headers=50_000)
-    assert "with --align 64 and --tp 2 (" in str(caught.value) and "; 1,000 bytes asks" in str(caught.value)
+    assert "with --align 64 and --tp 2 (" in str(caught.value) and "; 1,000 bytes, that is ratio " in str(caught.value)
     with refuses(InputError) as caught:
         Budget.from_memory(1000, of, 2)
     assert "--" not in str(caught.value)

@@ -84,7 +84,7 @@ def train_agent(
 
 
 def _places(bins: int, low: float, high: float, stride: int) -> np.ndarray:
-    """Int[P]: rows of a table of so many bins in which policies are trained, the last one at the end of the range."""
+    """Int[K]: rows of a table of so many bins in which policies are trained, the last one at the end of the range."""
     spaced = np.arange(np.ceil(low * bins), high * bins, stride)
     return np.unique(np.append(spaced, np.floor(high * bins))).astype(np.int64)
 
