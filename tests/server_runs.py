@@ -13,6 +13,7 @@ from http_client import request, strict
 from learn_builders import curves_of, probes, spread, truth
 from ppf.artifact import write_json
 from ppf.config import ServeConfig
+from ppf.decide import Decider
 from ppf.learn.agent import Agent
 from ppf.learn.baselines import knapsack
 from ppf.learn.fit_predictor import fit_predictor
@@ -21,7 +22,6 @@ from ppf.llm.depth import with_depth
 from ppf.llm.load import load_model
 from ppf.samples import Measurement, Sample
 from ppf.server.app import Service
-from ppf.server.refit import open_whole
 from ppf.server.run import access_of, listen, server_of
 from ppf.server.served import open_served
 from ppf.space.allocation import Allocation
@@ -96,7 +96,8 @@ def process(study, *options):
 def running(study, **options):
     """A server in this process; yields its port and what serves the model, or None."""
     config = ServeConfig(str(study), port=0, **options)
-    decider, mark = open_whole(study)
+    decider = Decider(study)
+    mark = decider.mark
     with listen(config) as listener:
         port = listener.getsockname()[1]
         served = None if config.no_model else open_served(config, decider)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from builders import layout, random_mask
 from ppf.samples import Measurement, Sample, SampleStore
+from ppf.study import StudyFolder
 
 LAYOUT = layout(layers=1, ffn=200)
 
@@ -53,3 +54,15 @@ def change(path, sql, *values):
     """Alters a store behind its back."""
     with closing(sqlite3.connect(path)) as db, db:
         db.execute(sql, values)
+
+
+def zero(path, page):
+    """Takes a page away, as a disk does that loses it."""
+    data = path.read_bytes()
+    path.write_bytes(data[: 4096 * page] + bytes(4096) + data[4096 * (page + 1) :])
+
+
+def samples_of(folder):
+    """All samples of a study."""
+    with closing(StudyFolder(folder).store()) as store:
+        return store.all()

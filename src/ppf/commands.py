@@ -51,8 +51,8 @@ def check_places(config: Any) -> None:
     from ppf.recipes.places import check_study_room
 
     if isinstance(config, FitConfig):
-        check_study_room(Path(config.study), config.samples)
         check_writable(Path(config.study) / "lock")
+        check_study_room(Path(config.study), config.samples)
     for place in (getattr(config, "out", None), getattr(config, "gguf", None)):
         if place is not None:
             check_writable(Path(place))

@@ -19,7 +19,7 @@ from ppf.space.budget import Budget, parse_count, parse_size
 from ppf.space.layout import Layout
 from ppf.space.mask import Mask, select
 from ppf.space.policy import Policy
-from ppf.study import StudyFolder
+from ppf.study import StudyFolder, read_whole
 
 _HEADER = 2048
 """Bytes a layer that a safetensors header takes at most: a file of a wanted size must hold it too."""
@@ -83,37 +83,42 @@ def missed_by(report: dict[str, Any]) -> float:
 
 
 class Decider:
-    """A fitted study, ready to decide.
+    """A fitted study, ready to decide: all of one fit, and in memory, whatever becomes of the folder.
 
     Args:
         folder: The study folder.
 
+    Attributes:
+        study: The folder and its record.
+        layout: The removable places of the dense model.
+        importance: The order of the units.
+        predictor: What it learnt of damage.
+        agent: The policies.
+        chain: The nested policies.
+        report: What the fit said of itself at its end.
+        mark: Of the fit; see ``mark_of``.
+
     Raises:
         InputError: No study, or one that is not fitted yet.
-        DamagedError: An artefact is not whole or of another model.
+        DamagedError: An artefact is not whole or of another model, or the study is replaced faster than it can be read.
     """
 
     def __init__(self, folder: str | Path) -> None:
+        _, self.mark = read_whole(Path(folder), lambda: self._read(folder))
+
+    def _read(self, folder: str | Path) -> None:
         self.study = StudyFolder(folder)
         self.study.check_fitted()
         self.layout, self.importance = self.study.layout, self.study.importance
         self.predictor = Predictor.load(self.study.path("predictor"), self.layout)
         self.agent = Agent.load(self.study.path("agent"), self.layout)
-
-    @cached_property
-    def chain(self) -> Chain:
-        """The nested policies."""
-        return Chain.load(self.study.path("nested"), self.layout)
+        self.chain = Chain.load(self.study.path("nested"), self.layout)
+        self.report = self.study.report
 
     @cached_property
     def dense_log_ppl(self) -> float:
         """Of the dense model on the test text, nats/token."""
         return float(self.study.record["dense"]["test"]["log_ppl"])
-
-    @cached_property
-    def report(self) -> dict[str, Any]:
-        """What the fit said of itself at its end."""
-        return self.study.report
 
     @cached_property
     def missed_by(self) -> float:

@@ -179,6 +179,7 @@ def _mend_store(folder: Path) -> tuple[list[Aside], int]:
         why, count = _damage(undone)
         if not why:
             if undone != path:
+                sync(undone)  # SQLite has the disk hold it only where it undid something
                 os.rename(undone, path)
                 sync(folder)  # a log that went first would leave half a write for ever; one that stays is played once more
                 os.unlink(f"{path}{_JOURNAL}")

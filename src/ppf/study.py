@@ -5,17 +5,19 @@
     plans.json              which masks each round wanted               predictor.safetensors   agent.safetensors
     report.json             held-out figures, times, costs              lock                    who writes; see lock.py
 
-It has many readers and one writer.
+It has many readers and one writer. report.json, which a fit takes away before it replaces the rest and writes last, tells one
+fit from another.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ppf.artifact import read_json, write_json
-from ppf.errors import MEND, DamagedError, InputError
+from ppf.errors import MEND, DamagedError, InputError, PPFError
 from ppf.samples import SampleStore
 from ppf.space.importance import Importance
 from ppf.space.layout import Layout
@@ -24,6 +26,9 @@ STUDY_VERSION = 3
 MEASURE_VERSION = 1
 """To be raised when the same mask would give other figures."""
 _SEALED, _SEAL = "sealed", "sha256"
+_TRIES = 5
+Mark = tuple[int, int, int]
+T = TypeVar("T")
 _FIELDS: dict[str, tuple[type, ...]] = {
     "model.name": (str,),
     "model.digest": (str,),
@@ -145,6 +150,42 @@ class StudyFolder:
     def _plans(self) -> dict[str, Any]:
         path = self.folder / "plans.json"
         return read_sealed(path) if path.is_file() else {}
+
+
+def mark_of(folder: Path) -> Mark | None:
+    """What differs between two fits of a study; None while none is whole."""
+    try:
+        status = (folder / "report.json").stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def read_whole(folder: Path, read: Callable[[], T]) -> tuple[T, Mark]:
+    """Reads a study, and begins again where a fit replaced its files meanwhile, so that all that is read is of one fit.
+
+    Args:
+        folder: Of the study.
+        read: Reads it; fails where it is not fitted.
+
+    Returns:
+        What ``read`` gives, and the mark of that fit.
+
+    Raises:
+        PPFError: ``read`` failed, and no fit is to blame.
+        DamagedError: The study is replaced faster than it can be read.
+    """
+    for _ in range(_TRIES):
+        mark = mark_of(folder)
+        try:
+            found = read()
+        except PPFError:
+            if mark == mark_of(folder):
+                raise
+        else:
+            if mark is not None and mark == mark_of(folder):
+                return found, mark
+    raise DamagedError(f"{folder} must stay as it is while it is read; it changes all the time; try again later")
 
 
 def write_sealed(path: Path, record: dict[str, Any]) -> None:

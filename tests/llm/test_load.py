@@ -18,6 +18,7 @@ import tiny_models as tiny
 from builders import random_mask, refuses
 from ppf.errors import DamagedError, InputError, PPFError, ResourceError, UnsupportedError
 from ppf.llm import hub as module
+from ppf.llm import load
 from ppf.llm.architectures import layout_of_model
 from ppf.llm.experts import separate_experts
 from ppf.llm.load import adopt_model, load_model, model_digest, resolve
@@ -291,6 +292,34 @@ def test_a_model_that_rests_has_the_weights_of_its_files_and_can_be_converted_ag
     loaded.rest()
     assert tiny.snapshot(loaded.model) == before
     assert tiny.snapshot(loaded.on(cpu, torch.float32)) == first
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "mixtral-gqa"])
+def test_what_was_converted_is_let_go_before_the_files_are_read(tmp_path, monkeypatch, name):
+    loaded, read = load_model(str(tiny.save(tmp_path, name, dtype=torch.bfloat16))), load._read_weights
+    loaded.on(Placement(torch.device("cpu")), torch.float32)
+    held = []
+
+    def reading(*arguments):
+        held.append(sum(weight.untyped_storage().nbytes() for weight in loaded.model.parameters()))
+        return read(*arguments)
+
+    monkeypatch.setattr(load, "_read_weights", reading)
+    loaded.rest()
+    assert held == [0]
+
+
+def test_a_model_never_takes_the_weights_of_other_files(tmp_path):
+    loaded = load_model(str(tiny.save(tmp_path / "model", dtype=torch.bfloat16)))
+    before = tiny.snapshot(loaded.on(Placement(torch.device("cpu")), torch.float32))
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "down_proj" in name)
+    path.unlink()  # those who have it mapped keep it
+    save_file({**tensors, name: tensors[name] + 1}, path, {"format": "pt"})
+    with refuses(DamagedError):
+        loaded.rest()
+    assert tiny.snapshot(loaded.model) == before
 
 
 def test_a_model_without_its_files_rests_as_it_is(tmp_path):

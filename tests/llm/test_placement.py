@@ -14,7 +14,7 @@ from ppf.llm.engines.bench import Bench
 from ppf.llm.load import adopt_model, load_model
 from ppf.llm.masking import masked
 from ppf.llm.perplexity import measure, reference_of
-from ppf.llm.placement import Placement, copied, entry_of, is_spread, spread, weight_of
+from ppf.llm.placement import Placement, copied, entry_of, is_spread, spread, take_weights, weight_of
 from ppf.llm.scores import SCORES, score_units
 from ppf.llm.statistics import layer_statistics
 from ppf.llm.text import Text
@@ -145,6 +145,14 @@ def test_a_model_keeps_one_spread_copy_whatever_is_free_just_now():
     assert loaded.on(first, torch.float32) is copy()
     twin = loaded.on(second, torch.float32)
     assert list(loaded.spread.values()) == [twin] and copy() is None
+
+
+def test_weights_that_are_taken_bring_the_rest_of_the_model_where_they_are():
+    there, model = torch.device("meta"), tiny.model("gemma2-gqa")
+    exact, model = dict(model.named_buffers()), model.to(there)
+    placement._set_buffers(model, exact, model.dtype)
+    take_weights(model, tiny.model("gemma2-gqa").to(there))
+    assert exact and {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {there}
 
 
 def test_without_accelerate_it_is_asked_for(monkeypatch):

@@ -11,8 +11,8 @@ from ppf.errors import DamagedError, InputError
 from ppf.llm import streamed
 from ppf.llm.depth import with_depth
 from ppf.llm.export import export
-from ppf.llm.load import load_model, open_checkpoint
-from ppf.llm.streamed import export_streamed, stored_digest
+from ppf.llm.load import load_model, open_checkpoint, stored_digest
+from ppf.llm.streamed import export_streamed
 from ppf.llm.surgery import cut
 
 PLAN = {"ratio": 0.3, "note": "ü"}

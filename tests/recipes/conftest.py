@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -28,3 +31,9 @@ def fitted(place):
         tiny_models.model("llama-mha"), tokenizer=tiny_models.tokenizer(), study=place / "study", text=str(place / "text.txt"),
         quiet=True, **SETTINGS,
     )  # fmt: skip
+
+
+@pytest.fixture
+def copy(fitted, tmp_path):
+    """A copy of a fitted study, to damage."""
+    return Path(shutil.copytree(fitted.folder, tmp_path / "study"))

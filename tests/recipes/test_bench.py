@@ -20,7 +20,7 @@ from ppf.llm.text import Text
 from ppf.lock import locked
 from ppf.progress import Progress
 from ppf.recipes import bench as recipe
-from ppf.recipes.bench import OWN_ORDER, Measured, bench
+from ppf.recipes.bench import OWN_ORDER, bench
 from ppf.recipes.lab import Lab
 from ppf.recipes.refine import FINALISTS
 from ppf.samples import Measurement
@@ -195,6 +195,32 @@ def test_statistics_are_computed_once_and_only_if_a_rule_asks(fitted, here, all_
     assert len(calls) == 1
 
 
+def test_the_dense_model_is_done_with_before_anything_is_measured(fitted, here, tmp_path, monkeypatch):
+    """Measuring processes fill what memory there is."""
+    order = []
+    for owner, name in ((recipe, "layer_statistics"), (recipe, "score_units"), (Lab, "answers")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, of=original, name=name, **k: order.append(name) or of(*a, **k))
+    ran(copied(fitted, tmp_path / "s"), methods=("uniform", *OWN_ORDER))
+    first = order.index("answers")
+    assert "layer_statistics" in order[:first] and "score_units" in order[:first] and set(order[first:]) == {"answers"}
+
+
+def test_a_study_that_was_fitted_anew_since_is_said(fitted, here, tmp_path, monkeypatch):
+    study, load_for = copied(fitted, tmp_path / "s"), recipe.load_for
+
+    def meanwhile(*arguments):
+        report = study / "report.json"
+        content = report.read_bytes()
+        report.unlink()
+        report.write_bytes(content + b"\n")
+        return load_for(*arguments)
+
+    monkeypatch.setattr(recipe, "load_for", meanwhile)
+    with refuses(DamagedError):
+        ran(study, methods=("uniform",))
+
+
 def test_a_second_run_takes_everything_from_the_study(all_run, here, monkeypatch):
     for owner, name in ((Lab, "answers"), (Lab, "run"), (recipe, "layer_statistics"), (recipe, "score_units")):
         monkeypatch.setattr(owner, name, interrupted)
@@ -316,27 +342,3 @@ def test_a_test_text_that_gives_no_number_is_said(fitted, here, tmp_path, monkey
     with refuses(DamagedError) as caught:
         ran(study, methods=("uniform",))
     assert "no memory" in str(caught.value)
-
-
-# --- a measured objective ---
-
-
-@pytest.mark.parametrize("blocks", [1, 2, 5, 12, 16, 100])
-@pytest.mark.parametrize("fraction", [8, 2, 1])
-def test_a_measured_objective_costs_what_it_says(fitted, blocks, fraction):
-    decider, asked = Decider(fitted.folder), []
-
-    def answers(masks, part, rows):
-        asked.append((part, rows))
-        bad = Measurement(1.0, float("nan"), len(rows) * 16, 0.0, "")
-        return [bad, *(Measurement(1.0, float(place), len(rows) * 16, 0.0) for place in range(1, len(masks)))]
-
-    lab = SimpleNamespace(text=SimpleNamespace(search=np.zeros((blocks, 16))), answers=answers)
-    measured = Measured(SimpleNamespace(lab=lab, importance=decider.importance, layout=decider.layout), fraction)
-    found = measured.ask(np.stack([decider.layout.floors, decider.layout.units, decider.layout.units]))
-    assert found.tolist() == [np.inf, 1.0, 2.0]
-    ((part, rows),) = asked
-    assert part == "search" and len(set(rows)) == len(rows) >= 1 and max(rows) < blocks
-    assert measured.tokens == pytest.approx(3 * measured.cost * blocks * 16)
-    assert fraction != 1 or measured.cost == 1
-    assert len(rows) == 1 or set(np.diff(rows)) == {fraction}

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 import ppf
+from builders import refuses
 from fit_runs import measured
+from ppf.commands import check_places
+from ppf.config import FitConfig
+from ppf.errors import ResourceError
 
 READ_ONLY = ("strace", "-f", "-qq", "-e", "trace=mkdir,openat", "-e", "inject=mkdir:error=EROFS")
 """Makes every folder that is made fail as on a disk that is read only; needs strace, and works as root too."""
@@ -36,6 +40,12 @@ def test_a_read_only_place_is_refused_before_a_model_is_loaded(fitted, tmp_path,
     assert not {"torch", "transformers"} & {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert sorted(tmp_path.rglob("*")) == before  # and nothing is made elsewhere:
     assert not [line for line in trace.read_text().splitlines() if "mkdir(" in line and "EROFS" not in line]
+
+
+def test_a_place_that_cannot_be_looked_at_is_told_from_one_without_room(tmp_path):
+    with refuses(ResourceError) as caught:
+        check_places(FitConfig("ref-a", study=str(tmp_path / ("x" * 300))))
+    assert "must lie in a folder that can be written" in str(caught.value)
 
 
 def test_a_study_on_a_read_only_disk_is_read(fitted, monkeypatch, tmp_path):

@@ -7,13 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
+import ppf
 import tiny_models
 from fit_runs import SETTINGS
-from ppf.config import ReportConfig, Target
+from ppf.config import ReportConfig
 from ppf.decide import Decider
 from ppf.errors import InputError
 from ppf.report import write_report
-from ppf.server.refit import open_whole
 from server_runs import asking, running
 
 pytestmark = pytest.mark.slow
@@ -33,9 +33,9 @@ def read_by_all(study, out):
     """How often each who reads was answered, or told in one line to wait."""
     found = Counter()
     readers = {
-        "policy": lambda: Decider(study).decide(Target(ratio=0.3)).allocation,
+        "policy": lambda: ppf.Study(study).policy(ratio=0.3).allocation,
         "report": lambda: write_report(ReportConfig(str(study), out=str(out))),
-        "serve": lambda: open_whole(study),
+        "serve": lambda: Decider(study).mark,
     }
     for name, read in readers.items():
         try:

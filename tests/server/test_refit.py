@@ -5,9 +5,11 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
+import ppf.study
 from builders import importance, refuses
 from http_client import request, strict
 from ppf.artifact import read_json, write_json
@@ -15,8 +17,7 @@ from ppf.config import Target
 from ppf.decide import Decider
 from ppf.errors import DamagedError, InputError, ResourceError
 from ppf.server import refit
-from ppf.server.refit import mark_of, open_whole
-from ppf.study import StudyFolder
+from ppf.study import StudyFolder, mark_of
 from server_runs import asking, fit_anew, running
 
 
@@ -52,36 +53,50 @@ def until(condition, seconds=10):
 
 
 def test_a_decider_needs_nothing_of_the_folder_once_it_is_open(own):
-    decider, mark = open_whole(own.folder)
+    decider = Decider(own.folder)
     expected = [library(own, 0.4, nested) for nested in (False, True)]
     fit_anew(own, 0.8)
     for nested, wanted in zip((False, True), expected, strict=True):
         assert decider.decide(Target(ratio=0.4, nested=nested)).allocation.kept.tolist() == wanted
-    assert library(own, 0.4, True) != expected[1] and mark_of(own.folder) != mark
+    assert library(own, 0.4, True) != expected[1] and mark_of(own.folder) != decider.mark
     shutil.rmtree(own.folder)
     assert mark_of(own.folder) is None and decider.report["heldout"]["additive"]["tau_mean"] == 0.9
 
 
-def test_a_fit_that_ends_while_it_is_read_is_read_again(own, monkeypatch):
-    opened = []
+@pytest.mark.parametrize("moment", ["predictor", "agent", "nested"])
+def test_a_reader_that_meets_the_replacing_of_files_has_one_fit_or_is_told_to_wait(own, monkeypatch, moment):
+    """It takes nothing for damaged that is only being replaced."""
+    path, asked = StudyFolder.path, []
 
-    def slow(folder):
-        decider = Decider(folder)
-        if not opened:
-            fit_anew(own, 0.8)
-        opened.append(decider)
-        return decider
+    def begin():
+        (own.folder / "report.json").unlink()
+        own.path("nested").write_bytes(b"half")
 
-    monkeypatch.setattr(refit, "Decider", slow)
-    decider, mark = open_whole(own.folder)
-    assert len(opened) == 2 and decider is opened[1] and mark == mark_of(own.folder)
+    def replacing(self, artefact):
+        asked.append(artefact)
+        if asked.count(moment) == 2:  # the first time it is looked for only
+            asked.append(moment)
+            happens()
+        return path(self, artefact)
+
+    monkeypatch.setattr(StudyFolder, "path", replacing)
+    happens = partial(fit_anew, own, 0.8)
+    decider = Decider(own.folder)
+    assert decider.mark == mark_of(own.folder) and decider.report["heldout"]["additive"]["tau_mean"] == 0.5
+    for nested in (False, True):
+        assert decider.decide(Target(ratio=0.4, nested=nested)).allocation.kept.tolist() == library(own, 0.4, nested)
+    asked.clear()
+    happens = begin
+    with refuses(InputError) as caught:
+        Decider(own.folder)
+    assert "has not ended" in str(caught.value)
 
 
 def test_a_study_that_never_rests_is_refused(own, monkeypatch):
     marks = iter(range(100))
-    monkeypatch.setattr(refit, "mark_of", lambda _: (next(marks), 0, 0))
+    monkeypatch.setattr(ppf.study, "mark_of", lambda _: (next(marks), 0, 0))
     with refuses(DamagedError):
-        open_whole(own.folder)
+        Decider(own.folder)
 
 
 # --- serving one ---

@@ -1,6 +1,5 @@
 """From a name to a model: the embedded one, a local folder, or a hub id. Only safetensors is read; no remote code is run."""
 
-import contextlib
 import copy
 import hashlib
 import json
@@ -21,7 +20,8 @@ from ppf.llm.architectures import family_of, layout_of_model, skeleton
 from ppf.llm.auto import register
 from ppf.llm.experts import separate_experts
 from ppf.llm.hub import fetch
-from ppf.llm.placement import Placement, convert, copied, take_weights
+from ppf.llm.placement import Placement, convert, copied, free_weights, take_weights
+from ppf.llm.stored import stored
 from ppf.llm.weights import check_weights, first_line, readable
 from ppf.space.layout import Layout
 
@@ -78,10 +78,24 @@ class LoadedModel:
         return convert(self.model, where.device, dtype)
 
     def rest(self) -> None:
-        """Exchanges weights that were converted for those of the files, which are mapped and take no memory of their own."""
-        if self.folder is not None and self.model.dtype != self.dtype:
-            with contextlib.suppress(PPFError):  # files that are gone: it stays as it is
-                take_weights(self.model, _read_weights(self.folder, copy.deepcopy(self.model.config)))
+        """Exchanges weights that were converted for those of the files, which are mapped and take no memory of their own.
+
+        Those of experts that files hold one by one are copied, in the dtype of the files.
+
+        Raises:
+            DamagedError: The files are not those that were loaded.
+        """
+        if self.folder is None or self.model.dtype == self.dtype:
+            return
+        try:
+            opened = open_checkpoint(str(self.folder))
+            digest = stored_digest(opened)
+        except PPFError:  # files that are gone: it stays as it is
+            return
+        if digest != self.digest:
+            raise DamagedError(f"{self.folder} must stay as it was while it is used; its files changed; start again")
+        free_weights(self.model)  # first: copies would have no room beside them
+        take_weights(self.model, _read_weights(opened.folder, opened.config))
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,6 +300,17 @@ def digest_of(config: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def stored_digest(source: Checkpoint) -> str:
+    """``model_digest`` of the model that would be loaded.
+
+    Raises:
+        UnsupportedError: Experts that the files hold in a form that is not known.
+    """
+    weights = stored(source.folder, source.shell)
+    names = sorted(name for name, _ in source.shell.named_parameters())
+    return digest_of(source.shell.config, ((name, weights[name]) for name in names))
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

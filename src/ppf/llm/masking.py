@@ -122,6 +122,7 @@ def _cut_while_it_runs(
 ) -> None:
     """The same whenever the layer runs, and only then, until the stack is closed."""
     running = ExitStack()
+    stack.callback(running.close)  # torch calls no hook when what stops a layer is no Exception, such as Ctrl-C
     stack.callback(layer.register_forward_pre_hook(lambda *_: _cut(running, model, dense, cuts)).remove)
     stack.callback(layer.register_forward_hook(lambda *_: running.close(), always_call=True).remove)
 

@@ -56,7 +56,13 @@ def take_weights(model: PreTrainedModel, other: PreTrainedModel) -> None:
     """Gives a model the weights of another that is the same but for their precision, in place; they share them then."""
     for own, new in zip(model.parameters(), other.parameters(), strict=True):
         own.data = new.data
-    _set_buffers(model, dict(model.named_buffers()), other.dtype)
+    _set_buffers(model, {name: buffer.to(other.device) for name, buffer in model.named_buffers()}, other.dtype)
+
+
+def free_weights(model: PreTrainedModel) -> None:
+    """Lets the memory of a model's weights go, in place; it is good for nothing until it takes others."""
+    for weight in model.parameters():
+        weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
 
 
 def give_memory_back() -> None:

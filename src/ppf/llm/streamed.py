@@ -14,7 +14,7 @@ from ppf.artifact import atomic_folder, check_room
 from ppf.errors import DamagedError
 from ppf.llm.architectures import skeleton
 from ppf.llm.export import PLAN_FILE, weight_bytes, write_beside
-from ppf.llm.load import Checkpoint, digest_of, read_config
+from ppf.llm.load import Checkpoint, read_config
 from ppf.llm.masking import masked
 from ppf.llm.stored import Stored, running_stored, stored, write_stored
 from ppf.llm.surgery import Origins, slices_of, smaller_skeleton
@@ -64,13 +64,6 @@ def export_streamed(source: Checkpoint, mask: Mask, plan: dict[str, Any], out: P
         _check_tensors(folder, names, cuts)
         _check_answers(folder, source, dense, mask)
         return weight_bytes(folder)
-
-
-def stored_digest(source: Checkpoint) -> str:
-    """``model_digest`` of the model that would be loaded."""
-    weights = stored(source.folder, source.shell)
-    names = sorted(name for name, _ in source.shell.named_parameters())
-    return digest_of(source.shell.config, ((name, weights[name]) for name in names))
 
 
 class _Cuts:

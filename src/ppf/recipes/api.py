@@ -51,7 +51,7 @@ class Study:
     @property
     def report(self) -> dict[str, Any]:
         """What the fit reported: the predictor's held-out figures, times, tokens."""
-        return self._decider.study.report
+        return self._decider.report
 
     def policy(
         self,

@@ -14,12 +14,11 @@ from ppf.decide import params_and_kept
 from ppf.errors import DamagedError, InputError
 from ppf.llm.depth import can_lose_sublayers, with_depth
 from ppf.llm.export import CHECKED
-from ppf.llm.load import LoadedModel
+from ppf.llm.load import LoadedModel, stored_digest
 from ppf.llm.perplexity import evaluate
 from ppf.llm.placement import Placement
 from ppf.llm.scores import score_units
 from ppf.llm.stored import stored
-from ppf.llm.streamed import stored_digest
 from ppf.llm.text import Text, TextSizes, load_text
 from ppf.progress import Progress
 from ppf.provenance import own_name

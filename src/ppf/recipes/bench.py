@@ -14,7 +14,7 @@ its importance. Each study keeps its cells, so that a bench that was stopped goe
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +48,7 @@ from ppf.space.importance import Importance
 from ppf.space.mask import Mask, select
 from ppf.space.policy import Policy
 from ppf.space.statistics import Statistics
-from ppf.study import StudyFolder
+from ppf.study import mark_of
 
 OWN_ORDER = {"wanda_sp": ("wanda_sp", "uniform"), "flap_own_order": ("flap", "flap")}
 """Methods that bring their importance: (score, heuristic)."""
@@ -103,6 +103,14 @@ class Bench:
         self.seed = lab.config.seed
         self.additive: Agent = additive_agent(lab)
         self._refined = self._refine_tokens()
+        self._orders: dict[str, tuple[Importance, float]] = {}
+
+    def prepare(self, names: Collection[str]) -> None:
+        """Runs the dense model for what these methods read off it, before the measuring processes fill the memory."""
+        if any(name in HEURISTICS or name in OWN_ORDER for name in names):
+            _ = self.statistics
+        for name in OWN_ORDER.keys() & names:
+            self._order(OWN_ORDER[name][0])
 
     def choose(self, name: str, ratio: float) -> Choice:
         """What the method of that name, one of ``METHODS``, leaves of the model at a ratio."""
@@ -126,16 +134,22 @@ class Bench:
                 layer_statistics(self.lab.model, self.layout, self.lab.text.calibration).save(path, self.layout)
         return Statistics.load(path, self.layout)
 
-    def _order(self, score: str | None) -> Importance:
-        if score in (None, self.importance.method):
-            return self.importance
-        return score_units(self.lab.model, self.layout, self.lab.text.calibration, str(score), self.importance.source, self.seed)
+    def _order(self, score: str | None) -> tuple[Importance, float]:
+        """An importance, and the seconds that scoring took."""
+        if score is None or score == self.importance.method:
+            return self.importance, 0.0
+        if score not in self._orders:
+            start, text = time.perf_counter(), self.lab.text.calibration
+            found = score_units(self.lab.model, self.layout, text, score, self.importance.source, self.seed)
+            self._orders[score] = found, time.perf_counter() - start
+        return self._orders[score]
 
     def _mask(self, ratio: float, policy: Policy, importance: Importance) -> Mask:
         return select(allocate(policy, self.decider.budget(Target(ratio=ratio)), self.layout), importance, self.layout)
 
     def _rule(self, rule: str, score: str | None, ratio: float) -> Choice:
-        start, importance = time.perf_counter(), self._order(score)
+        importance, scoring = self._order(score)
+        start = time.perf_counter() - scoring
         policy = HEURISTICS[rule](self.statistics, importance, self.layout, ratio)
         mask = self._mask(ratio, policy, importance)
         shared = self._order_tokens() if score is None else int(self.lab.text.calibration.size)
@@ -254,7 +268,7 @@ def bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
     seeds = _checked_seeds(deciders, config)
     first = deciders[0].study.record
     loaded = load_for(first["model"]["name"], progress)
-    cells = [cell for decider in deciders for cell in _cells(decider.study, loaded, config, progress)]
+    cells = [cell for decider in deciders for cell in _cells(decider, loaded, config, progress)]
     settings = first["settings"]
     return {
         "model": own_name(first["model"]["name"]),
@@ -264,7 +278,7 @@ def bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
         "dense_ppl": [float(np.exp(decider.dense_log_ppl)) for decider in deciders],
         "samples": settings["samples"],
         "seeds": seeds,
-        "heldout": [decider.study.report["heldout"] for decider in deciders],
+        "heldout": [decider.report["heldout"] for decider in deciders],
         "rows": summarise(cells, "static"),
     }
 
@@ -292,10 +306,13 @@ def _check_idle(config: BenchConfig) -> None:
         check_idle(config, ("budget",), f"{', '.join(SEARCHES)} among the --methods; none is")
 
 
-def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progress: Progress) -> list[dict[str, Any]]:
+def _cells(decider: Decider, loaded: LoadedModel, config: BenchConfig, progress: Progress) -> list[dict[str, Any]]:
     """All cells of one study, those at hand taken from it; another bench of it has to wait."""
+    study = decider.study
     path = study.folder / "bench.json"
     with locked(study.folder), tempfile.TemporaryDirectory() as temporary:
+        if mark_of(study.folder) != decider.mark:
+            raise DamagedError(f"{study.folder} must stay as it is while it is benched; it was fitted anew; run ppf bench again")
         cells: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
         copy = Path(shutil.copytree(study.folder, Path(temporary) / "study"))
         settings = settings_of(study, study=str(copy), device=config.device, workers=config.workers)
@@ -305,6 +322,7 @@ def _cells(study: StudyFolder, loaded: LoadedModel, config: BenchConfig, progres
             names = config.methods or METHODS
             taught = taught_by(study)
             wanted = {cell_key(name, ratio, config, taught): (name, ratio) for ratio in config.ratios for name in names}
+            found.prepare({name for key, (name, _) in wanted.items() if key not in cells})
             with progress.stage(f"bench of seed {found.seed}", len(wanted)) as advance:
                 for key, (name, ratio) in wanted.items():
                     if key not in cells:

@@ -212,6 +212,8 @@ class Lab:
             engine, workers = self._ray() if self.config.engine == "ray" else self._here()
             self.reference_tokens += workers * self.text.search.size
             self._engine = self._stack.enter_context(contextlib.closing(engine))
+        elif self._model is not None and not isinstance(self._engine, InProcessEngine):
+            self._rest()  # something has asked for the model since the others filled the memory
         return self._engine
 
     def _here(self) -> tuple[Engine, int]:
@@ -229,6 +231,7 @@ class Lab:
     def _rest(self) -> None:
         """Leaves the memory to other processes: they have the model now, and here it is not needed until something asks for it."""
         self._model = None
+        self.loaded.spread.clear()
         self.loaded.rest()
         give_memory_back()
 

@@ -184,7 +184,7 @@ def tokens_per_second(models: list[PreTrainedModel], blocks: np.ndarray) -> list
 
 def plan_for(decider: Decider, decision: Decision, refined: bool) -> dict[str, Any]:
     """What a decision says of itself in ``ppf.json``, before anything is measured."""
-    study, report = decider.study, decider.study.report
+    study, report = decider.study, decider.report
     model = study.record["model"]
     text = study.record["settings"]["test_text"] or study.record["settings"]["text"]
     return {

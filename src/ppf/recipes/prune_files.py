@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ppf.config import PruneConfig
-from ppf.llm.load import Checkpoint, open_checkpoint
-from ppf.llm.streamed import CHECKED, export_streamed, stored_digest
+from ppf.llm.load import Checkpoint, open_checkpoint, stored_digest
+from ppf.llm.streamed import CHECKED, export_streamed
 from ppf.llm.weights import readable
 from ppf.progress import Progress
 from ppf.recipes.choices import check_named

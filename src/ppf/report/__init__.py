@@ -10,6 +10,7 @@ from ppf.config import ReportConfig
 from ppf.errors import MEND, DamagedError, InputError, PPFError
 from ppf.report.facts import Facts, table_of
 from ppf.report.sections import report_page
+from ppf.study import read_whole
 
 
 def write_report(config: ReportConfig) -> Path:
@@ -30,9 +31,8 @@ def write_report(config: ReportConfig) -> Path:
     if out.is_dir():
         raise InputError(f"--out must be a file; the folder {out} came; name a file in it")
     tables = [table_of(path) for path in config.bench]
-    facts = Facts(config.study)
     try:
-        page = report_page(facts, tables)
+        page, _ = read_whole(Path(config.study), lambda: report_page(Facts(config.study), tables))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, PPFError):
             raise

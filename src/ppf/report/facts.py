@@ -19,7 +19,7 @@ from ppf.recipes.summary import summarise
 from ppf.samples import Sample, kept_matrix
 from ppf.space.budget import largest_ratio
 from ppf.space.layout import Layout
-from ppf.study import StudyFolder, read_sealed
+from ppf.study import StudyFolder
 
 _NEEDED: dict[str, type | tuple[type, ...]] = {
     "predictor": str, "importance": dict, "heldout": dict, "samples": dict, "failed": int, "tokens": dict, "seconds": dict,
@@ -87,7 +87,7 @@ class Facts:
         self.decider = Decider(folder)
         self.study: StudyFolder = self.decider.study
         self.layout: Layout = self.decider.layout
-        self.report: dict[str, Any] = _checked(self.study.folder / "report.json")
+        self.report: dict[str, Any] = _checked(self.study.folder / "report.json", self.decider.report)
         store = self.study.store()
         try:
             self._samples = store.all()
@@ -186,8 +186,7 @@ def table_of(path: str | Path) -> Table:
         raise DamagedError(f"{path} must be a file that ppf bench wrote; {error!r} came; give another --bench") from error
 
 
-def _checked(path: Path) -> dict[str, Any]:
-    record = read_sealed(path)
+def _checked(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     for name, kind in _NEEDED.items():
         if not isinstance(record.get(name), kind):
             raise DamagedError(f"{path} must be the report of a fit; it lacks {name!r}; {MEND}")

@@ -23,9 +23,10 @@ from ppf.server.controller import Costs
 from ppf.server.fields import of_field
 from ppf.server.guard import Access, Guard
 from ppf.server.metrics import prometheus
-from ppf.server.refit import Mark, fit_id, follow
+from ppf.server.refit import fit_id, follow
 from ppf.server.schemas import PolicyQuery, RatioBody
 from ppf.server.wire import JsonResponse, Refusal, as_refusal, refused
+from ppf.study import Mark
 
 _STATIC = Path(__file__).parent / "static"
 

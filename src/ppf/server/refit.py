@@ -1,7 +1,4 @@
-"""A study that is fitted anew while it is served: the last fit that was whole answers until the next one is.
-
-report.json, which a fit takes away before it replaces the rest and writes last, tells one fit from another.
-"""
+"""A study that is fitted anew while it is served: the last fit that was whole answers until the next one is."""
 
 import asyncio
 import hashlib
@@ -11,45 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from ppf.decide import Decider
-from ppf.errors import DamagedError, PPFError, ResourceError
+from ppf.errors import PPFError, ResourceError
 from ppf.server.answers import study_record
+from ppf.study import Mark, mark_of
 
 _LOOK_SECONDS = 1.0
 _PAUSES = (5.0, 60.0)
 """Seconds to wait, at first and at most, before a new fit that the surroundings kept from being opened is tried again."""
-_TRIES = 5
 _log = logging.getLogger("ppf.server")
-Mark = tuple[int, int, int]
-
-
-def mark_of(folder: Path) -> Mark | None:
-    """What differs between two fits of a study; None while none is whole."""
-    try:
-        status = (folder / "report.json").stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def fit_id(mark: Mark | None) -> str:
     """A fit's name for clients, who see by it that another is served."""
     return hashlib.sha256(repr(mark).encode()).hexdigest()[:12]
-
-
-def open_whole(folder: str | Path) -> tuple[Decider, Mark | None]:
-    """A decider all of which is in memory and of one fit, and the mark of that fit.
-
-    Raises:
-        InputError: No fitted study.
-        DamagedError: An artefact is not whole, or the study is replaced faster than it can be read.
-    """
-    for _ in range(_TRIES):
-        mark = mark_of(Path(folder))
-        decider = Decider(folder)
-        _ = decider.chain, decider.report  # read now: later they would be those of another fit
-        if mark == mark_of(Path(folder)):
-            return decider, mark
-    raise DamagedError(f"{folder} must stay as it is while it is read; it changes all the time; try again later")
 
 
 async def follow(folder: Path, mark: Mark | None, live: bool, adopt: Callable[[Decider, dict[str, Any]], None]) -> None:
@@ -89,5 +60,5 @@ async def follow(folder: Path, mark: Mark | None, live: bool, adopt: Callable[[D
 
 
 def _opened(folder: Path, live: bool) -> tuple[Decider, dict[str, Any], Mark | None]:
-    decider, mark = open_whole(folder)
-    return decider, {**study_record(decider, live), "fit": fit_id(mark)}, mark
+    decider = Decider(folder)
+    return decider, {**study_record(decider, live), "fit": fit_id(decider.mark)}, decider.mark

@@ -23,7 +23,6 @@ from ppf.decide import Decider
 from ppf.errors import InputError, InUseError, ResourceError
 from ppf.server.app import LivePart, Service, create_app
 from ppf.server.guard import HEADER_BYTES, HEADERS, Access
-from ppf.server.refit import open_whole
 from ppf.server.wire import dump, error_body
 
 _SILENT_SECONDS = 10.0
@@ -110,7 +109,8 @@ def serve(config: ServeConfig, open_live: Callable[[ServeConfig, Decider], LiveP
         InUseError: The port is taken.
     """
     config = _with_token(config)
-    decider, mark = open_whole(config.study)
+    decider = Decider(config.study)
+    mark = decider.mark
     with listen(config) as listener:
         access = access_of(config, listener.getsockname()[1])
         live = None if open_live is None else open_live(config, decider)
