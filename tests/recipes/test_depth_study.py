@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
-from conftest import SETTINGS
 
 import ppf
 import tiny_models
 from builders import names_in, refuses
+from fit_runs import SETTINGS
 from ppf import cli
 from ppf.config import ReportConfig
 from ppf.decide import Decider
