@@ -198,7 +198,7 @@ def print_recovered(record: dict[str, Any]) -> None:
     lines = {
         "gain": f"{record['gain']['log_ppl']:.4f} nats/token (95 % {low:.4f} to {high:.4f}){share}",
         "protocol": f"{protocol['text']}, {protocol['tokens']:,} tokens in blocks of {protocol['seq_len']}, {protocol['dtype']}",
-        "training": f"{method}, {record['tokens']:,} tokens of {record['text']} ({record['distinct_tokens']:,} different ones), "
+        "training": f"{method}, {record['tokens']:,} tokens, drawn from {record['distinct_tokens']:,} of {record['text']}, "
         f"{record['steps']} steps, rate {record['lr']:.2g}, {record['seconds']:.0f} s",
         "learnt from": "the text alone" if teacher is None else teacher["name"] or "the given model",
         "weights": f"{record['params']:,} parameters, {human_size(record['bytes'])}",
@@ -210,6 +210,8 @@ def print_recovered(record: dict[str, Any]) -> None:
         print("warning: the teacher was worse than the model on this text before it learnt", file=sys.stderr)
     elif high < 0:
         print("warning: training made the model worse on this text; lower --lr or train on more tokens", file=sys.stderr)
+    elif low <= 0:
+        print("warning: no gain can be told on this text; train on more tokens, or keep the old folder", file=sys.stderr)
 
 
 def print_evaluated(record: dict[str, Any]) -> None:
