@@ -128,8 +128,9 @@ class Simulated:
             if request.prefill:  # a step that began at the size of then
                 request.prefill -= 1
                 continue
-            claim.paused = claim.paused and not self.room.may_go_on(claim, kept(self.state.ratio))
-            if claim.paused:
+            live = kept(self.state.ratio)
+            claim.paused = claim.paused and not self.room.may_go_on(claim, live)
+            if claim.paused and not self.room.must_come(claim, live):
                 self.pauses += 1
                 continue
             claim.kept = kept(self.state.ratio)
@@ -170,14 +171,59 @@ def test_who_needs_more_waits_while_another_s_long_step_is_at_the_larger_size(sh
     assert not server.running and not server.waiting
 
 
-def test_two_that_wait_for_each_other_go_on():
-    room, claims = room_of(int(UNITS * WEIGHT * 0.9) + 2 * 128 * UNITS * CACHE), [Claim(10, 400), Claim(10, 400)]
+def test_two_that_wait_for_each_other_go_on_one_after_the_other():
+    room, claims = room_of(int(UNITS * WEIGHT * 0.9) + 2 * 130 * UNITS * CACHE), [Claim(10, 900), Claim(10, 900)]
     started(room, *claims, live=0.1)
-    assert all(claim.note(64) for claim in claims) and room.holds(kept(0.3))
+    live = kept(0.3)
+    assert all(claim.note(128) for claim in claims) and room.holds(live)
     claims[0].paused = True
-    assert not room.may_go_on(claims[0], kept(0.3))  # the other may take what it booked where it is
+    assert not room.may_go_on(claims[0], live) and not room.must_come(claims[0], live)  # the other may take what it booked
     claims[1].paused = True
-    assert all(room.may_go_on(claim, kept(0.3)) for claim in claims)
+    assert not any(room.may_go_on(claim, live) for claim in claims)
+    assert [room.must_come(claim, live) for claim in claims] == [True, False]
+    claims[0].kept = live
+    assert [room.must_come(claim, live) for claim in claims] == [False, True]
+    claims[1].kept = live
+    assert all(room.may_go_on(claim, live) for claim in claims)
+
+
+@pytest.mark.parametrize("own", [None, 0.0])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_three_that_wait_for_each_other_all_go_on_within_the_goal(own, order):
+    """Whoever is asked first, as often as it likes."""
+    weight = 20 * WEIGHT
+    room = Room(lambda units: int(units[0]) * weight, lambda units: int(units[0]) * CACHE, 0, kept(0.6))
+    room.goal = UNITS * weight + 3 * 128 * UNITS * CACHE + 1000
+    claims, ratio = [Claim(10, 700) for _ in range(3)], 0.0
+    if own is not None:  # brings its weights for as long as it runs, and makes no room for others
+        claims.append(Claim(10, 100, own=kept(own)))
+        room.goal += 100 * UNITS * CACHE
+    started(room, *claims)
+    for claim in claims[:3]:
+        assert claim.note(64)
+        claim.paused = True
+    while not room.holds(kept(ratio)):
+        ratio += LEAST
+    for claim in claims[3:]:
+        claim.paused = True
+    while claims:
+        live = kept(ratio)
+        asked = [claims[at] for at in order if at < len(claims)] + claims[3:]
+        for claim in asked:
+            claim.paused = claim.paused and not room.may_go_on(claim, live)
+            if not claim.paused or room.must_come(claim, live):
+                break
+        else:
+            pytest.fail("none may go on")
+        claim.kept = live if claim.own is None else claim.own
+        if claim.note(claim.cached + 1):
+            claim.paused = True
+            while ratio < 0.6 and not room.holds(kept(ratio)):
+                ratio = min(0.6, ratio + LEAST)
+        assert sum(room.in_use(kept(ratio))) <= room.goal
+        if claim.cached >= min(400, claim.most - 1):
+            claims.remove(claim)
+            room.running.remove(claim)
 
 
 def simulated(seed, every, minutes=10, goal=UNITS * WEIGHT * 0.8, most=512):

@@ -93,3 +93,34 @@ def test_who_could_never_start_any_more_is_refused(turns):
     turns.room.top = kept(45)
     thread.join(5)
     assert refused == ["no_memory"] and not turns.room.waiting
+
+
+def test_three_that_need_more_at_once_come_to_the_smaller_size_within_the_goal(turns):
+    weight, together, most_used = 200_000, threading.Barrier(3), []
+    turns.room.weights, turns.room.kv = (lambda units: int(units[0]) * weight), (lambda units: int(units[0]) * CACHE)
+    turns.room.goal = 100 * weight + 3 * 128 * 100 * CACHE
+
+    def rise():
+        while not turns.room.holds(turns.units):
+            turns.units = turns.units - 2
+
+    def run(one):
+        for cached in range(11, 300):
+            while not turns.may_go_on(one):
+                pass
+            turns.come(one, turns.units)
+            if cached == 64:
+                together.wait(10)
+            turns.note(one, cached)
+            with turns.lock:
+                most_used.append(sum(turns.room.in_use(turns.units)))
+        turns.leave(one)
+
+    turns.on_need = rise
+    jobs = [job(700) for _ in range(3)]
+    for one in jobs:
+        turns.room.start(one.claim, turns.units)
+    threads = [waiting(run, one)[0] for one in jobs]
+    for thread in threads:
+        thread.join(10)
+    assert not turns.room.running and len(most_used) == 3 * 289 and max(most_used) <= turns.room.goal

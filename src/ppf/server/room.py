@@ -87,13 +87,23 @@ class Room:
         return self._fits([(live, 0), (_of(claim, live), claim.booked), *((_until(one, live), one.booked) for one in self.running)])
 
     def may_go_on(self, claim: Claim, live: np.ndarray) -> bool:
-        """Whether one that runs may take what it booked; true too where all wait, since who goes on at ``live`` makes room.
+        """Whether one that runs may take all that it booked.
 
-        Others that wait hold no more than they have: two that wait for each other would do so for ever.
+        Others that wait hold no more than they have, and the token that ``must_come`` may let them make.
         """
         others = [one for one in self.running if one is not claim]
-        held = [(_until(one, live), one.cached if one.paused else one.booked) for one in others]
-        return all(one.paused for one in others) or self._fits([(live, 0), (_of(claim, live), claim.booked), *held])
+        held = [(_until(one, live), one.cached + 1 if one.paused else one.booked) for one in others]
+        return self._fits([(live, 0), (_of(claim, live), claim.booked), *held])
+
+    def must_come(self, claim: Claim, live: np.ndarray) -> bool:
+        """Whether one that waits is to make one token all the same, since all wait for each other and it holds the most.
+
+        At ``live`` it needs less than where it is, and the token is one that it held room for before; all who come in this
+        way fit at last.
+        """
+        follow = [one for one in self.running if one.own is None]
+        most = max(follow, key=lambda one: self.weights(_until(one, live)), default=claim)
+        return claim is most and all(one.paused for one in self.running)
 
     def start(self, claim: Claim, live: np.ndarray) -> None:
         """Lets it run."""

@@ -83,7 +83,9 @@ class Turns:
         if not claim.paused:
             return True
         with self.lock:
-            if not self._room.may_go_on(claim, self._live()):
-                self.lock.wait(_RECHECK)
             claim.paused = not self._room.may_go_on(claim, self._live())
+            if claim.paused and self._room.must_come(claim, self._live()):
+                return True
+            if claim.paused:
+                self.lock.wait(_RECHECK)
         return not claim.paused
