@@ -10,7 +10,11 @@ import tiny_models
 from builders import refuses
 from live_runs import PROMPT, collect, greedy, opened, slowed, text
 from ppf.errors import InputError
+from ppf.llm.generate import Sampling
+from ppf.server import live as live_module
+from ppf.server.job import Job
 from ppf.server.metrics import Meter
+from ppf.server.room import Claim
 from ppf.server.wire import Refusal
 from ppf.space.allocation import Allocation
 from server_runs import study_of
@@ -92,6 +96,24 @@ def test_a_request_whose_time_is_up_ends(model, monkeypatch):
     slowed(model, monkeypatch)
     (pieces,) = collect(model, greedy(30))
     assert 0 < len(pieces) < 15 and pieces[-1].finish is None
+
+
+def test_a_finished_answer_waits_for_no_room_and_takes_none(study, monkeypatch):
+    live = opened(study)
+    whole, needed = live.size.kept, []
+    live.keep_within(live._weights(whole) + 2 * 128 * live._kv_bytes(whole), 0.6)
+    live.turns.on_need = lambda: needed.append(len(live.room.running))
+    live.room.start(Claim(60, 120), whole)  # in a long step, which ends after the answer
+    parts = live_module.generate
+
+    def stopped(*given):
+        return (replace(piece, finish="stop") if piece.tokens == 5 else piece for piece in parts(*given))
+
+    monkeypatch.setattr(live_module, "generate", stopped)
+    (pieces,) = collect(live, Job([5] * 60, Sampling(100, temperature=0)))  # its last token is the first of another block
+    assert pieces[-1].finish == "stop" and pieces[-1].tokens == len(pieces) == 5
+    assert needed == [1] and len(live.room.running) == 1  # to start, and no more
+    live.close()
 
 
 def test_closing_ends_what_runs(study, monkeypatch):

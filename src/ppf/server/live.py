@@ -247,18 +247,19 @@ class Live:
                 break
             if not self.turns.may_go_on(job):
                 continue
-            piece = next(pieces, None)
-            if piece is None:
-                break
+            piece = next(pieces)
             if piece.view is not job.view:
                 ratio = self._note_view(job, piece)
             if piece.carried is None:
                 self.meter.note_first(time.monotonic() - job.asked)
             elif piece.carried != "rebuild":
                 self.meter.note_step(piece.seconds, ratio)
-            self.turns.note(job, len(job.prompt) + piece.tokens - 1)
+            if not piece.finish:  # the last needs no more room, and waits for none
+                self.turns.note(job, len(job.prompt) + piece.tokens - 1)
             self.meter.counts["completion_tokens"] += 1
             job.give(piece)
+            if piece.finish:
+                break
 
     def _view_for(self, job: Job) -> View:
         """Of the next token."""
