@@ -164,7 +164,7 @@ def test_a_stop_lets_a_request_under_way_end(study):
         assert "Traceback" not in server.stderr.read()
 
 
-LONG = json.dumps({"model": "tiny", "prompt": "w5", "max_tokens": 50, "temperature": 0, "stop": "never"})
+BODY = json.dumps({"model": "tiny", "prompt": "w5", "max_tokens": 50, "temperature": 0, "stop": "never"})
 
 
 @contextlib.contextmanager
@@ -185,7 +185,7 @@ def until(holds):
 
 def test_a_stop_ends_what_would_take_longer_and_says_so(study, monkeypatch):
     monkeypatch.setattr(run, "_ENDING_SECONDS", 0.3)
-    bodies = [LONG.encode(), json.dumps({**json.loads(LONG), "stream": True}).encode()] * 2  # some of them wait
+    bodies = [BODY.encode(), json.dumps({**json.loads(BODY), "stream": True}).encode()] * 2  # some of them wait
     with ThreadPoolExecutor(4) as pool:
         with slow(study, monkeypatch, 0.2) as (port, live):
             asked = [pool.submit(request, port, "POST", "/v1/completions", body, seconds=20) for body in bodies]
@@ -199,7 +199,7 @@ def test_who_leaves_the_queue_gives_up_the_place(study, monkeypatch):
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: application/json\r\n"
         connections = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(live._workers + 5)]
         for at, connection in enumerate(connections, 1):
-            connection.sendall(f"{head}Content-Length: {len(LONG)}\r\n\r\n{LONG}".encode())
+            connection.sendall(f"{head}Content-Length: {len(BODY)}\r\n\r\n{BODY}".encode())
             until(lambda at=at: len(live._jobs) == at)
         for connection in connections[live._workers :]:
             connection.close()
