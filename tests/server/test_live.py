@@ -94,8 +94,10 @@ def test_attention_that_is_gone_still_takes_its_part_of_the_cache(tmp_path):
 def test_a_request_whose_time_is_up_ends(model, monkeypatch):
     monkeypatch.setattr("ppf.server.live._SECONDS", 0.1)
     slowed(model, monkeypatch)
+    monkeypatch.setattr(model, "meter", Meter())
     (pieces,) = collect(model, greedy(30))
     assert 0 < len(pieces) < 15 and pieces[-1].finish is None
+    assert model.meter.counts["done"] == 1 and not model.meter.counts["cancelled"]  # the client has what there is
 
 
 def test_a_finished_answer_waits_for_no_room_and_takes_none(study, monkeypatch):

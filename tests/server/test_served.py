@@ -143,17 +143,21 @@ def test_who_could_never_start_after_another_fit_is_refused_and_the_next_one_run
     found = collect(live, first, second, third, then=lambda piece: piece.tokens == 3 and served.adopt(refitted), failing=True)
     assert isinstance(found[1], Refusal) and (found[1].status, found[1].code) == (503, "no_memory")
     assert [found[at][-1].finish is not None for at in (0, 2)] == [True, True] and not live.room.waiting
+    assert {end: live.meter.counts[end] for end in ("done", "refused", "failed")} == {"done": 2, "refused": 1, "failed": 0}
     live.close()
 
 
-def test_another_fit_waits_until_requests_under_way_have_room_by_it(study, refitted):
+def test_another_fit_waits_until_requests_under_way_have_room_by_it(study, refitted, monkeypatch):
     live = opened(study)
     memory = live._weights(live.size_for(0.6).kept) + 60 * 10**3
     served = Served(live, "tiny", 40, lambda fit: Goal(None, memory - 10_000 * (fit is refitted), 0.0, 0.6))
     most, before = live.room.most_tokens(), (live.decider, live.size, live.room.goal, live.room.top, served.goal)
     live.room.start(Claim(4, most), live.size.kept)
-    with refuses(ResourceError):
+    view, meanwhile = live.elastic.view, []
+    with monkeypatch.context() as patch, refuses(ResourceError):
+        patch.setattr(live.elastic, "view", lambda allocation: meanwhile.append(live.decider) or view(allocation))
         served.adopt(refitted)
+    assert len(meanwhile) == 8 and set(meanwhile) == {before[0]}  # by which others are answered all the while
     assert (live.decider, live.size, live.room.goal, live.room.top, served.goal) == before
     live.room.running.clear()
     served.adopt(refitted)

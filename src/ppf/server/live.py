@@ -66,10 +66,10 @@ class Live:
         self.room = Room(self._weights, self._kv_bytes)
         self.turns = Turns(self.room, lambda: self.size.kept)
         self.size = self.set_ratio(ratio)
-        sizes = self._sizes()
+        sizes = self._sizes(decider)
         seconds = step_seconds(self.elastic, [size.view for size in sizes], timing_seconds)
         ratios, latency = [self.ratio_of(size.view) for size in sizes], 1e3 * np.minimum.accumulate(seconds)
-        self.costs = self._costs(lambda ratio: float(np.interp(ratio, ratios, latency)))
+        self.costs = self._costs(sizes, lambda ratio: float(np.interp(ratio, ratios, latency)))
         self._jobs: set[Job] = set()
         self._closed = False
         self._workers = min(_RUNNING, cores())
@@ -81,8 +81,7 @@ class Live:
         Raises:
             InputError: Not a ratio, or more than the floors allow.
         """
-        decision = self.decider.decide(Target(ratio=ratio, nested=self.nested))
-        return Size(decision, self.elastic.view(decision.allocation))
+        return self._size(self.decider, ratio)
 
     def adopt(self, decider: Decider, ratio: float | None = None, memory: int | None = None, high: float = 0.0) -> None:
         """Decides by another fit of the same model from now on; a size that a request under way has fixed stays.
@@ -105,19 +104,16 @@ class Live:
             raise InputError(
                 "a study fitted anew must keep its model and the order of the units; it has another; start the server again"
             )
-        known, size, room, self.decider = self.costs, self.size, (self.room.goal, self.room.top), decider
-        try:
-            self.set_ratio(min(size.decision.asked, largest_ratio(decider.layout)) if ratio is None else ratio)
-            self.costs = self._costs(known.latency_at)
-            self.keep_within(memory, high)
-            if not self.room.can_finish():
-                raise ResourceError(
-                    "requests under way must have room at the new fit's largest ratio; they may take more; some have to end first"
-                )
-        except BaseException:  # all of the new fit, or nothing; what ran is put back as it was, which cannot fail too
-            self.decider, self.costs, self.size, self.elastic.current = old, known, size, size.view
-            self.room.goal, self.room.top = room
-            raise
+        asked = min(self.size.decision.asked, largest_ratio(new.layout)) if ratio is None else ratio
+        size, costs = self._size(new, asked), self._costs(self._sizes(new), self.costs.latency_at)  # other threads may decide
+        room = self._room_within(memory, high, new)  # meanwhile: by the old fit, until all of the new one is there
+        if not room.can_finish():
+            raise ResourceError(
+                "requests under way must have room at the new fit's largest ratio; they may take more; some have to end first"
+            )
+        self.decider, self.costs = new, costs
+        self.room.goal, self.room.top = room.goal, room.top
+        self.run_at(size)
 
     def set_ratio(self, ratio: float) -> Size:
         """Changes what runs where a request names no ratio, requests under way included."""
@@ -134,12 +130,8 @@ class Live:
         Raises:
             InputError: Not even a short request would have room.
         """
-        top = None if memory is None else self.size_for(ratio).kept
-        least = replace(self.room, goal=memory, top=top).least(_LEAST_TOKENS)
-        if memory is not None and memory < least:
-            takes = f"{least:,} bytes of weights and KV cache at ratio {ratio:g}, the largest allowed"
-            raise InputError(f"--target-memory must hold {takes}; {memory:,} came; raise it")
-        self.room.goal, self.room.top = memory, top
+        room = self._room_within(memory, ratio, self.decider)
+        self.room.goal, self.room.top = room.goal, room.top
 
     def admit(self, job: Job) -> None:
         """Gives a job its place among those that run or wait; ``leave`` takes it away.
@@ -177,10 +169,11 @@ class Live:
             self._pool.submit(self._work, job)
             while (item := await queue.get()) is not None:
                 if isinstance(item, Exception):
-                    end = "failed"
+                    end = "refused" if isinstance(item, Refusal) else "failed"
                     raise _as_ours(item) from item
                 end = "done" if item.finish else end
                 yield item
+            end = "done" if job.ended == "time" else end  # its answer is delivered
         finally:
             self.leave(job)
             self.meter.counts[end] += 1
@@ -277,18 +270,30 @@ class Live:
         job.view = piece.view
         return ratio
 
-    def _sizes(self) -> list[Size]:
-        """From the whole model to the smallest that the agent was trained on."""
-        asked = np.linspace(0.0, min(float(self.decider.agent.max_ratio), largest_ratio(self.decider.layout)), _TIMED)
-        return [self.size_for(float(ratio)) for ratio in asked]
+    def _size(self, decider: Decider, ratio: float) -> Size:
+        decision = decider.decide(Target(ratio=ratio, nested=self.nested))
+        return Size(decision, self.elastic.view(decision.allocation))
 
-    def _costs(self, latency_at: Callable[[float], float]) -> Costs:
-        """What these sizes cost, at the times that a ratio takes."""
-        sizes = self._sizes()
+    def _sizes(self, decider: Decider) -> list[Size]:
+        """From the whole model to the smallest that the agent was trained on."""
+        asked = np.linspace(0.0, min(float(decider.agent.max_ratio), largest_ratio(decider.layout)), _TIMED)
+        return [self._size(decider, float(ratio)) for ratio in asked]
+
+    def _costs(self, sizes: list[Size], latency_at: Callable[[float], float]) -> Costs:
+        """What sizes cost, at the times that a ratio takes."""
         kept = [size.view.allocation.kept for size in sizes]
         weights, kv = (np.array([count(one) for one in kept], dtype=float) for count in (self._weights, self._kv_bytes))
         ratios = [self.ratio_of(size.view) for size in sizes]
         return Costs(np.array(ratios), np.array([latency_at(ratio) for ratio in ratios]), weights, kv)
+
+    def _room_within(self, memory: int | None, ratio: float, decider: Decider) -> Room:
+        """As ``keep_within`` has it, of the same requests."""
+        top = None if memory is None else self._size(decider, ratio).kept
+        room = replace(self.room, goal=memory, top=top)
+        if memory is not None and memory < (least := room.least(_LEAST_TOKENS)):
+            takes = f"{least:,} bytes of weights and KV cache at ratio {ratio:g}, the largest allowed"
+            raise InputError(f"--target-memory must hold {takes}; {memory:,} came; raise it")
+        return room
 
     def _weights(self, kept: np.ndarray) -> int:
         return int(self.decider.layout.kept_params(kept)) * self.bytes_per_param
