@@ -83,7 +83,7 @@ def refitted(study, tmp_path):
 
 
 def test_another_fit_waits_for_who_makes_room_by_the_old_one(study, refitted, monkeypatch):
-    live, inside, go = opened(study), threading.Event(), threading.Event()
+    live, inside, comes, go = opened(study), threading.Event(), threading.Event(), threading.Event()
     smallest = live.size_for(0.6).kept
     goal = Goal(None, live._weights(smallest) + 200 * live._kv_bytes(smallest), 0.0, 0.6)
     served, size_for, makes_room = Served(live, "tiny", 150, lambda _: goal), live.size_for, []
@@ -102,12 +102,17 @@ def test_another_fit_waits_for_who_makes_room_by_the_old_one(study, refitted, mo
             live.turns.on_need()
 
     monkeypatch.setattr(live, "size_for", held)
-    threads = [threading.Thread(target=make_room), threading.Thread(target=served.adopt, args=(refitted,))]
+
+    def adopt():
+        comes.set()
+        served.adopt(refitted)
+
+    threads = [threading.Thread(target=make_room), threading.Thread(target=adopt)]
     makes_room.append(threads[0])
     threads[0].start()
     assert inside.wait(10)
     threads[1].start()
-    time.sleep(0.1)
+    assert comes.wait(10)
     go.set()
     for thread in threads:
         thread.join()
@@ -218,9 +223,18 @@ def test_a_request_waits_until_there_is_room_for_all_that_it_may_take(study, mon
     served = Served(live, "tiny", 40, lambda _: Goal(None, live._weights(live.size_for(0.6).kept) + 60 * 10**3, 0.0, 0.6))
     most = live.room.most_tokens() - len(PROMPT)
     first, second = greedy(most), greedy(5)
-    seen = []
-    collect(live, first, second, then=lambda piece: piece.tokens < 5 and seen.append(live.state()["requests"]))
-    assert {(one["running"], one["waiting"]) for one in seen[1:]} == {(1, 1)}
+    threads, seen = [], []
+
+    def then(piece):
+        if not threads:  # the second comes while the first runs
+            threads.append(threading.Thread(target=lambda: live.turns.enter(second) and live.turns.leave(second)))
+            threads[0].start()
+        seen.append((len(live.room.running), second.claim.kept is None))
+
+    (pieces,) = collect(live, first, then=then)
+    threads[0].join(10)
+    assert set(seen[: min(5, len(seen) - 1)]) == {(1, True)} and len(pieces) > 1
+    assert second.claim.kept is not None and not live.room.running and not live.room.waiting  # after it
     assert served.live.meter.counts["done"] >= 1
     live.close()
 

@@ -64,13 +64,12 @@ def test_who_needs_more_waits_until_the_other_has_come(turns):
 
 def test_only_the_first_in_the_queue_asks_for_room(turns):
     asked = []
-    turns.on_need = lambda: asked.append(len(turns.room.waiting))
+    turns.on_need = lambda: asked.append(threading.get_ident())
     turns.room.start(job(1400).claim, kept(40))
     jobs = [job(1000), job(900)]
     threads = [waiting(turns.enter, one)[0] for one in jobs]
-    before = len(asked)
-    time.sleep(0.5)
-    assert len(asked) - before < 8 and len(turns.room.waiting) == 2  # ten a second of each would be ten
+    time.sleep(0.3)  # both look again
+    assert len(asked) > 1 and set(asked) == {threads[0].ident} and len(turns.room.waiting) == 2
     for one in jobs:
         one.cancelled.set()
     for thread in threads:
