@@ -147,7 +147,7 @@ def test_it_can_learn_from_what_the_dense_model_writes(small, place):
 def test_another_text_can_be_tested_on(capsys, small, place):
     given = ["--text", place / "text.txt", "--test-text", place / "long.txt", *SHORT]
     code, out, _ = answer(capsys, "recover", small, *given)
-    assert code == 0 and "long.txt, 512 tokens" in out and "640 tokens of text.txt" in out
+    assert code == 0 and "long.txt, 512 tokens" in out and "640 tokens, drawn from " in out and " of text.txt, " in out
     assert "teacher" in out and "before" in out and "after" in out and "learnt from model" in out
 
 

@@ -93,7 +93,7 @@ def _of_live(state: dict[str, Any]) -> list[tuple[str, str, str, dict[str, float
         ("first_token_seconds", "gauge", "Median time from request to first token, of the last 10 s.", {"": first}),
         ("memory_bytes", "gauge", "Bytes of the weights that are read, and of the KV caches.", memory),
         ("requests", "gauge", "Requests now.", now),
-        ("requests_total", "counter", "Requests by how they ended.", ends),
+        ("requests_total", "counter", "Requests by how they ended; an answer that the time limit cut is done.", ends),
         ("tokens_total", "counter", "Tokens of prompts that were run, and tokens made.", tokens),
     ]
 
