@@ -46,8 +46,7 @@ def live() -> list[str]:
             parts.append([name, f"{100 * float(ratio):.0f} %", *times, *beside])
     words = """Milliseconds of a change of the ratio, views alone and with the decision, median (p99). Then the time that the
         elastic model takes over that of the checkpoint cut at the same ratio, so that 1.05 is 5 % slower, run in turns, median
-        (quartiles), by the clock on the wall and by the processor's: other work shared the cores. Of phi3 the blocks of its fused
-        projections are products of their own, one token at a time at a price."""
+        (quartiles), by the clock on the wall and by the processor's: other work shared the cores. Aim: at most 1.05."""
     header = ["model", "ratio", "switch", "with decision", "generation, wall", "processor", "prompt, wall", "processor"]
     api = [
         [
